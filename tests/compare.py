@@ -1,0 +1,65 @@
+"""Compares a Triton layer with the torch.nn layer it replaces, and both with float64."""
+
+import copy
+
+import torch
+from torch import nn
+
+import tritonnn
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Relative, and absolute for values of about one: some ten roundings."""
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> torch.Tensor:
+    """Normal random values on the device of the tests."""
+    x = torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
+    return x.to(memory_format=torch.channels_last) if channels_last else x
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """NaN equals NaN; `expected` is float64."""
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def assert_same_layer(layer: nn.Module, x: torch.Tensor, gradients: bool = True) -> None:
+    """The Triton version of `layer` gives PyTorch's values, type and strides for x, from a kernel, and its gradients.
+
+    Also afterwards the buffers (running statistics) are the same.
+    """
+    layer = layer.to(x.device)
+    if any(p.is_floating_point() for p in layer.parameters()):
+        layer = layer.to(x.dtype)
+    exact, triton_layer = copy.deepcopy(layer).double(), copy.deepcopy(layer)
+    report = tritonnn.swap(triton_layer, strict=True)
+    assert report.swapped, report
+
+    inputs = [x.double(), x.clone(memory_format=torch.preserve_format), x.detach()]
+    if gradients:
+        inputs = [t.detach().requires_grad_() for t in inputs]
+    reference, expected, actual = exact(inputs[0]), layer(inputs[1]), triton_layer(inputs[2])
+
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.stride() == expected.stride()
+    assert_close(actual, reference, x.dtype)
+    for buffer, expected_buffer in zip(triton_layer.buffers(), exact.buffers()):
+        assert_close(buffer, expected_buffer.double(), x.dtype)
+    if gradients:
+        assert actual.grad_fn is not None
+        grad = torch.randn(reference.shape, dtype=torch.float64, device=x.device)
+        reference.backward(grad)
+        actual.backward(grad.to(actual.dtype))
+        assert_same_gradient(inputs[2], inputs[0])
+        for p, q in zip(triton_layer.parameters(), exact.parameters()):
+            assert_same_gradient(p, q)
+
+
+def assert_same_gradient(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Up to the tolerance of `actual`'s type, relative to the largest element: gradients are sums of many terms."""
+    largest = max([1.0, *expected.grad.abs().flatten().tolist()])
+    tolerance = 10 * largest * TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.grad.double(), expected.grad, rtol=0, atol=tolerance)

@@ -1,0 +1,141 @@
+import pytest
+import torch
+from compare import DEVICE, DTYPES, assert_close, assert_same_layer, image
+from torch import nn
+
+import tritonnn
+
+CASES = {
+    "3x3": (dict(in_channels=16, out_channels=24, kernel_size=3), (2, 16, 7, 9)),
+    "1x1": (dict(in_channels=17, out_channels=33, kernel_size=1), (2, 17, 5, 6)),
+    "stride 2, padding 1": (dict(in_channels=32, out_channels=16, kernel_size=3, stride=2, padding=1), (2, 32, 8, 8)),
+    "downsampling 1x1": (dict(in_channels=16, out_channels=32, kernel_size=1, stride=2, bias=False), (2, 16, 8, 8)),
+    "no bias": (dict(in_channels=16, out_channels=16, kernel_size=3, bias=False), (1, 16, 5, 5)),
+    "every number of a pair": (
+        dict(in_channels=18, out_channels=5, kernel_size=(2, 5), stride=(1, 3), padding=(2, 1), dilation=(2, 1)),
+        (3, 18, 9, 13),
+    ),
+    "3 channels, 7x7": (dict(in_channels=3, out_channels=20, kernel_size=7, stride=2, padding=3), (2, 3, 17, 16)),
+    "1 channel": (dict(in_channels=1, out_channels=4, kernel_size=3, padding=1), (2, 1, 6, 6)),
+    "same": (dict(in_channels=16, out_channels=8, kernel_size=3, padding="same", dilation=2), (2, 16, 7, 8)),
+    "same, even kernel": (dict(in_channels=16, out_channels=8, kernel_size=(2, 4), padding="same"), (2, 16, 7, 8)),
+    "valid": (dict(in_channels=16, out_channels=8, kernel_size=3, padding="valid"), (2, 16, 7, 8)),
+    "reflect": (dict(in_channels=16, out_channels=8, kernel_size=3, padding=2, padding_mode="reflect"), (2, 16, 7, 8)),
+    "replicate": (
+        dict(in_channels=4, out_channels=8, kernel_size=3, padding=1, padding_mode="replicate"),
+        (2, 4, 5, 6),
+    ),
+    "circular, same": (
+        dict(in_channels=4, out_channels=8, kernel_size=4, padding="same", padding_mode="circular"),
+        (2, 4, 7, 8),
+    ),
+    "groups": (dict(in_channels=32, out_channels=48, kernel_size=3, padding=1, groups=2), (2, 32, 6, 7)),
+    "small groups": (dict(in_channels=12, out_channels=8, kernel_size=3, padding=1, groups=4), (2, 12, 6, 7)),
+    "depthwise": (dict(in_channels=24, out_channels=24, kernel_size=3, padding=1, groups=24), (2, 24, 6, 7)),
+    "depthwise, two filters a channel": (
+        dict(in_channels=12, out_channels=24, kernel_size=3, stride=2, dilation=2, padding=2, groups=12),
+        (2, 12, 9, 9),
+    ),
+    "unbatched": (dict(in_channels=16, out_channels=8, kernel_size=3), (16, 6, 7)),
+    "more channels than a block": (dict(in_channels=200, out_channels=150, kernel_size=3, padding=1), (2, 200, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES)
+def test_arguments(case, channels_last):
+    arguments, shape = CASES[case]
+    assert_same_layer(nn.Conv2d(**arguments), image(*shape, channels_last=channels_last and len(shape) == 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["3x3", "3 channels, 7x7", "groups", "depthwise"])
+def test_types(case, dtype):
+    arguments, shape = CASES[case]
+    assert_same_layer(nn.Conv2d(**arguments), image(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "make",
+    {
+        "slice": lambda: image(2, 20, 9, 9)[:, 2:18, ::2, 1:8],
+        "transposed": lambda: image(2, 16, 9, 7).transpose(2, 3),
+        "expanded": lambda: image(1, 16, 6, 1).expand(3, 16, 6, 6),
+        "one pixel": lambda: image(2, 16, 3, 3)[:, :, 1:2, 1:2],
+    }.values(),
+    ids=["slice", "transposed", "expanded", "one pixel"],
+)
+def test_any_strides(make):
+    assert_same_layer(nn.Conv2d(16, 8, 1), make())
+
+
+def test_channels_last_weight_gives_channels_last_output():
+    layer = nn.Conv2d(16, 8, 3).to(memory_format=torch.channels_last)
+    assert_same_layer(layer, image(2, 16, 6, 6))
+
+
+def test_empty_batch():
+    assert_same_layer(nn.Conv2d(16, 8, 3), image(0, 16, 6, 6))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(2, 15, 6, 6), torch.zeros(2, 16, 2, 2), torch.zeros(16), torch.zeros(2, 16, 0, 6)],
+    ids=["wrong channels", "kernel larger than image", "one dimension", "no rows"],
+)
+def test_errors_are_pytorchs(x):
+    layer = nn.Conv2d(16, 8, 3).to(DEVICE)
+    with pytest.raises(RuntimeError) as expected:
+        layer(x.to(DEVICE))
+    tritonnn.swap(layer)
+    with pytest.raises(RuntimeError) as actual:
+        layer(x.to(DEVICE))
+    assert str(actual.value) == str(expected.value)
+    assert not layer.fallbacks
+
+
+def test_type_without_a_kernel_falls_back_and_is_counted():
+    layer = nn.Conv2d(4, 4, 1, dtype=torch.complex64, device=DEVICE)
+    x = torch.randn(1, 4, 2, 2, dtype=torch.complex64, device=DEVICE)
+    expected = layer(x)
+    tritonnn.swap(layer)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.fallbacks == {"dtype torch.complex64": 1}
+    layer.strict = True
+    with pytest.raises(RuntimeError, match="TritonConv2d.*no kernel.*complex64"):
+        layer(x)
+
+
+def test_padding_meets_infinite_weight():
+    layer = nn.Conv2d(16, 8, 3, padding=1)
+    with torch.no_grad():
+        layer.weight[0, 0, 0, 0] = torch.inf
+    x = image(1, 16, 4, 4)
+    y = tritonnn.TritonConv2d(16, 8, 3, padding=1).to(DEVICE)
+    y.load_state_dict(layer.state_dict())
+    assert torch.equal(y(x).isnan(), layer.to(DEVICE)(x).isnan())
+    assert y(x).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    layer = nn.Conv2d(16, 8, 3).to(DEVICE)
+    x = image(2, 16, 5, 5)
+    with torch.autocast(DEVICE.type, dtype):
+        expected = layer(x)
+        tritonnn.swap(layer)
+        actual = layer(x)
+    assert actual.dtype == expected.dtype == dtype
+    assert_close(actual, expected.double(), dtype)
+    with torch.autocast(DEVICE.type, dtype):
+        assert layer.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.gpu
+def test_image_larger_than_int32_offsets():
+    layer = nn.Conv2d(8, 8, 1, bias=False, device="cuda", dtype=torch.float16)
+    x = torch.zeros(1, 8, 16400, 16400, device="cuda", dtype=torch.float16)  # 2^31 elements and more
+    x[:, :, -1, -1] = 1
+    expected = layer(x[:, :, -1:, -1:])
+    tritonnn.swap(layer, strict=True)
+    torch.testing.assert_close(layer(x)[:, :, -1:, -1:], expected)

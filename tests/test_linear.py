@@ -1,0 +1,52 @@
+import pytest
+import torch
+from compare import DEVICE, DTYPES, assert_close, assert_same_layer, image
+from torch import nn
+
+import tritonnn
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_types(dtype, bias):
+    assert_same_layer(nn.Linear(40, 10, bias=bias), image(6, 40, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "shape", [(40,), (1, 40), (2, 3, 40), (2, 3, 2, 2, 40), (0, 40), (2, 0, 40)], ids=lambda s: "x".join(map(str, s))
+)
+def test_leading_dimensions(shape):
+    assert_same_layer(nn.Linear(40, 10), image(*shape))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1500, 7), (7, 1500), (0, 3)], ids=str)
+def test_sizes(sizes):
+    assert_same_layer(nn.Linear(*sizes), image(5, sizes[0]), gradients=min(sizes) > 0)
+
+
+def test_any_strides():
+    assert_same_layer(nn.Linear(20, 10), image(40, 6).t()[:, ::2])
+    assert_same_layer(nn.Linear(20, 10), image(1, 20).expand(4, 20))
+
+
+def test_error_is_pytorchs():
+    layer = nn.Linear(8, 4).to(DEVICE)
+    x = image(2, 9)
+    with pytest.raises(RuntimeError) as expected:
+        layer(x)
+    tritonnn.swap(layer)
+    with pytest.raises(RuntimeError) as actual:
+        layer(x)
+    assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    layer = nn.Linear(40, 10).to(DEVICE)
+    x = image(4, 40)
+    with torch.autocast(DEVICE.type, dtype):
+        expected = layer(x)
+        tritonnn.swap(layer)
+        actual = layer(x)
+    assert actual.dtype == expected.dtype == dtype
+    assert_close(actual, expected.double(), dtype)

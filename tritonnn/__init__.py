@@ -1,0 +1,25 @@
+"""PyTorch's CNN layers on Triton kernels: swap them in, prove that nothing changed but the speed."""
+
+from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
+from .layers.batch_norm2d import TritonBatchNorm2d
+from .layers.conv2d import TritonConv2d
+from .layers.linear import TritonLinear
+from .layers.max_pool2d import TritonMaxPool2d
+from .layers.relu import TritonReLU
+from .swap import KINDS, SwapReport, kind_of, restore, swap, swapped
+
+__all__ = [
+    "KINDS",
+    "SwapReport",
+    "TritonAdaptiveAvgPool2d",
+    "TritonAvgPool2d",
+    "TritonBatchNorm2d",
+    "TritonConv2d",
+    "TritonLinear",
+    "TritonMaxPool2d",
+    "TritonReLU",
+    "kind_of",
+    "restore",
+    "swap",
+    "swapped",
+]

@@ -1,0 +1,1 @@
+"""One file an operation: its Triton kernels, the function that launches them, and its registration with PyTorch."""

@@ -1,0 +1,45 @@
+"""Arithmetic that every kernel shares: accumulator types, the matrix product, rounding on the way out."""
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The type a kernel computes in: float32 for 16-bit floats, otherwise the type itself."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return tl.float32
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def index_type(extent: int) -> tl.dtype:
+    """The type that counts `extent` pixels: int32, whose division is much the faster, unless it would overflow."""
+    return tl.int32 if extent < 2**31 else tl.int64
+
+
+@triton.jit
+def round_to_tf32(x):
+    """The nearest TF32 value, ties away from zero. Left to itself the tensor core truncates, which is biased."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """acc + a @ b, in the type of acc; INPUT_PRECISION is `tl.dot`'s and matters to float32 operands only."""
+    if INTERPRET:  # its products of 16-bit operands are wrong (bf16) or slow (fp16)
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """x as DTYPE, to nearest even. The interpreter truncates float32 to bfloat16, so there it is rounded by hand."""
+    if INTERPRET:
+        if DTYPE == tl.bfloat16:
+            bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            x = tl.where(x == x, rounded, x)
+    return x.to(DTYPE)

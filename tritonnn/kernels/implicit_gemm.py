@@ -1,0 +1,190 @@
+"""Convolution as a matrix product whose left operand is gathered from the image, never written out (no im2col matrix).
+
+    y[n, k, p, q] = bias[k] + sum over r, s, c of x[n, c, p*stride + r*dilation - padding, ...] * weight[k, r, s, c]
+
+As a GEMM: M = N*P*Q output pixels, N = K output channels, K = R*S*C the filter. Any strides of x, any filter, padding,
+dilation and groups. A linear layer is the same with one pixel an image and a 1x1 filter.
+
+The size of the image is no constexpr: one compiled kernel serves all sizes, and where LLVM knew the range of a pixel's
+coordinates it narrowed them to pairs of 16-bit integers, which gave wrong masks on an H200 (triton 3.6).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .arithmetic import accumulator, dot, index_type, round_to, round_to_tf32
+from .block_sizes import gemm_blocks
+
+
+@triton.jit
+def implicit_gemm_forward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    H,
+    W,
+    PIXELS,
+    Q,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    y_stride_n,
+    y_stride_k,
+    y_stride_pixel,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPAN_TAPS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns BLOCK_M of M = N * PIXELS output pixels x BLOCK_N output channels of one group; PIXELS = P * Q.
+
+    C and K count the channels of a group; weight is [groups * K, R, S, C], contiguous. A block of the reduction lies
+    within one filter tap, whose mask and address are then a column each; with SPAN_TAPS (few channels) it runs over
+    the whole filter.
+    """
+    BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = (R * S * C + BLOCK_K - 1) // BLOCK_K if SPAN_TAPS else R * S * BLOCKS_C
+    EVEN_K: tl.constexpr = R * S * C % BLOCK_K == 0 if SPAN_TAPS else C % BLOCK_K == 0
+
+    # Programs that run together share GROUP_M blocks of pixels, so that these and the weights are read from L2.
+    blocks_m = (M + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    group = pid // (blocks_m * BLOCKS_N)
+    pid = pid % (blocks_m * BLOCKS_N)
+    first_m = pid // (GROUP_M * BLOCKS_N) * GROUP_M
+    rows = tl.minimum(blocks_m - first_m, GROUP_M)
+    pid_m = first_m + pid % (GROUP_M * BLOCKS_N) % rows
+    pid_n = pid % (GROUP_M * BLOCKS_N) // rows
+
+    offs_m = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    mask_m = offs_m < M
+    n = tl.minimum(offs_m // PIXELS, (M - 1) // PIXELS).to(tl.int64)  # past the end: the last image again, not stored
+    pixel = offs_m % PIXELS
+    h_first = (pixel // Q * STRIDE_H - PADDING_H)[:, None]  # [BLOCK_M, 1]
+    w_first = (pixel % Q * STRIDE_W - PADDING_W)[:, None]
+    group = group.to(tl.int64)
+    x_ptrs = x_ptr + group * C * x_stride_c + (n * x_stride_n)[:, None]
+    x_ptrs += h_first.to(tl.int64) * x_stride_h + w_first.to(tl.int64) * x_stride_w
+
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    mask_n = offs_n < K
+    channel = group * K + offs_n
+    weight_ptrs = weight_ptr + (channel * (R * S * C))[None, :]
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
+    for step in range(STEPS):
+        if SPAN_TAPS:
+            offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+            c = offs_k % C
+            r = (offs_k // C // S * DILATION_H)[None, :]
+            s = (offs_k // C % S * DILATION_W)[None, :]
+            mask_k = offs_k < R * S * C
+        else:
+            tap = step // BLOCKS_C
+            c = step % BLOCKS_C * BLOCK_K + tl.arange(0, BLOCK_K)
+            r = tap // S * DILATION_H
+            s = tap % S * DILATION_W
+            offs_k = tap * C + c
+            mask_k = c < C
+        mask_x = mask_k[None, :]
+        mask_weight = mask_n[None, :]
+        if not EVEN_K:
+            mask_weight = mask_weight & mask_k[:, None]
+        if PADDING_H > 0 or PADDING_W > 0:
+            h = h_first + r  # [BLOCK_M, 1], with SPAN_TAPS [BLOCK_M, BLOCK_K]
+            w = w_first + s
+            mask_x = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            if not EVEN_K:
+                mask_x = mask_x & mask_k[None, :]
+        offs_x = tl.cast(r, tl.int64) * x_stride_h + tl.cast(s, tl.int64) * x_stride_w
+        x = tl.load(x_ptrs + (offs_x + (c.to(tl.int64) * x_stride_c)[None, :]), mask=mask_x, other=0.0)
+        weight = tl.load(weight_ptrs + offs_k[:, None], mask=mask_weight, other=0.0)
+        if ROUND_X:
+            x = round_to_tf32(x)
+        acc = dot(x, weight, acc, INPUT_PRECISION)
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
+    y_ptrs = y_ptr + (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (channel * y_stride_k)[None, :]
+    tl.store(y_ptrs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def spans_taps(channels: int, taps: int) -> bool:
+    """Whether a filter has too few channels to give each of its taps a block of the reduction."""
+    return channels < 16 and taps > 1
+
+
+def implicit_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    y_strides: tuple[int, int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    input_precision: str,
+    round_x: bool,
+) -> None:
+    """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and weight [K, R, S, C / groups], contiguous.
+
+    `y_strides` are the image, channel and pixel strides of y. For a product in TF32 weight has been rounded to it, and
+    so has x, unless `round_x` asks for it here.
+    """
+    N, C, H, W = x.shape
+    K, P, Q = y.shape[1:]
+    R, S = weight.shape[1:3]
+    C, K, M = C // groups, K // groups, N * P * Q
+    span_taps = spans_taps(C, R * S)
+    blocks = gemm_blocks(M, K, R * S * C if span_taps else C, x.element_size(), input_precision)
+    grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(K, blocks.BLOCK_N) * groups,)
+    implicit_gemm_forward_kernel[grid](
+        x,
+        weight,
+        bias,
+        y,
+        M,
+        H,
+        W,
+        P * Q,
+        Q,
+        *x.stride(),
+        *y_strides,
+        C,
+        K,
+        R,
+        S,
+        *stride,
+        *padding,
+        *dilation,
+        HAS_BIAS=bias is not None,
+        SPAN_TAPS=span_taps,
+        INPUT_PRECISION=input_precision,
+        ROUND_X=round_x,
+        ACC=accumulator(x.dtype),
+        INDEX=index_type(M + blocks.BLOCK_M),
+        GROUP_M=8,
+        **blocks._asdict(),
+    )

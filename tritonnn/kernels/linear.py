@@ -1,0 +1,50 @@
+"""Linear layer forward: y[m, k] = bias[k] + sum over c of x[m, c] * weight[k, c].
+
+x: [M, C], any strides; weight: [K, C]; y: [M, K], contiguous. Runs the convolution's main loop: a row is an image of
+one pixel, the weight a 1x1 filter.
+"""
+
+import torch
+
+from ..precision import matmul_input_precision
+from .channels_last import channels_last
+from .implicit_gemm import implicit_gemm
+from .operator import register
+
+
+def _output(x, weight, bias) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _launch(x, weight, bias) -> torch.Tensor:
+    y = _output(x, weight, bias)
+    if y.numel() == 0:
+        return y
+    K, C = weight.shape
+    input_precision = matmul_input_precision(x, C)
+    tf32 = input_precision == "tf32"
+    packed = channels_last(weight[:, :, None, None], tf32)
+    bias = None if bias is None else bias.contiguous()
+    x, rows = x[:, :, None, None], y[:, :, None, None]
+    implicit_gemm(x, packed, bias, rows, (K, 1, 1), (1, 1), (0, 0), (1, 1), 1, input_precision, tf32)
+    return y
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad_y):
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    return (
+        grad_y @ weight if needs_x else None,
+        grad_y.T @ x if needs_weight else None,
+        grad_y.sum(0) if needs_bias else None,
+    )
+
+
+linear = register(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _launch, _output, _setup_context, _backward
+)

@@ -1,0 +1,33 @@
+"""Where PyTorch puts the output: contiguous (NCHW) or channels_last (NHWC)."""
+
+import torch
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """True where PyTorch's `suggest_memory_format` answers channels_last: strides ordered N, H, W, C.
+
+    A tensor that fits both formats (one channel, or one pixel) counts as contiguous unless its strides say otherwise.
+    """
+    if x.dim() != 4:
+        return False
+    size, stride = x.shape, x.stride()
+    least = 0
+    if stride[1] == 0:
+        return False
+    for d in (1, 3, 2, 0):
+        if size[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * max(size[d], 1)
+    return True
+
+
+def empty_image(shape: tuple[int, int, int, int], like: torch.Tensor, channels_last: bool, dtype=None) -> torch.Tensor:
+    """An uninitialised [N, C, H, W] tensor on the device and, unless `dtype` says otherwise, of the type of `like`."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+
+
+def pixel_strides(y: torch.Tensor, channels_last: bool) -> tuple[int, int, int]:
+    """(image, channel, pixel) strides of a dense [N, C, H, W] tensor, its H*W pixels taken as one dimension."""
+    _, C, H, W = y.shape
+    return (C * H * W, 1, C) if channels_last else (C * H * W, H * W, 1)

@@ -1,0 +1,49 @@
+"""ReLU: y = max(x, 0), element-wise; NaN stays NaN. Any shape; y has the strides of a dense x."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .arithmetic import accumulator
+from .block_sizes import elementwise_block
+from .operator import register
+
+
+@triton.jit
+def relu_forward_kernel(x_ptr, y_ptr, numel, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """One program owns BLOCK consecutive elements in memory."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    x = tl.load(x_ptr + offs, mask=mask).to(ACC)
+    tl.store(y_ptr + offs, tl.maximum(x, 0, propagate_nan=tl.PropagateNan.ALL).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _run(x: torch.Tensor, y: torch.Tensor) -> None:
+    if x.numel() > 0:
+        block = elementwise_block(x.numel())
+        relu_forward_kernel[(triton.cdiv(x.numel(), block),)](x, y, x.numel(), ACC=accumulator(x.dtype), BLOCK=block)
+
+
+def _launch(x) -> torch.Tensor:
+    y = torch.empty_like(x)
+    if y.stride() != x.stride():  # x has gaps or repeats: a dense copy, then in place
+        x = y.copy_(x)
+    _run(x, y)
+    return y
+
+
+def _launch_in_place(x) -> None:
+    _run(x, x)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx, grad_y):
+    (y,) = ctx.saved_tensors
+    return torch.ops.aten.threshold_backward(grad_y, y, 0)
+
+
+relu = register("relu(Tensor x) -> Tensor", _launch, torch.empty_like, _setup_context, _backward)
+relu_ = register("relu_(Tensor(a!) x) -> ()", _launch_in_place, lambda x: None)

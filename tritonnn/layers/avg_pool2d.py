@@ -1,0 +1,54 @@
+"""torch.nn.AvgPool2d and torch.nn.AdaptiveAvgPool2d on Triton."""
+
+import torch
+from torch import nn
+from torch.nn.modules.utils import _pair
+
+from ..kernels.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
+from .layer import TritonLayer, batched, reason_to_fall_back_image
+from .max_pool2d import windows_fit
+
+
+class TritonAvgPool2d(TritonLayer, nn.AvgPool2d):
+    """`torch.nn.AvgPool2d` with a Triton kernel: the same arguments, results and errors; sums in float32.
+
+    Shapes: [N, C, H, W] or [C, H, W] to [N, C, P, Q] or [C, P, Q]; floating-point types. Falls back to PyTorch for
+    others. https://docs.pytorch.org/docs/stable/generated/torch.nn.AvgPool2d.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        kernel_size, stride, padding = _pair(self.kernel_size), _pair(self.stride), _pair(self.padding)
+        reason = reason_to_fall_back_image(input)
+        if reason is None and not windows_fit(input, kernel_size, stride, padding, (1, 1), self.ceil_mode):
+            reason = "no window fits"
+        if reason is None and self.divisor_override == 0:
+            reason = "divisor_override 0"
+        if reason is not None:
+            return self._fall_back(reason, super().forward, input)
+        x = input if input.dim() == 4 else input.contiguous()
+        arguments = (self.ceil_mode, self.count_include_pad, self.divisor_override)
+        return batched(avg_pool2d, x, kernel_size, stride, padding, *arguments)
+
+
+class TritonAdaptiveAvgPool2d(TritonLayer, nn.AdaptiveAvgPool2d):
+    """`torch.nn.AdaptiveAvgPool2d` with a Triton kernel: the same arguments, results and errors; sums in float32.
+
+    Shapes: [N, C, H, W] or [C, H, W] to [N, C, *output_size] or [C, *output_size]; floating-point types. Falls back to
+    PyTorch for others. https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveAvgPool2d.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        reason = reason_to_fall_back_image(input)
+        if reason is None and 0 in input.shape[-2:]:
+            reason = "empty image"
+        output_size = self._resolved_output_size(input)
+        if reason is None and any(size < 0 for size in output_size):
+            reason = "negative output size"
+        if reason is not None:
+            return self._fall_back(reason, super().forward, input)
+        x = input if input.dim() == 4 else input.contiguous()
+        return batched(adaptive_avg_pool2d, x, output_size)
+
+    def _resolved_output_size(self, x: torch.Tensor) -> list[int]:
+        """output_size with None replaced by the size of x."""
+        return [n if m is None else m for n, m in zip(x.shape[-2:], _pair(self.output_size))]

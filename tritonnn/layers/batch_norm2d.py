@@ -1,0 +1,58 @@
+"""torch.nn.BatchNorm2d on Triton."""
+
+import torch
+from torch import nn
+
+from ..kernels.batch_norm2d import batch_norm2d_inference, batch_norm2d_training, batch_norm2d_update_
+from .layer import TritonLayer, reason_to_fall_back_image
+
+
+class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` with Triton kernels, training and eval: the same arguments, state_dict and results.
+
+    Shape: [N, C, H, W], kept; floating-point types, the parameters in that of the input or in float32. Falls back to
+    PyTorch for other types. https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self._check_input_dim(input)
+        if input.numel() == 0:  # nothing to compute, and PyTorch's formulas for the gradient do not expect it
+            return super().forward(input)
+        from_batch = self.training or (self.running_mean is None and self.running_var is None)
+        reason = self._reason_to_fall_back(input, from_batch)
+        if reason is not None:
+            return self._fall_back(reason, super().forward, input)
+        if not from_batch:
+            return batch_norm2d_inference(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+        y, mean, var = batch_norm2d_training(input, self.weight, self.bias, self.eps)
+        if self.training and self.track_running_stats:
+            self._update_running_statistics(mean, var, input.numel() // input.shape[1])
+        return y
+
+    def _update_running_statistics(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if momentum is None:  # cumulative average
+            momentum = 1.0 / float(self.num_batches_tracked) if self.num_batches_tracked is not None else 0.0
+        if self.running_mean is not None:
+            batch_norm2d_update_(mean, var, self.running_mean, self.running_var, momentum, count)
+            torch.autograd.graph.increment_version((self.running_mean, self.running_var))
+
+    def _reason_to_fall_back(self, x: torch.Tensor, from_batch: bool) -> str | None:
+        tensors = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
+        reason = reason_to_fall_back_image(x, *tensors)
+        if reason is not None:
+            return reason
+        if any(t.numel() != x.shape[1] for t in tensors):
+            return f"{x.shape[1]} channels"
+        if any(
+            t.dtype not in (x.dtype, torch.float32) or (x.dtype == torch.float64) != (t.dtype == torch.float64)
+            for t in tensors
+        ):
+            return "input and parameters of several types"
+        if (self.running_mean is None) != (self.running_var is None):
+            return "one of two running statistics"
+        if from_batch and x.numel() // max(x.shape[1], 1) <= 1:
+            return "no more than one value per channel"
+        return None

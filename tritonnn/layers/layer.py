@@ -1,0 +1,55 @@
+"""What every Triton layer has in common: which inputs its kernel takes, and PyTorch's own op for the others."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class TritonLayer:
+    """Mixed into a torch.nn class. `strict`: an error where the layer would fall back to PyTorch's op.
+
+    `fallbacks` counts the calls that did, by reason.
+    """
+
+    strict: bool = False
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        return self.__dict__.setdefault("_fallbacks", Counter())
+
+    def _fall_back(self, reason: str, op: Callable, *args) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """op(*args), PyTorch's own, which also raises PyTorch's own error where the input is at fault."""
+        y = op(*args)
+        if self.strict:
+            raise RuntimeError(f"{type(self).__name__}(strict=True) has no kernel for this call: {reason}")
+        self.fallbacks[reason] += 1
+        return y
+
+
+def reason_to_fall_back(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:
+    """Why no kernel takes these tensors, or None: strided tensors of one device, x of a floating-point type."""
+    if x.layout != torch.strided:
+        return f"layout {x.layout}"
+    if x.dtype not in FLOATING_POINT:
+        return f"dtype {x.dtype}"
+    if any(p is not None and p.device != x.device for p in parameters):
+        return "tensors on several devices"
+    return None
+
+
+def reason_to_fall_back_image(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:
+    """The same for an image, batched [N, C, H, W] or not [C, H, W]."""
+    if x.dim() not in (3, 4):
+        return f"{x.dim()} dimensions"
+    return reason_to_fall_back(x, *parameters)
+
+
+def batched(op: Callable, x: torch.Tensor, *args) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """op on [N, C, H, W], for x of that shape or [C, H, W]."""
+    if x.dim() == 4:
+        return op(x, *args)
+    y = op(x.unsqueeze(0), *args)
+    return y.squeeze(0) if isinstance(y, torch.Tensor) else tuple(t.squeeze(0) for t in y)

@@ -1,0 +1,49 @@
+"""torch.nn.MaxPool2d on Triton."""
+
+import torch
+from torch import nn
+from torch.nn.modules.utils import _pair
+
+from ..kernels.max_pool2d import max_pool2d, output_size
+from .layer import TritonLayer, batched, reason_to_fall_back_image
+
+
+class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
+    """`torch.nn.MaxPool2d` with a Triton kernel: the same arguments, results, indices and errors; NaN wins.
+
+    Shapes: [N, C, H, W] or [C, H, W] to [N, C, P, Q] or [C, P, Q]; floating-point types. Falls back to PyTorch for
+    others. https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        kernel_size, padding, dilation = _pair(self.kernel_size), _pair(self.padding), _pair(self.dilation)
+        stride = _pair(self.stride)
+        reason = reason_to_fall_back_image(input)
+        if reason is None and not windows_fit(input, kernel_size, stride, padding, dilation, self.ceil_mode):
+            reason = "no window fits"
+        if reason is not None:
+            return self._fall_back(reason, super().forward, input)
+        x = input if input.dim() == 4 else input.contiguous()
+        wants_indices = self.return_indices or (torch.is_grad_enabled() and x.requires_grad)
+        y, indices = batched(max_pool2d, x, kernel_size, stride, padding, dilation, self.ceil_mode, wants_indices)
+        return (y, indices) if self.return_indices else y
+
+
+def windows_fit(
+    x: torch.Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+) -> bool:
+    """Whether PyTorch pools an image [(N,) C, H, W] so: all sizes at least 1, padding at most half a window."""
+    return all(
+        size > 0
+        and k > 0
+        and s > 0
+        and d > 0
+        and 0 <= 2 * p <= d * (k - 1) + 1
+        and output_size(size, k, s, p, d, ceil_mode) > 0
+        for size, k, s, p, d in zip(x.shape[-2:], kernel_size, stride, padding, dilation)
+    )

@@ -1,0 +1,41 @@
+"""torch.nn.ReLU on Triton."""
+
+import torch
+from torch import nn
+
+from ..kernels.relu import relu, relu_
+from .layer import FLOATING_POINT, TritonLayer
+
+SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class TritonReLU(TritonLayer, nn.ReLU):
+    """`torch.nn.ReLU` with a Triton kernel: the same arguments, results and errors; NaN stays NaN.
+
+    Any shape; floating-point and integer types. With `inplace`, where autograd records the input, or its memory has
+    gaps or repeats, the result is computed beside it and copied back.
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU.html
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.layout != torch.strided or input.dtype not in SUPPORTED:
+            return self._fall_back(f"layout {input.layout}, dtype {input.dtype}", super().forward, input)
+        if not self.inplace:
+            return relu(input)
+        recorded = torch.is_grad_enabled() and input.requires_grad
+        if recorded or not _is_dense(input):
+            return input.copy_(relu(input))
+        relu_(input)
+        if not input.is_inference():
+            torch.autograd.graph.increment_version(input)
+        return input
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether the elements of x fill one stretch of memory, each once, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1):
+        if stride != expected:
+            return x.numel() == 0
+        expected *= size
+    return True

@@ -1,0 +1,46 @@
+"""The one place that decides how precise a product is: PyTorch's own switches, autocast included.
+
+PyTorch has two switches for TF32, one for convolutions (on by default) and one for matrix products (off):
+https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
+"""
+
+import torch
+
+SHORT_REDUCTION = 256
+
+
+def _input_precision(x: torch.Tensor, reduction: int, allow_tf32: bool) -> str:
+    """`tl.dot`'s input_precision for operands like x and sums of `reduction` products; it matters to float32 only.
+
+    Strict float32 on NVIDIA's tensor cores is three TF32 products (of the leading and the trailing bits): on an H200
+    a third of the error and half the time of cuDNN's float32. Short sums wait for memory rather than for the tensor
+    cores, and cuDNN often computes them in float32 although TF32 is allowed: they never use it here.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip:
+        return "ieee"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "ieee"
+    return "tf32" if allow_tf32 and reduction > SHORT_REDUCTION else "tf32x3"
+
+
+def convolution_input_precision(x: torch.Tensor, reduction: int) -> str:
+    """For a convolution of x with filters of `reduction` weights, as `torch.backends.cudnn` says."""
+    return _input_precision(x, reduction, torch.backends.cudnn.conv.fp32_precision == "tf32")
+
+
+def matmul_input_precision(x: torch.Tensor, reduction: int) -> str:
+    """For a matrix product of x along `reduction` elements, as `torch.backends.cuda.matmul` says."""
+    return _input_precision(x, reduction, torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
+        return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+
+    return tuple(cast(t) for t in (x, *others))

@@ -1,0 +1,130 @@
+"""Which torch.nn layers become which Triton layers: swap, restore and the report.
+
+A swap changes the class of a module, nothing else: the module keeps its identity, parameters, buffers and hooks, so
+that checkpoints, optimizers and other references to it do not notice.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
+from .layers.batch_norm2d import TritonBatchNorm2d
+from .layers.conv2d import TritonConv2d
+from .layers.layer import TritonLayer
+from .layers.linear import TritonLinear
+from .layers.max_pool2d import TritonMaxPool2d
+from .layers.relu import TritonReLU
+
+LAYERS: dict[str, dict[type[nn.Module], type[TritonLayer]]] = {
+    "avg_pool2d": {nn.AvgPool2d: TritonAvgPool2d, nn.AdaptiveAvgPool2d: TritonAdaptiveAvgPool2d},
+    "batch_norm2d": {nn.BatchNorm2d: TritonBatchNorm2d},
+    "conv2d": {nn.Conv2d: TritonConv2d},
+    "linear": {nn.Linear: TritonLinear},
+    "max_pool2d": {nn.MaxPool2d: TritonMaxPool2d},
+    "relu": {nn.ReLU: TritonReLU},
+}
+KINDS: tuple[str, ...] = tuple(LAYERS)
+
+_TRITON = {torch_class: triton_class for pairs in LAYERS.values() for torch_class, triton_class in pairs.items()}
+_TORCH = {triton_class: torch_class for torch_class, triton_class in _TRITON.items()}
+_KIND = {cls: kind for kind, pairs in LAYERS.items() for pair in pairs.items() for cls in pair}
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a layer that has a Triton version, or is one; None for any other module, subclasses included."""
+    return _KIND.get(type(module))
+
+
+@dataclass
+class SwapReport:
+    """What a swap did: layers by their names in the model, in its order."""
+
+    modules: dict[str, nn.Module] = field(repr=False)
+    swapped: dict[str, str]
+    """Name to kind."""
+    stayed: dict[str, str]
+    """Name of a layer that stayed PyTorch to the reason."""
+
+    @property
+    def fallbacks(self) -> dict[str, dict[str, int]]:
+        """Name to reason to the number of calls, so far, in which a swapped layer ran PyTorch's own op."""
+        return {name: dict(m.fallbacks) for name, m in self.modules.items() if getattr(m, "fallbacks", None)}
+
+    def __str__(self) -> str:
+        kinds = list(self.swapped.values())
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
+        lines = [f"swapped to Triton: {counts or 'nothing'}"]
+        lines += [f"stayed PyTorch: {name or '(the model)'}: {reason}" for name, reason in self.stayed.items()]
+        for name, reasons in self.fallbacks.items():
+            lines += [
+                f"fell back to PyTorch: {name or '(the model)'}: {reason} ({n} calls)" for reason, n in reasons.items()
+            ]
+        return "\n".join(lines)
+
+
+def _requested_kinds(layers: str | Sequence[str]) -> set[str]:
+    requested = [layers] if isinstance(layers, str) else list(layers)
+    for kind in requested:
+        if kind not in (*KINDS, "all"):
+            raise ValueError(f"unknown layer kind {kind!r}: choose from {', '.join(KINDS)}, all")
+    return set(KINDS) if "all" in requested else set(requested)
+
+
+def _reason_to_stay(module: nn.Module, requested: set[str]) -> str:
+    kind = kind_of(module)
+    if kind is not None:
+        return f"{kind} was not asked for"
+    base = next((cls for cls in _TRITON if isinstance(module, cls)), None)
+    if base is not None:
+        return f"{type(module).__name__} is a subclass of {base.__name__}, with behaviour of its own"
+    return f"no Triton layer for {type(module).__name__}"
+
+
+def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = False) -> SwapReport:
+    """Turns the PyTorch layers of `model`, itself included, into Triton layers, in place.
+
+    Args:
+        layers: a kind (one of `KINDS`), several, or "all".
+        strict: makes it an error, at the call, where a layer would fall back to PyTorch's own op.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    requested = _requested_kinds(layers)
+    report = SwapReport({}, {}, {})
+    for name, module in model.named_modules():
+        if type(module) in _TRITON and kind_of(module) in requested:
+            module.__class__ = _TRITON[type(module)]
+            module.__dict__.update(_swapped=True, strict=strict)
+            report.modules[name] = module
+            report.swapped[name] = kind_of(module)
+        elif not isinstance(module, TritonLayer) and (not any(module.children()) or isinstance(module, tuple(_TRITON))):
+            report.stayed[name] = _reason_to_stay(module, requested)
+    return report
+
+
+def _restore(module: nn.Module) -> None:
+    if module.__dict__.pop("_swapped", False):
+        module.__class__ = _TORCH[type(module)]
+        for attribute in ("strict", "_fallbacks"):
+            module.__dict__.pop(attribute, None)
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes every `swap` of `model`. Layers that were built as Triton layers stay."""
+    for module in model.modules():
+        _restore(module)
+
+
+@contextmanager
+def swapped(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = False) -> Iterator[SwapReport]:
+    """`swap` for the length of a `with` block; what it swapped is restored on exit and on error."""
+    report = swap(model, layers, strict)
+    try:
+        yield report
+    finally:
+        for module in report.modules.values():
+            _restore(module)
