@@ -1,0 +1,1 @@
+"""The Lightning side: network, data, training and the evaluation callback. Import from the modules themselves."""

@@ -1,0 +1,315 @@
+"""The data modules: CIFAR-10, any folder of images, and scikit-learn's digits.
+
+Batches are (images, labels): normalised float32 [N, 3, S, S] and int64 [N]. Images that fit are decoded once and kept
+in memory as uint8. The validation split comes out of the training set, seeded; the test set is for testing only.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import suggested_max_num_workers
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+from torchvision import datasets
+from torchvision.datasets.folder import default_loader, find_classes
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import v2
+
+from lit_modules.command_line import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEMORY_LIMIT = 2**30  # bytes of a split that is kept in memory unless told otherwise
+
+
+class UnreadableImage(UserError):
+    """An image file that cannot be decoded. The traceback that a DataLoader worker puts before the message is cut."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+def read_image(path: str) -> Image.Image:
+    """The image as RGB; raises UnreadableImage, naming the file."""
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnreadableImage(f"cannot read the image {path}: {error}") from error
+
+
+class Transformed(Dataset):
+    """(transform(image), label) for each (image, label) of a data set."""
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Tensor], Tensor]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.dataset[index]
+        return self.transform(image), label
+
+
+class ImageData(LightningDataModule):
+    """What the data modules share. A subclass sets `num_classes` and writes `load`.
+
+    Args:
+        name: of the folders that training writes to.
+        batch_size: images a batch and device.
+        image_size: S; larger and smaller images are resized to it and cropped at the centre.
+        val_fraction: part of the training set that is held out for validation, more than 0 and less than 1.
+        num_workers: loader processes a device; None takes what the CPU has.
+        in_memory: keep the decoded images; None does if a split takes no more than `MEMORY_LIMIT`.
+        flip: mirror half of the training images.
+        erase: share of the training images in which a random rectangle becomes the mean colour, from 0 to 1.
+
+    Raises:
+        UserError: an argument is out of its range.
+    """
+
+    num_classes: int
+
+    def __init__(
+        self,
+        name: str,
+        batch_size: int,
+        image_size: int,
+        val_fraction: float,
+        num_workers: int | None,
+        in_memory: bool | None,
+        flip: bool,
+        erase: float,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        if image_size < 1:
+            raise UserError(f"image_size must be at least 1, got {image_size}")
+        if not 0 < val_fraction < 1:
+            raise UserError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"num_workers must not be negative, got {num_workers}")
+        if not 0 <= erase <= 1:
+            raise UserError(f"erase must lie between 0 and 1, got {erase}")
+        self.name = name
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.val_fraction = val_fraction
+        self.num_workers = num_workers
+        self.in_memory = in_memory
+        self.decode = v2.Compose([v2.PILToTensor(), v2.Resize(image_size), v2.CenterCrop(image_size)])
+        normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        crop = v2.RandomCrop(image_size, padding=image_size // 8, padding_mode="reflect")
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 * flip), *normalize, v2.RandomErasing(erase)])
+        self.normalize = v2.Compose(normalize)
+        self.save_hyperparameters({"data": type(self).__name__})
+
+    def load(self, train: bool) -> Dataset:
+        """The training or test set: (uint8 [3, S, S], label) pairs."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the training set for the stages "fit" and "validate", the test set for "test", both for None."""
+        if stage in ("fit", "validate", None):
+            dataset = self._kept(self.load(train=True))
+            num_val = max(self._world_size(), round(self.val_fraction * len(dataset)))
+            if num_val >= len(dataset):
+                raise UserError("the training set is too small: no image is left after the validation split")
+            generator = torch.Generator().manual_seed(0)
+            train, val = random_split(dataset, [len(dataset) - num_val, num_val], generator)
+            self.train_set, self.val_set = Transformed(train, self.augment), Transformed(val, self.normalize)
+        if stage in ("test", None):
+            self.test_set = Transformed(self._kept(self.load(train=False)), self.normalize)
+
+    def train_dataloader(self) -> DataLoader:
+        drop_last = len(self.train_set) >= self.batch_size * self._world_size()
+        return self._loader(self.train_set, shuffle=True, drop_last=drop_last)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation_loader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation_loader(self.test_set)
+
+    def _kept(self, dataset: Dataset) -> Dataset:
+        in_memory = self.in_memory
+        if in_memory is None:
+            in_memory = len(dataset) * 3 * self.image_size**2 <= MEMORY_LIMIT
+        if not in_memory or isinstance(dataset, TensorDataset):
+            return dataset
+        images, labels = zip(*DataLoader(dataset, batch_size=256, num_workers=self._workers()), strict=True)
+        return TensorDataset(torch.cat(images), torch.cat(labels))
+
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _workers(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        return suggested_max_num_workers(self.trainer.num_devices if self.trainer else 1)
+
+    def _evaluation_loader(self, dataset: Dataset) -> DataLoader:
+        """Every image once: Lightning's own choice under DDP would repeat some to make the ranks even."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return self._loader(
+            dataset, sampler=UnrepeatedDistributedSampler(dataset, shuffle=False) if distributed else None
+        )
+
+    def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
+        workers = self._workers()
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **arguments,
+        )
+
+
+class CIFAR10(ImageData):
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test images of 32x32, 10 classes. Downloads it if absent.
+
+    Args:
+        root: folder of the archive `cifar-10-python.tar.gz` and of what is unpacked from it.
+        batch_size, image_size, val_fraction, num_workers, in_memory: see `ImageData`.
+
+    Raises:
+        UserError: the archive is absent and cannot be downloaded, or its md5 is wrong.
+    """
+
+    num_classes = 10
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 512,
+        image_size: int = 32,
+        val_fraction: float = 0.02,
+        num_workers: int | None = None,
+        in_memory: bool | None = None,
+    ) -> None:
+        name = "cifar10" if image_size == 32 else f"cifar10_{image_size}"
+        super().__init__(name, batch_size, image_size, val_fraction, num_workers, in_memory, flip=True, erase=0.5)
+        self.save_hyperparameters()
+        self.root = root
+
+    def prepare_data(self) -> None:
+        archive = Path(self.root, datasets.CIFAR10.filename)
+        unpacked = Path(self.root, datasets.CIFAR10.base_folder)
+        if not unpacked.exists() and archive.exists() and not check_integrity(archive, datasets.CIFAR10.tgz_md5):
+            raise UserError(
+                f"{archive} is corrupt: its md5 is not {datasets.CIFAR10.tgz_md5}. Delete it to download it again, "
+                f"or replace it with the file from {datasets.CIFAR10.url}"
+            )
+        try:
+            datasets.CIFAR10(self.root, download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"CIFAR-10 is not in {self.root} and cannot be downloaded ({error}). Place {datasets.CIFAR10.url} at "
+                f"{archive}, or train on the embedded digits: --config configs/digits.yaml"
+            ) from error
+
+    def load(self, train: bool) -> Dataset:
+        return datasets.CIFAR10(self.root, train, transform=self.decode)
+
+
+class ImageFolder(ImageData):
+    """A tree `train/<class>/*` and `test/<class>/*` of image files, as torchvision's ImageFolder reads it.
+
+    Args:
+        root: folder that holds `train/` and `test/`.
+        batch_size, image_size, val_fraction, num_workers, in_memory, flip, erase: see `ImageData`.
+
+    Raises:
+        UserError: a folder is absent, a class has no images, the classes of `test/` are not those of `train/`, or an
+            image cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int = 512,
+        image_size: int = 32,
+        val_fraction: float = 0.02,
+        num_workers: int | None = None,
+        in_memory: bool | None = None,
+        flip: bool = True,
+        erase: float = 0.5,
+    ) -> None:
+        name = Path(root).resolve().name
+        super().__init__(name, batch_size, image_size, val_fraction, num_workers, in_memory, flip, erase)
+        self.save_hyperparameters()
+        self.root = root
+        self.classes = self._classes("train")
+        self.num_classes = len(self.classes)
+        if self._classes("test") != self.classes:
+            raise UserError(f"{root}/test must have the class folders of {root}/train: {', '.join(self.classes)}")
+
+    def _classes(self, split: str) -> list[str]:
+        folder = Path(self.root, split)
+        if not folder.is_dir():
+            raise UserError(f"{self.root} has no folder {split}/: expected {folder}/<class>/<image>")
+        try:
+            return find_classes(folder)[0]
+        except FileNotFoundError:
+            raise UserError(f"{folder} has no class folders: expected {folder}/<class>/<image>") from None
+
+    def load(self, train: bool) -> Dataset:
+        folder = Path(self.root, "train" if train else "test")
+        try:
+            return datasets.ImageFolder(folder, transform=self.decode, loader=read_image)
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: {error}") from None
+
+
+class Digits(ImageData):
+    """scikit-learn's handwritten digits: 1,797 real images inside the package, scaled from 8x8 to 32x32, grey as RGB.
+
+    A fixed, stratified fifth (360 images) is the test set. There is nothing to download.
+
+    Args:
+        batch_size, val_fraction, num_workers: see `ImageData`.
+    """
+
+    num_classes = 10
+
+    def __init__(self, batch_size: int = 512, val_fraction: float = 0.02, num_workers: int | None = None) -> None:
+        super().__init__("digits", batch_size, 32, val_fraction, num_workers, in_memory=True, flip=False, erase=0.0)
+        self.save_hyperparameters()
+
+    def load(self, train: bool) -> Dataset:
+        digits = load_digits()
+        indices = train_test_split(range(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target)
+        chosen = indices[0 if train else 1]
+        images = torch.from_numpy(digits.images[chosen]).unsqueeze(1)  # [N, 1, 8, 8], 0 to 16
+        images = v2.functional.resize((images * (255 / 16)).to(torch.uint8), [self.image_size, self.image_size])
+        return TensorDataset(images.expand(-1, 3, -1, -1), torch.from_numpy(digits.target[chosen]))
+
+
+def data_module_from_checkpoint(checkpoint: dict[str, Any], **overrides: Any) -> ImageData:
+    """The data module that a checkpoint was trained with.
+
+    Args:
+        checkpoint: as loaded with `weights_only=True`.
+        overrides: constructor arguments to replace, such as `batch_size`.
+
+    Raises:
+        UserError: the checkpoint names none of the data modules here, or arguments that the module does not have.
+    """
+    arguments = dict(checkpoint.get(ImageData.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+    known = {cls.__name__: cls for cls in (CIFAR10, ImageFolder, Digits)}
+    name = arguments.pop("data", None)
+    if name not in known:
+        raise UserError(f"the checkpoint's data module must be one of {', '.join(known)}, got {name}")
+    try:
+        return known[name](**arguments | overrides)
+    except TypeError as error:
+        raise UserError(f"the checkpoint's arguments do not fit {name}: {error}") from error
