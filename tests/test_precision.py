@@ -92,5 +92,5 @@ if __name__ == "__main__":  # python tests/test_precision.py: the table of the e
     print("| layer | format | " + " | ".join(MODES) + " |\n|---|---|" + "---|" * len(MODES))
     for layer_name, (_, layer_shape) in LAYERS.items():
         for last in (False, True)[: len(layer_shape) - 2 or 1]:
-            cells = ["%.1e / %.1e" % errors(layer_name, mode, last) for mode in MODES]
+            cells = ["{:.1e} / {:.1e}".format(*errors(layer_name, mode, last)) for mode in MODES]
             print(f"| {layer_name} | {'channels_last' if last else 'contiguous'} | " + " | ".join(cells) + " |")

@@ -1,0 +1,112 @@
+"""Swaps Triton layers into a trained network, proves that nothing changed, and times every layer.
+
+    python evaluate.py --triton-layers all
+
+Ends with 0 if the proof holds, 1 if it does not, 2 on wrong use.
+"""
+
+from lit_modules.command_line import UserError, interpret_triton_without_gpu, user_errors_in_one_line
+
+interpret_triton_without_gpu()
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Trainer
+
+from lit_modules.checkpoint import load_classifier, newest_best
+from lit_modules.data import data_module_from_checkpoint
+from lit_modules.triton_evaluation import TritonEvaluation, check_layers
+from tritonnn import KINDS
+
+Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(
+        prog="evaluate.py", description=__doc__.partition("\n")[0], exit_on_error=False, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "--triton-layers",
+        nargs="+",
+        default=["all"],
+        metavar="LAYERS",
+        help=f"all, none, each, or any of {', '.join(KINDS)}",
+    )
+    add("--ckpt-path", type=Path, help="default: the newest best one below checkpoints/")
+    add("--batch-size", type=PositiveInt, help="default: that of the training")
+    add("--limit-test-batches", type=PositiveInt, help="default: all of the test set")
+    add("--precision", type=Precision, default="32-true", help="as Lightning's Trainer names them")
+    add("--tf32", type=Literal["default", "on", "off"], default="default", help="convolutions and matrix products")
+    add("--channels-last", action="store_true", help="network and images in the channels_last memory format")
+    add("--no-latency", action="store_true", help="only the proof")
+    add("--data-root", type=Path, help="folder of the data set, if it has moved")
+    add("--log-dir", type=Path, help="default: the next logs/<data>/evaluation_<number>")
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(str(error)) from error
+
+
+def evaluate(args: Namespace) -> bool:
+    """Returns whether the proof holds."""
+    try:
+        check_layers(args.triton_layers)
+    except ValueError as error:
+        raise UserError(f"--triton-layers: {error}") from error
+    classifier, checkpoint = load_classifier(args.ckpt_path or newest_best())
+    overrides = {"batch_size": args.batch_size, "root": args.data_root and str(args.data_root)}
+    data = data_module_from_checkpoint(checkpoint, **{k: v for k, v in overrides.items() if v is not None})
+    log_dir = args.log_dir or next_log_dir(Path("logs", data.name))
+    evaluation = TritonEvaluation(
+        args.triton_layers, latency=not args.no_latency, channels_last=args.channels_last, log_dir=log_dir
+    )
+    trainer = Trainer(
+        devices=1,
+        precision=args.precision,
+        limit_test_batches=args.limit_test_batches,
+        benchmark=True,
+        callbacks=evaluation,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    allow_tf32(args.tf32)
+    try:
+        trainer.test(classifier, data, verbose=False)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    return evaluation.result.passed
+
+
+def allow_tf32(switch: str) -> None:
+    if switch != "default":
+        precision = "tf32" if switch == "on" else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = precision
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def next_log_dir(parent: Path) -> Path:
+    number = 0
+    while (parent / f"evaluation_{number}").exists():
+        number += 1
+    return parent / f"evaluation_{number}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers).*")
+    with user_errors_in_one_line():
+        passed = evaluate(parse(arguments))
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""How well a classifier does, how far a second one agrees with it, and when that counts as a proof."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.utilities import dim_zero_cat
+
+EXAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Shares of 1, and the mean cross-entropy."""
+
+    top1: float
+    top5: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A sample, by its place in the test set, on which two sides disagree; `margin` of PyTorch's two best logits."""
+
+    sample: int
+    label: int
+    pytorch: int
+    other: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two sides compared on the same samples.
+
+    `non_finite` counts the samples in which a NaN or an infinity stands on one side only; they count as differing, and
+    as an infinite difference of logits. `examples` are those with the largest margins, at most 100.
+    """
+
+    samples: int
+    differing: int
+    non_finite: int
+    share_differing: float
+    largest_logit_difference: float
+    mean_logit_difference: float
+    largest_margin: float | None
+    examples: list[Difference]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    passed: bool
+    reason: str
+
+
+class QualityMeter:
+    """Top-1, top-5 (or top-C with fewer classes) and loss of one side; reduced over the processes when computed."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.top1 = MulticlassAccuracy(num_classes, average="micro").to(device)
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
+        self.loss = MeanMetric(nan_strategy="disable").to(device)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+        self.loss.update(cross_entropy(logits.float(), labels, reduction="none"))
+
+    def compute(self) -> Quality:
+        return Quality(self.top1.compute().item(), self.top5.compute().item(), self.loss.compute().item())
+
+
+class AgreementMeter(Metric):
+    """Collects what `Agreement` holds; `agreement` reduces it over the processes."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("non_finite", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("logits", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("largest", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="max")
+        self.add_state("differing", [], dist_reduce_fx="cat")  # [D, 4]: sample, label, PyTorch's class, the other's
+        self.add_state("margins", [], dist_reduce_fx="cat")  # [D]
+
+    def update(self, pytorch: Tensor, other: Tensor, labels: Tensor, samples: Tensor) -> None:
+        """Takes logits [N, C] of both sides, labels [N] and the samples' places in the test set [N]."""
+        pytorch, other = pytorch.double(), other.double()
+        same = (pytorch == other) | (pytorch.isnan() & other.isnan())
+        difference = torch.where(same, 0.0, (pytorch - other).abs()).nan_to_num(math.inf, math.inf)
+        non_finite = difference.isinf().any(dim=1)
+        classes, other_classes = pytorch.argmax(dim=1), other.argmax(dim=1)
+        differs = (classes != other_classes) | non_finite
+        best = pytorch.topk(2, dim=1).values
+        self.samples += len(labels)
+        self.non_finite += non_finite.sum()
+        self.logits += difference.numel()
+        self.total += difference.sum()
+        self.largest = torch.maximum(self.largest, difference.amax())
+        self.differing.append(torch.stack([samples, labels, classes, other_classes], dim=1)[differs])
+        self.margins.append((best[:, 0] - best[:, 1])[differs])
+
+    def compute(self) -> dict[str, Tensor]:
+        states = {name: getattr(self, name) for name in ("samples", "non_finite", "logits", "total", "largest")}
+        return states | {"differing": dim_zero_cat(self.differing), "margins": dim_zero_cat(self.margins)}
+
+    def agreement(self) -> Agreement:
+        state = self.compute()
+        samples, margins = int(state["samples"]), state["margins"].reshape(-1)
+        order = margins.argsort(descending=True)  # NaN first
+        differing = state["differing"].reshape(-1, 4)[order[:EXAMPLES]].tolist()
+        examples = [Difference(*row, margins[i].item()) for row, i in zip(differing, order[:EXAMPLES], strict=True)]
+        return Agreement(
+            samples=samples,
+            differing=len(margins),
+            non_finite=int(state["non_finite"]),
+            share_differing=len(margins) / samples,
+            largest_logit_difference=float(state["largest"]),
+            mean_logit_difference=float(state["total"]) / int(state["logits"]),
+            largest_margin=examples[0].margin if examples else None,
+            examples=examples,
+        )
+
+
+def judge(
+    pytorch: Quality,
+    other: Quality,
+    agreement: Agreement,
+    yardstick: Agreement,
+    float32: tuple[Agreement, Agreement] | None = None,
+) -> Verdict:
+    """Whether the other side does what PyTorch does; the yardstick: PyTorch against itself in its other memory format.
+
+    Exact arithmetic (`float32` is None): no prediction may differ, unless PyTorch's own margin there lies below the
+    yardstick's largest difference of logits. Lower precision: `float32` is how far PyTorch and the other side agree
+    with PyTorch in strict float32. Top-1 may differ by no more than the share of predictions that the precision changes
+    in PyTorch itself, and the mean error of the logits may exceed PyTorch's by no more than a tenth and the yardstick.
+    (Two memory formats in one precision often run the same kernels, and then agree by construction.)
+    """
+    if agreement.non_finite > yardstick.non_finite:
+        return Verdict(False, f"{agreement.non_finite} samples have a NaN or an infinity on one side only")
+    if float32 is not None:
+        return _judge_rounding(abs(other.top1 - pytorch.top1), yardstick, *float32)
+    if not agreement.differing:
+        return Verdict(True, f"all {agreement.samples} predictions identical")
+    noise = yardstick.largest_logit_difference if math.isfinite(yardstick.largest_logit_difference) else 0.0
+    within = agreement.largest_margin < noise
+    reason = (
+        f"{agreement.differing} of {agreement.samples} predictions differ, PyTorch's margin there is at most "
+        f"{agreement.largest_margin:.2g}, {'below' if within else 'not below'} its own noise of {noise:.2g}"
+    )
+    return Verdict(within, reason)
+
+
+def _judge_rounding(change: float, yardstick: Agreement, pytorch: Agreement, other: Agreement) -> Verdict:
+    error, allowed = other.mean_logit_difference, 1.1 * pytorch.mean_logit_difference + yardstick.mean_logit_difference
+    reason = (
+        f"top-1 differs by {change:.3%}, the precision itself changes {pytorch.share_differing:.3%} of PyTorch's "
+        f"predictions; mean error against float32 {error:.2g}, PyTorch's {pytorch.mean_logit_difference:.2g}"
+    )
+    return Verdict(round(change * pytorch.samples) <= pytorch.differing and error <= allowed, reason)

@@ -1,0 +1,311 @@
+"""The callback that swaps Triton's layers into a network under test, proves that nothing changed and times them."""
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data.distributed import DistributedSampler
+
+import tritonnn
+from lit_modules import dashboard, report
+from lit_modules.agreement import AgreementMeter, QualityMeter, judge
+from lit_modules.environment import environment, flags, is_exact, strict_float32
+from lit_modules.evaluation_result import EvaluationResult, LatencyResult, Proof, Variant, summarise_latency
+from tritonnn.latency import time_layers, time_networks
+
+PIPED_WIDTH = 140
+
+
+class TritonEvaluation(Callback):
+    """Compares and times PyTorch's and Triton's layers in `Trainer.test`; the module is left as it was.
+
+    The module's `forward(images)` gives logits [N, C], and its test batches are `(images, labels)` with images [N, ...]
+    and labels [N]. Every batch goes through PyTorch's layers, through the same in the other memory format as a
+    yardstick, and through each variant of swapped layers; in lower precision also through PyTorch's in strict float32,
+    to tell how far off each side is. The timing follows the last batch, on the images of the
+    first. Under DDP all ranks compare; rank 0 times and writes.
+
+    Afterwards `result` holds the `EvaluationResult`, on rank 0, and the log folder `results.json`, `results.md` and the
+    TensorBoard runs `pytorch` and `triton`.
+
+    Args:
+        layers: "all", "none", kinds to swap together, or "each" for every kind of the network alone, then all.
+        latency: whether to time.
+        channels_last: evaluate in channels_last, the module and the images; else in the format that the module has.
+        log_dir: folder to write to; None takes the Trainer's.
+        budget_s: seconds to time one layer on one clock; the network as a whole gets twenty times that.
+
+    Raises:
+        ValueError: an unknown kind, or "all", "none" or "each" mixed with others.
+    """
+
+    def __init__(
+        self,
+        layers: str | Sequence[str] = "all",
+        latency: bool = True,
+        channels_last: bool = False,
+        log_dir: str | Path | None = None,
+        budget_s: float = 0.1,
+    ) -> None:
+        self.layers = [layers] if isinstance(layers, str) else list(layers)
+        check_layers(self.layers)
+        self.latency = latency
+        self.channels_last = channels_last
+        self.log_dir = log_dir
+        self.budget_s = budget_s
+        self.result: EvaluationResult | None = None
+        self._training: dict[nn.Module, bool] = {}
+        self._was_contiguous = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "test":
+            return
+        self._training = {module: module.training for module in pl_module.modules()}
+        self._was_contiguous = _memory_format(pl_module) == torch.contiguous_format
+        if self.channels_last:
+            pl_module.to(memory_format=torch.channels_last)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.result = None
+        self._format = _memory_format(pl_module)
+        self._other_format = torch.contiguous_format if self._format == torch.channels_last else torch.channels_last
+        self._other_parameters = {
+            name: tensor.contiguous(memory_format=self._other_format)
+            for name, tensor in pl_module.named_parameters()
+            if tensor.dim() == 4
+        }
+        self._folder = Path(self.log_dir or trainer.log_dir or trainer.default_root_dir)
+        if trainer.is_global_zero:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        with trainer.precision_plugin.forward_context():
+            self._exact = is_exact(pl_module, pl_module.device)
+        self._float32_state = {} if self._exact else _in_float32(pl_module)
+        self._variants = _variants(self.layers, pl_module)
+        self._qualities: dict[str, QualityMeter] = {}
+        self._agreements: dict[str, AgreementMeter] = {}
+        self._errors: dict[str, AgreementMeter] = {}
+        self._reports: dict[str, tritonnn.SwapReport] = {}
+        self._fallbacks: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
+        self._seen: Counter[int] = Counter()
+        self._images: Tensor | None = None
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        images, labels = batch
+        places, counted = self._places(trainer, len(labels), dataloader_idx)
+        if not counted.all():
+            images, labels, places = images[counted], labels[counted], places[counted]
+        if not len(labels):
+            return
+        places = places.to(labels.device)
+        images = _in_format(images, self._format)
+        if self._images is None:
+            self._images = images
+
+        float32 = None
+        if not self._exact:
+            with strict_float32(images.device):
+                float32 = functional_call(pl_module, self._float32_state, (images.float(),))
+        with trainer.precision_plugin.forward_context():
+            pytorch = pl_module(images)
+            self._quality("pytorch", pytorch).update(pytorch, labels)
+            yardstick = functional_call(pl_module, self._other_parameters, (_in_format(images, self._other_format),))
+            self._compare("yardstick", pytorch, yardstick, labels, places)
+            if float32 is not None:
+                self._compare("float32", pytorch, float32, labels, places)
+            for name, layers in self._variants.items():
+                with tritonnn.swapped(pl_module, layers=layers) as swap_report:
+                    logits = pl_module(images)
+                    self._compare(name, pytorch, logits, labels, places)
+                    if float32 is not None:
+                        self._meter(self._errors, name, logits).update(float32, logits, labels, places)
+                    for layer, reasons in swap_report.fallbacks.items():
+                        self._fallbacks[name][layer].update(reasons)
+                self._reports[name] = swap_report
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with trainer.precision_plugin.forward_context():
+            proof = self._proof(pl_module)  # on every rank: it reduces over them
+            if trainer.is_global_zero:
+                self._report(trainer, pl_module, proof)
+        trainer.strategy.barrier("triton_evaluation")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore(pl_module)
+
+    def _restore(self, pl_module: LightningModule) -> None:
+        for module, training in self._training.items():
+            module.training = training
+        if self._training and self.channels_last and self._was_contiguous:
+            pl_module.to(memory_format=torch.contiguous_format)
+        self._training = {}
+        self._images = None
+        self._other_parameters = {}
+        self._float32_state = {}
+
+    def _places(self, trainer: Trainer, size: int, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """A batch's places in the (concatenated) test sets; which of them are not padding of a DistributedSampler."""
+        loaders = trainer.test_dataloaders
+        loaders = list(loaders) if isinstance(loaders, list | tuple) else [loaders]
+        sampler = _sampler(loaders[dataloader_idx])
+        places = torch.arange(size) + self._seen[dataloader_idx]
+        self._seen[dataloader_idx] += size
+        counted = torch.ones_like(places, dtype=torch.bool)
+        if isinstance(sampler, DistributedSampler):  # rank r has the places r, r + R, r + 2R, ...
+            places = places * sampler.num_replicas + sampler.rank
+            counted = places < len(sampler.dataset)
+        return places + sum(len(loader.dataset) for loader in loaders[:dataloader_idx]), counted
+
+    def _quality(self, name: str, logits: Tensor) -> QualityMeter:
+        if name not in self._qualities:
+            self._qualities[name] = QualityMeter(logits.shape[1], logits.device)
+        return self._qualities[name]
+
+    def _compare(self, name: str, pytorch: Tensor, other: Tensor, labels: Tensor, places: Tensor) -> None:
+        self._quality(name, other).update(other, labels)
+        self._meter(self._agreements, name, other).update(pytorch, other, labels, places)
+
+    @staticmethod
+    def _meter(meters: dict[str, AgreementMeter], name: str, logits: Tensor) -> AgreementMeter:
+        if name not in meters:
+            meters[name] = AgreementMeter().to(logits.device)
+        return meters[name]
+
+    def _proof(self, pl_module: LightningModule) -> Proof:
+        qualities = {name: meter.compute() for name, meter in self._qualities.items()}
+        agreements = {name: meter.agreement() for name, meter in self._agreements.items()}
+        errors = {name: meter.agreement() for name, meter in self._errors.items()}
+        float32 = agreements.get("float32")
+        variants = [
+            Variant(
+                name=name,
+                quality=qualities[name],
+                agreement=agreements[name],
+                float32=errors.get(name),
+                verdict=judge(
+                    qualities["pytorch"],
+                    qualities[name],
+                    agreements[name],
+                    agreements["yardstick"],
+                    None if self._exact else (float32, errors[name]),
+                ),
+                swapped=dict(Counter(self._reports[name].swapped.values())),
+                stayed=_by_reason(self._reports[name].stayed),
+                fallbacks={layer: dict(reasons) for layer, reasons in self._fallbacks[name].items()},
+            )
+            for name in self._variants
+        ]
+        return Proof(
+            samples=agreements["yardstick"].samples,
+            exact=self._exact,
+            pytorch=qualities["pytorch"],
+            yardstick=qualities["yardstick"],
+            yardstick_format=_name(self._other_format),
+            yardstick_agreement=agreements["yardstick"],
+            float32=qualities.get("float32"),
+            float32_agreement=float32,
+            variants=variants,
+            passed=all(variant.verdict.passed for variant in variants),
+        )
+
+    def _time(self, pl_module: LightningModule, console: Console) -> LatencyResult:
+        console.print("Timing the layers and the network ...")
+        variants = list(self._variants.values())
+        layers = time_layers(pl_module, self._images, layers=variants[-1] if variants else (), budget_s=self.budget_s)
+        networks = time_networks(pl_module, self._images, variants=variants, budget_s=20 * self.budget_s)
+        return summarise_latency(layers, list(self._variants), networks)
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, proof: Proof) -> None:
+        if trainer.progress_bar_callback:  # it stays above the tables
+            trainer.progress_bar_callback.teardown(trainer, pl_module, "test")
+        console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+        self.result = EvaluationResult(
+            environment=environment(pl_module.device),
+            flags=flags(),
+            triton_layers=" ".join(self.layers),
+            precision=trainer.precision,
+            memory_format=_name(self._format),
+            batch_size=len(self._images),
+            processes=trainer.world_size,
+            parameters={k: v for k, v in pl_module.hparams.items() if isinstance(v, str | int | float | bool)},
+            proof=proof,
+            latency=self._time(pl_module, console) if self.latency else None,
+        )
+        report.print_to(console, self.result)
+        self.result.write_json(self._folder / "results.json")
+        (self._folder / "results.md").write_text(report.markdown(self.result))
+        dashboard.write(self.result, self._folder)
+        console.print(dashboard.how_to_open(self._folder), markup=False, highlight=False, soft_wrap=True)
+
+
+def check_layers(layers: Sequence[str]) -> None:
+    """Raises ValueError unless `layers` is one of "all", "none" and "each" alone, or kinds of layers."""
+    alone = ("all", "none", "each")
+    unknown = [layer for layer in layers if layer not in (*alone, *tritonnn.KINDS)]
+    if unknown or not layers:
+        raise ValueError(
+            f"unknown kind of layer {', '.join(map(repr, unknown))}: expected {', '.join(alone)}, "
+            f"or one or more of {', '.join(tritonnn.KINDS)}"
+        )
+    if len(layers) > 1 and (mixed := [layer for layer in layers if layer in alone]):
+        raise ValueError(f"{mixed[0]!r} stands alone, got {' '.join(layers)}")
+
+
+def _variants(layers: Sequence[str], model: nn.Module) -> dict[str, str | list[str]]:
+    """What to swap, by name."""
+    if layers == ["none"]:
+        return {}
+    if layers == ["each"]:
+        present = {tritonnn.kind_of(module) for module in model.modules()}
+        return {kind: kind for kind in tritonnn.KINDS if kind in present} | {"all": "all"}
+    return {" ".join(layers): layers[0] if layers == ["all"] else list(layers)}
+
+
+def _by_reason(stayed: dict[str, str]) -> dict[str, list[str]]:
+    layers = defaultdict(list)
+    for name, reason in stayed.items():
+        layers[reason].append(name)
+    return dict(layers)
+
+
+def _in_float32(model: nn.Module) -> dict[str, Tensor]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors}
+
+
+def _memory_format(model: nn.Module) -> torch.memory_format:
+    channels_last = any(
+        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+        for p in model.parameters()
+    )
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _in_format(images: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return images.contiguous(memory_format=memory_format) if images.dim() == 4 else images
+
+
+def _name(memory_format: torch.memory_format) -> str:
+    return "channels_last" if memory_format == torch.channels_last else "contiguous"
+
+
+def _sampler(loader: Any) -> Any:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return getattr(batch_sampler, "sampler", None) or getattr(loader, "sampler", None)

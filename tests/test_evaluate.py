@@ -1,0 +1,164 @@
+"""evaluate.py as its users call it: what it prints, where it writes, and with what status it ends."""
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+import evaluate
+import tritonnn
+from lit_modules.classifier import ImageClassifier
+from lit_modules.data import Digits
+from lit_modules.evaluation_result import EvaluationResult
+
+QUICK = ["--limit-test-batches", "1", "--batch-size", "8", "--no-latency"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow network after one batch of the digits."""
+    path = tmp_path_factory.mktemp("training") / "best.ckpt"
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, enable_checkpointing=False, **quiet)
+    trainer.fit(ImageClassifier(width=2), datamodule=Digits(batch_size=64))
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def unchanged_benchmark() -> Iterator[None]:
+    """The Trainer sets the flag for the whole process."""
+    before = torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cudnn.benchmark = before
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def status(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([str(argument) for argument in arguments])
+    return exit.value.code
+
+
+def test_all_layers_pass(folder, checkpoint, capsys):
+    assert status("--ckpt-path", checkpoint, *QUICK) == 0
+    output = capsys.readouterr().out
+    assert "all 8 predictions identical" in output
+    assert "tensorboard --logdir logs/digits/evaluation_0" in output
+    written = json.loads((folder / "logs/digits/evaluation_0/results.json").read_text())
+    assert written["proof"]["samples"] == written["batch_size"] == 8
+    assert written["latency"] is None
+    assert (folder / "logs/digits/evaluation_0/results.md").read_text().startswith("# Triton layers: all: PASS")
+
+
+def test_a_second_evaluation_goes_to_a_folder_of_its_own(folder, checkpoint):
+    for _ in range(2):
+        assert status("--ckpt-path", checkpoint, "--triton-layers", "none", *QUICK) == 0
+    assert sorted(path.name for path in (folder / "logs/digits").iterdir()) == ["evaluation_0", "evaluation_1"]
+
+
+def test_the_newest_best_checkpoint_is_the_default(folder, checkpoint):
+    (folder / "checkpoints/digits").mkdir(parents=True)
+    (folder / "checkpoints/digits/best.ckpt").write_bytes(checkpoint.read_bytes())
+    assert status("--triton-layers", "relu", "linear", "--log-dir", "here", *QUICK) == 0
+    assert json.loads((folder / "here/results.json").read_text())["triton_layers"] == "relu linear"
+
+
+def test_a_wrong_layer_ends_with_1(folder, checkpoint, monkeypatch, capsys):
+    right = tritonnn.TritonLinear.forward
+    monkeypatch.setattr(tritonnn.TritonLinear, "forward", lambda self, x: -right(self, x))
+    assert status("--ckpt-path", checkpoint, *QUICK) == 1
+    assert "FAIL all: 8 of 8 predictions differ" in capsys.readouterr().out
+    assert json.loads((folder / "logs/digits/evaluation_0/results.json").read_text())["proof"]["passed"] is False
+
+
+def test_the_options_reach_the_evaluation(folder, checkpoint):
+    options = ["--triton-layers", "relu", "--precision", "bf16-mixed", "--channels-last", "--log-dir", "here"]
+    assert status("--ckpt-path", checkpoint, *options, *QUICK) == 0
+    written = json.loads((folder / "here/results.json").read_text())
+    assert (written["precision"], written["memory_format"]) == ("bf16-mixed", "channels_last")
+    assert written["proof"]["exact"] is False
+
+
+@pytest.mark.parametrize(
+    ("switch", "states"), [("on", ["on", "on"]), ("off", ["off", "off"]), ("default", ["on", "off"])]
+)
+def test_tf32_sets_both_of_pytorchs_switches(folder, checkpoint, switch, states):
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    options = ["--triton-layers", "none", "--tf32", switch, "--log-dir", "here"]
+    assert status("--ckpt-path", checkpoint, *options, *QUICK) == 0
+    flags = json.loads((folder / "here/results.json").read_text())["flags"]
+    assert [flags["tf32 in convolution"], flags["tf32 in matmul"]] == states
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(
+            ["--triton-layers", "conv3d"],
+            f"'conv3d': expected all, none, each, or one or more of {', '.join(tritonnn.KINDS)}",
+            id="kind",
+        ),
+        pytest.param(["--triton-layers", "all", "conv2d"], "'all' stands alone", id="all and a kind"),
+        pytest.param(["--triton-layers"], "expected at least one argument", id="no kind"),
+        pytest.param(["--triton-layer", "all"], "unrecognized arguments: --triton-layer", id="misspelt option"),
+        pytest.param(["--batch-size", "0"], "batch_size", id="batch size 0"),
+        pytest.param(["--limit-test-batches", "0"], "limit_test_batches", id="no batches"),
+        pytest.param(["--precision", "fp8"], "'32-true'", id="precision"),
+        pytest.param(["--tf32", "maybe"], "'default', 'on', 'off'", id="tf32"),
+        pytest.param([], "no checkpoint below checkpoints/ yet: run train.py first", id="no checkpoint yet"),
+        pytest.param(["--ckpt-path", "nix.ckpt"], "there is no checkpoint nix.ckpt", id="absent checkpoint"),
+        pytest.param(["--ckpt-path", "text.ckpt"], "text.ckpt is not a checkpoint", id="not a checkpoint"),
+    ],
+)
+def test_wrong_use_is_one_line_and_ends_with_2(folder, capsys, arguments, message):
+    (folder / "text.ckpt").write_text("text")
+    assert status(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert [path.name for path in folder.rglob("*")] == ["text.ckpt"]
+
+
+def test_digits_have_no_folder_to_move(folder, checkpoint, capsys):
+    assert status("--ckpt-path", checkpoint, "--data-root", "elsewhere") == 2
+    assert "root" in capsys.readouterr().err
+    assert not list(folder.iterdir())
+
+
+def test_a_log_folder_that_cannot_be_made(folder, checkpoint, capsys):
+    (folder / "taken").write_text("mine")
+    assert status("--ckpt-path", checkpoint, "--log-dir", "taken/here", *QUICK) == 2
+    assert "taken" in capsys.readouterr().err.splitlines()[-1]
+    assert (folder / "taken").read_text() == "mine"
+
+
+def test_a_full_disk_after_the_proof(folder, checkpoint, monkeypatch, capsys):
+    def full(self: EvaluationResult, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(EvaluationResult, "write_json", full)
+    assert status("--ckpt-path", checkpoint, *QUICK) == 2
+    output, errors = capsys.readouterr()
+    assert "all 8 predictions identical" in output
+    assert "No space left on device" in errors.splitlines()[-1]
+
+
+def test_the_command_itself(folder):
+    command = [sys.executable, Path(evaluate.__file__), "--triton-layers", "conv3d"]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2
+    assert "avg_pool2d, batch_norm2d, conv2d, linear, max_pool2d, relu" in process.stderr
+    assert "Traceback" not in process.stderr

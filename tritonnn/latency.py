@@ -1,0 +1,298 @@
+"""How long a network's layers take: which calls it makes, and the timing of several callables in alternation.
+
+Nothing is timed inside the running network, where hooks and launches would count: the calls are recorded once, then
+each layer is replayed alone on random input of the shape, type and strides it saw. Times are milliseconds.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .swap import kind_of, swap
+
+WARM_UP_CALLS = 3
+MIN_SAMPLES, MAX_SAMPLES = 3, 100
+# Work between two readings of a clock: events resolve 0.5 us, a graph launch or a synchronisation costs some 10 us.
+GRAPH_MS, EAGER_MS = 1.0, 2.0
+MAX_REPEATS = 500
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a leaf layer: where it stands in the network and what tensor it was given."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def memory_format(self) -> str:
+        """ "contiguous", "channels_last" or "strided"; what is both counts as contiguous."""
+        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        if x.is_contiguous():
+            return "contiguous"
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return "channels_last"
+        return "strided"
+
+    def random_input(self, generator: torch.Generator) -> Tensor:
+        """Normally distributed values with the shape, type and strides of the call; `generator` is on its device."""
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        storage = torch.randn(extent, generator=generator, device=self.device).to(self.dtype)
+        return storage.as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call."""
+
+    median: float
+    p10: float
+    p90: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one callable: `eager` is the wall clock of a call from Python; `device` the GPU's own time, None on a CPU.
+
+    `device_clock` says how the latter was taken: "CUDA graph" (no launch cost) or "CUDA events" (around eager calls,
+    where the callable cannot be captured: launch cost shows if it exceeds the work).
+    """
+
+    eager: Timing
+    device: Timing | None = None
+    device_clock: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerLatency:
+    """A layer's call timed as PyTorch's and as Triton's layer; `triton` is None for a kind that was not asked for.
+
+    `fallback` is the reason for which the Triton layer ran PyTorch's own operation instead, if it did.
+    """
+
+    call: LayerCall
+    pytorch: Latency
+    triton: Latency | None = None
+    fallback: str | None = None
+
+
+def record_calls(model: nn.Module, *inputs: Tensor) -> list[LayerCall]:
+    """Runs the model once and returns the calls of its leaf layers of a supported kind, in the order of running."""
+    calls: list[LayerCall] = []
+
+    def recorder(layer: nn.Module, name: str, kind: str) -> Callable:
+        def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if module is layer:  # and not its twin, which has the same hooks
+                x = args[0] if args else next(iter(kwargs.values()))
+                calls.append(LayerCall(name, kind, tuple(x.shape), x.stride(), x.dtype, x.device))
+
+        return record
+
+    handles = [
+        module.register_forward_pre_hook(recorder(module, name, kind), with_kwargs=True)
+        for name, module in model.named_modules()
+        if (kind := kind_of(module)) is not None
+    ]
+    try:
+        model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second module tree over the same parameters, buffers and hooks: one can be swapped while the other is not."""
+    twins: dict[nn.Module, nn.Module] = {}
+
+    def copy(module: nn.Module) -> nn.Module:
+        if module not in twins:
+            twins[module] = other = module.__class__.__new__(module.__class__)
+            other.__dict__.update(module.__dict__)
+            other.__dict__["_modules"] = {name: child and copy(child) for name, child in module._modules.items()}
+        return twins[module]
+
+    return copy(model)
+
+
+def time_layers(
+    model: nn.Module, *inputs: Tensor, layers: str | Sequence[str] = "all", budget_s: float = 0.1
+) -> list[LayerLatency]:
+    """Times every leaf layer of a supported kind alone, PyTorch's and Triton's in alternation, in network order.
+
+    Args:
+        model: with PyTorch's layers, in the mode (eval, autocast, inference) in which it is to be timed; left alone.
+        inputs: of one call of the model; they decide the shapes.
+        layers: the kinds that are timed on the Triton side too, as in `swap`; () for none.
+        budget_s: roughly how many seconds to spend on each clock of each layer.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    latencies = []
+    with _autocast_as_in_one_step():
+        for call in record_calls(model, *inputs):
+            layer = model.get_submodule(call.name)
+            triton_layer = twin(layer)
+            report = swap(triton_layer, layers=layers)
+            # A generator of its own: a failed graph capture may leave the default one unusable.
+            x = call.random_input(torch.Generator(call.device).manual_seed(0))
+            contenders = [layer, triton_layer] if report.swapped else [layer]
+            pytorch, *triton = time_alternately(
+                [partial(contender, x) for contender in contenders], call.device, budget_s
+            )
+            fallbacks = [reason for reasons in report.fallbacks.values() for reason in reasons]
+            latencies.append(
+                LayerLatency(call, pytorch, triton[0] if triton else None, fallbacks[0] if fallbacks else None)
+            )
+    return latencies
+
+
+def time_networks(
+    model: nn.Module, *inputs: Tensor, variants: Sequence[str | Sequence[str]], budget_s: float = 2.0
+) -> list[Latency]:
+    """Times the whole model, PyTorch's first and then with each of `variants` (as in `swap`) swapped, in alternation.
+
+    Raises:
+        ValueError: for an unknown kind, or where a layer is reached other than as a submodule and so cannot be swapped.
+    """
+    networks = [model]
+    for layers in variants:
+        networks.append(twin(model))
+        swap(networks[-1], layers=layers)
+    expected = [call.name for call in record_calls(model, *inputs)]
+    for network in networks[1:]:
+        if [call.name for call in record_calls(network, *inputs)] != expected:
+            raise ValueError(
+                f"{type(model).__name__} reaches some layers other than as submodules: it cannot be timed."
+            )
+    with _autocast_as_in_one_step():
+        return time_alternately([partial(network, *inputs) for network in networks], inputs[0].device, budget_s)
+
+
+def time_alternately(
+    calls: Sequence[Callable[[], object]], device: torch.device, budget_s: float = 0.5
+) -> list[Latency]:
+    """Times callables in turns, so that drifting clocks and neighbours hit all alike; caches are warm.
+
+    Warm-up and compilation are not counted. One sample is the mean of as many calls as take a millisecond or two:
+    between two readings of the wall clock, the last after a synchronisation, for `eager`; between events for `device`.
+
+    Args:
+        calls: without arguments, all working on `device`.
+        device: where they run.
+        budget_s: roughly how many seconds to spend on each clock, over all callables; at least 3 samples are taken.
+    """
+    if device.type != "cuda":
+        for call in calls:
+            call()
+        return [Latency(eager) for eager in _sample([_eager_clock(call, lambda: None) for call in calls], budget_s)]
+    with torch.cuda.device(device):
+        for call in calls:
+            for _ in range(WARM_UP_CALLS):
+                call()
+        torch.cuda.synchronize()
+        eager = _sample([_eager_clock(call, torch.cuda.synchronize) for call in calls], budget_s)
+        device_clocks, names = zip(*[_device_clock(call) for call in calls], strict=True)
+        device_times = _sample(device_clocks, budget_s)
+        return [Latency(*latency) for latency in zip(eager, device_times, names, strict=True)]
+
+
+def _sample(clocks: Sequence[Callable[[], float]], budget_s: float) -> list[Timing]:
+    """Reads the clocks in turns until the budget is spent."""
+    rounds: list[list[float]] = []
+    deadline = time.perf_counter() + budget_s
+    while len(rounds) < MIN_SAMPLES or (len(rounds) < MAX_SAMPLES and time.perf_counter() < deadline):
+        rounds.append([clock() for clock in clocks])
+    timings = []
+    for samples in zip(*rounds, strict=True):
+        p10, median, p90 = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
+        timings.append(Timing(median.item(), p10.item(), p90.item(), len(samples)))
+    return timings
+
+
+def _eager_clock(call: Callable[[], object], synchronize: Callable[[], None]) -> Callable[[], float]:
+    """The wall clock of a call, as the mean of back-to-back calls that end with a synchronisation."""
+
+    def read(repeats: int) -> float:
+        if repeats > 1:  # caches hold what ran in between
+            call()
+            synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize()
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+    return partial(read, _repeats(read(1), EAGER_MS))
+
+
+def _device_clock(call: Callable[[], object]) -> tuple[Callable[[], float], str]:
+    """Events around a CUDA graph of repeated calls, or around the calls themselves if they cannot be captured."""
+    name, launcher = "CUDA graph", _captured
+    try:
+        once = _event_clock(launcher(call, 1), 1)
+    except RuntimeError:  # the call synchronises, or allocates on the host
+        torch.cuda.synchronize()
+        _captured(
+            lambda: torch.zeros(1, device="cuda"), 1
+        )  # mends the random generator, which the failure left captured
+        name, launcher = "CUDA events", _repeated
+        once = _event_clock(call, 1)
+    once()  # the first replay uploads the graph
+    repeats = _repeats(once(), GRAPH_MS)
+    clock = _event_clock(launcher(call, repeats), repeats)
+    clock()
+    return clock, name
+
+
+def _event_clock(launch: Callable[[], object], calls: int) -> Callable[[], float]:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def read() -> float:
+        start.record()
+        launch()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls
+
+    return read
+
+
+def _captured(call: Callable[[], object], repeats: int) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    # The outer context puts the stream back after a failed capture; `torch.cuda.graph` itself does not.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    return graph.replay
+
+
+def _repeated(call: Callable[[], object], repeats: int) -> Callable[[], object]:
+    return lambda: [call() for _ in range(repeats)]
+
+
+def _repeats(once_ms: float, target_ms: float) -> int:
+    return min(max(math.ceil(target_ms / max(once_ms, 1e-3)), 1), MAX_REPEATS)
+
+
+@contextmanager
+def _autocast_as_in_one_step() -> Iterator[None]:
+    """Autocast converts a weight once a step; its cache would make every call after the first cheaper than that."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
