@@ -86,14 +86,15 @@ def avg_pool2d_forward_kernel(
 
     x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (c * x_stride_c)[None, :]
     total = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
-    for tap in range(R * S):
-        h = h_first + tap // S
-        w = w_first + tap % S
-        inside = mask_m & (h >= 0) & (h < h_end) & (w >= 0) & (w < w_end)
-        mask_x = inside[:, None] & mask_c[None, :]
-        total += tl.load(
-            x_ptrs + (h.to(tl.int64) * x_stride_h + w.to(tl.int64) * x_stride_w)[:, None], mask=mask_x, other=0.0
-        ).to(ACC)
+    for r in range(R):
+        row = tl.full((BLOCK_M, BLOCK_C), 0, ACC)  # a sum of sums: large windows round half as far off
+        for s in range(S):
+            h = h_first + r
+            w = w_first + s
+            inside = (mask_m & (h >= 0) & (h < h_end) & (w >= 0) & (w < w_end))[:, None] & mask_c[None, :]
+            offs_x = (h.to(tl.int64) * x_stride_h + w.to(tl.int64) * x_stride_w)[:, None]
+            row += tl.load(x_ptrs + offs_x, mask=inside, other=0.0).to(ACC)
+        total += row
 
     y = total / divisor.to(ACC)[:, None]
     y_ptrs = y_ptr + (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (c * y_stride_c)[None, :]

@@ -149,6 +149,10 @@ def batch_norm2d_update_kernel(
     tl.store(running_var_ptr + c, round_to(var, DTYPE), mask=mask)
 
 
+def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """x itself if its memory is that of a contiguous or channels_last tensor, otherwise such a copy."""
     return x.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
@@ -201,7 +205,7 @@ def _statistics(x) -> tuple[torch.Tensor, torch.Tensor]:
     steps = triton.next_power_of_2(triton.cdiv(blocks_m * blocks_c, 1024))  # about 1,024 programs, 1,024 splits at most
     splits = triton.cdiv(blocks_m, steps)
     acc = accumulator(x.dtype)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = _statistics_dtype(x)
     partial = torch.empty(3, splits, C, dtype=dtype, device=x.device)
     mean, var = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(2))
     batch_norm2d_partial_statistics_kernel[(splits * blocks_c,)](
@@ -229,9 +233,8 @@ def _launch_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    statistics = x.new_empty(2, x.shape[1], dtype=dtype).unbind()
-    return _output(x), *(s.clone() for s in statistics)
+    C, dtype = x.shape[1], _statistics_dtype(x)
+    return _output(x), x.new_empty(C, dtype=dtype), x.new_empty(C, dtype=dtype)
 
 
 def _launch_update(mean, var, running_mean, running_var, momentum, count) -> None:
@@ -264,8 +267,11 @@ def _setup_context_inference(ctx, inputs, output) -> None:
 
 def _backward_inference(ctx, grad_y):
     x, weight, mean, var = ctx.saved_tensors
+    dtype = _statistics_dtype(x)
+    # On a GPU the formula for channels_last takes these in place of the running statistics.
+    saved = mean.to(dtype), torch.rsqrt(var.to(dtype) + ctx.eps)
     grads = torch.ops.aten.native_batch_norm_backward(
-        grad_y, x, weight, mean, var, None, None, False, ctx.eps, ctx.needs_input_grad[:3]
+        grad_y, x, weight, mean, var, *saved, False, ctx.eps, ctx.needs_input_grad[:3]
     )
     return *grads, None, None, None
 
