@@ -2,10 +2,9 @@
 
 import torch
 from torch import nn
-from torch.nn.modules.utils import _pair
 
 from ..kernels.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
-from .layer import TritonLayer, batched, reason_to_fall_back_image
+from .layer import TritonLayer, batched, pair, reason_to_fall_back_image
 from .max_pool2d import windows_fit
 
 
@@ -17,7 +16,8 @@ class TritonAvgPool2d(TritonLayer, nn.AvgPool2d):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        kernel_size, stride, padding = _pair(self.kernel_size), _pair(self.stride), _pair(self.padding)
+        kernel_size, padding = pair(self.kernel_size), pair(self.padding)
+        stride = pair(self.kernel_size if self.stride == () else self.stride)
         reason = reason_to_fall_back_image(input)
         if reason is None and not windows_fit(input, kernel_size, stride, padding, (1, 1), self.ceil_mode):
             reason = "no window fits"
@@ -41,14 +41,11 @@ class TritonAdaptiveAvgPool2d(TritonLayer, nn.AdaptiveAvgPool2d):
         reason = reason_to_fall_back_image(input)
         if reason is None and 0 in input.shape[-2:]:
             reason = "empty image"
-        output_size = self._resolved_output_size(input)
-        if reason is None and any(size < 0 for size in output_size):
-            reason = "negative output size"
+        output_size = pair(self.output_size)
+        if reason is None and (output_size is None or any(size is not None and size < 0 for size in output_size)):
+            reason = f"output size {self.output_size}"
         if reason is not None:
             return self._fall_back(reason, super().forward, input)
         x = input if input.dim() == 4 else input.contiguous()
-        return batched(adaptive_avg_pool2d, x, output_size)
-
-    def _resolved_output_size(self, x: torch.Tensor) -> list[int]:
-        """output_size with None replaced by the size of x."""
-        return [n if m is None else m for n, m in zip(x.shape[-2:], _pair(self.output_size))]
+        resolved = [n if size is None else size for n, size in zip(x.shape[-2:], output_size)]
+        return batched(adaptive_avg_pool2d, x, resolved)

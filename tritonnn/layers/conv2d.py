@@ -3,11 +3,10 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.utils import _pair
 
 from ..kernels.conv2d import conv2d, output_size
 from ..precision import autocast
-from .layer import TritonLayer, batched, reason_to_fall_back_image
+from .layer import TritonLayer, batched, pair, reason_to_fall_back_image
 
 
 class TritonConv2d(TritonLayer, nn.Conv2d):
@@ -20,17 +19,18 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         x, w, b = autocast(input, weight, bias)
-        padding = self._symmetric_padding()
+        stride, dilation, padding = pair(self.stride), pair(self.dilation), self._symmetric_padding()
         reason = self._reason_to_fall_back(x, w, b)
+        if reason is None and None in (stride, dilation):
+            reason = f"stride {self.stride}, dilation {self.dilation}"
+        if reason is None and padding is None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
+        if reason is None and not _filter_fits(x, w, stride, padding, dilation):
+            reason = "no output"
         if reason is not None:
             return self._fall_back(reason, super()._conv_forward, input, weight, bias)
-        if padding is None:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-            padding = (0, 0)
-        if any(size < 1 for size in self._output_size(x, padding)):
-            return self._fall_back("empty output", super()._conv_forward, input, weight, bias)
-        return batched(conv2d, x, w, b, self.stride, padding, self.dilation, self.groups)
+        return batched(conv2d, x, w, b, stride, padding, dilation, self.groups)
 
     def _symmetric_padding(self) -> tuple[int, int] | None:
         """(rows, columns) of zeros for the kernel to add on either side; None where the image is padded beforehand."""
@@ -39,7 +39,7 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
         if self.padding_mode != "zeros":
             return None
         if self.padding != "same":
-            return _pair(self.padding)
+            return pair(self.padding)
         left, right, top, bottom = self._reversed_padding_repeated_twice
         return (top, left) if (top, left) == (bottom, right) else None
 
@@ -49,8 +49,20 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
             reason = "input and parameters of several types"
         if reason is None and x.shape[-3] != weight.shape[1] * self.groups:
             reason = f"{x.shape[-3]} input channels"
+        if reason is None and bias is not None and bias.shape != weight.shape[:1]:
+            reason = f"bias of shape {list(bias.shape)}"
         return reason
 
-    def _output_size(self, x: torch.Tensor, padding: tuple[int, int]) -> list[int]:
-        sizes = zip(x.shape[-2:], self.kernel_size, self.stride, padding, self.dilation)
-        return [output_size(*size) if size[0] > 0 else 0 for size in sizes]
+
+def _filter_fits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> bool:
+    """Whether PyTorch convolves an image [(N,) C, H, W] so: all sizes at least 1, and an output of at least 1."""
+    return all(
+        min(size, k, s, d) > 0 and p >= 0 and output_size(size, k, s, p, d) > 0
+        for size, k, s, p, d in zip(x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
+    )

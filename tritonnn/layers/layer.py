@@ -1,7 +1,7 @@
 """What every Triton layer has in common: which inputs its kernel takes, and PyTorch's own op for the others."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,6 +45,15 @@ def reason_to_fall_back_image(x: torch.Tensor, *parameters: torch.Tensor | None)
     if x.dim() not in (3, 4):
         return f"{x.dim()} dimensions"
     return reason_to_fall_back(x, *parameters)
+
+
+def pair(sizes: int | Sequence[int]) -> tuple[int, int] | None:
+    """(rows, columns) of an argument given as one number, one in a tuple, or two; None for other lengths."""
+    if not isinstance(sizes, Sequence):
+        return sizes, sizes
+    if len(sizes) == 1:
+        return sizes[0], sizes[0]
+    return (sizes[0], sizes[1]) if len(sizes) == 2 else None
 
 
 def batched(op: Callable, x: torch.Tensor, *args) -> torch.Tensor | tuple[torch.Tensor, ...]:

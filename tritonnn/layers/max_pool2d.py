@@ -2,10 +2,9 @@
 
 import torch
 from torch import nn
-from torch.nn.modules.utils import _pair
 
 from ..kernels.max_pool2d import max_pool2d, output_size
-from .layer import TritonLayer, batched, reason_to_fall_back_image
+from .layer import TritonLayer, batched, pair, reason_to_fall_back_image
 
 
 class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
@@ -16,8 +15,8 @@ class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        kernel_size, padding, dilation = _pair(self.kernel_size), _pair(self.padding), _pair(self.dilation)
-        stride = _pair(self.stride)
+        kernel_size, stride = pair(self.kernel_size), pair(self.kernel_size if self.stride == () else self.stride)
+        padding, dilation = pair(self.padding), pair(self.dilation)
         reason = reason_to_fall_back_image(input)
         if reason is None and not windows_fit(input, kernel_size, stride, padding, dilation, self.ceil_mode):
             reason = "no window fits"
@@ -31,19 +30,16 @@ class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
 
 def windows_fit(
     x: torch.Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    kernel_size: tuple[int, int] | None,
+    stride: tuple[int, int] | None,
+    padding: tuple[int, int] | None,
+    dilation: tuple[int, int] | None,
     ceil_mode: bool,
 ) -> bool:
     """Whether PyTorch pools an image [(N,) C, H, W] so: all sizes at least 1, padding at most half a window."""
+    if None in (kernel_size, stride, padding, dilation):
+        return False
     return all(
-        size > 0
-        and k > 0
-        and s > 0
-        and d > 0
-        and 0 <= 2 * p <= d * (k - 1) + 1
-        and output_size(size, k, s, p, d, ceil_mode) > 0
+        min(size, k, s, d) > 0 and 0 <= 2 * p <= d * (k - 1) + 1 and output_size(size, k, s, p, d, ceil_mode) > 0
         for size, k, s, p, d in zip(x.shape[-2:], kernel_size, stride, padding, dilation)
     )
