@@ -19,29 +19,27 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         x, w, b = autocast(input, weight, bias)
-        stride, dilation, padding = pair(self.stride), pair(self.dilation), self._symmetric_padding()
+        stride, dilation = pair(self.stride), pair(self.dilation)
         reason = self._reason_to_fall_back(x, w, b)
-        if reason is None and None in (stride, dilation):
-            reason = f"stride {self.stride}, dilation {self.dilation}"
-        if reason is None and padding is None:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
-        if reason is None and not _filter_fits(x, w, stride, padding, dilation):
-            reason = "no output"
+        if reason is None:
+            x, padding = self._padded(x)
+            if not _filter_fits(x, w, stride, padding, dilation):
+                reason = "no output, or arguments that PyTorch refuses"
         if reason is not None:
             return self._fall_back(reason, super()._conv_forward, input, weight, bias)
         return batched(conv2d, x, w, b, stride, padding, dilation, self.groups)
 
-    def _symmetric_padding(self) -> tuple[int, int] | None:
-        """(rows, columns) of zeros for the kernel to add on either side; None where the image is padded beforehand."""
+    def _padded(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int] | None]:
+        """x and the (rows, columns) of zeros that the kernel adds on either side; what it cannot add, x already has."""
         if self.padding == "valid":
-            return (0, 0)
-        if self.padding_mode != "zeros":
-            return None
-        if self.padding != "same":
-            return pair(self.padding)
+            return x, (0, 0)
+        if self.padding_mode == "zeros" and self.padding != "same":
+            return x, pair(self.padding)
         left, right, top, bottom = self._reversed_padding_repeated_twice
-        return (top, left) if (top, left) == (bottom, right) else None
+        if self.padding_mode == "zeros" and (top, left) == (bottom, right):
+            return x, (top, left)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
 
     def _reason_to_fall_back(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
         reason = reason_to_fall_back_image(x, weight, bias)
@@ -57,12 +55,12 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
 def _filter_fits(
     x: torch.Tensor,
     weight: torch.Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: tuple[int, int] | None,
+    padding: tuple[int, int] | None,
+    dilation: tuple[int, int] | None,
 ) -> bool:
     """Whether PyTorch convolves an image [(N,) C, H, W] so: all sizes at least 1, and an output of at least 1."""
-    return all(
+    return None not in (stride, padding, dilation) and all(
         min(size, k, s, d) > 0 and p >= 0 and output_size(size, k, s, p, d) > 0
         for size, k, s, p, d in zip(x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
     )
