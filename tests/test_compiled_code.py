@@ -1,0 +1,130 @@
+"""What the compiler makes of the kernels for a Hopper GPU, read from the PTX: no GPU is needed to compile.
+
+Two things once went wrong here that the interpreter does not show. With the image's size a constexpr, LLVM computed the
+coordinates of pixels in pairs of 16-bit integers, and masks were wrong on an H200. With annotated strides, Triton no
+longer saw that one of them is 1, and every load took one element: ten times slower.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
+GEMM = FILTER | dict(HAS_BIAS=False, bias_ptr=None, ROUND_X=False, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
+GEMM |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
+DEPTHWISE = FILTER | dict(K=64, MULTIPLIER=1, HAS_BIAS=False, bias_ptr=None)
+MAX_POOL = FILTER | dict(RETURN_INDICES=False, indices_ptr=None)
+AVG_POOL = FILTER | dict(ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
+NORMALIZE = dict(HAS_WEIGHT=True, HAS_BIAS=True)
+BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
+LAST, FIRST = "channels_last", "contiguous"
+
+KERNELS = {
+    "conv2d, bfloat16": ("implicit_gemm.implicit_gemm_forward_kernel", "bf16", LAST, GEMM | dict(BLOCK_K=64)),
+    "conv2d, TF32": (
+        "implicit_gemm.implicit_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        GEMM | dict(INPUT_PRECISION="tf32", ROUND_X=True),
+    ),
+    "conv2d, float32": (
+        "implicit_gemm.implicit_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        GEMM | dict(INPUT_PRECISION="tf32x3"),
+    ),
+    "conv2d, 3 channels": (
+        "implicit_gemm.implicit_gemm_forward_kernel",
+        "bf16",
+        FIRST,
+        GEMM | dict(C=3, SPAN_TAPS=True),
+    ),
+    "conv2d, depthwise": ("conv2d.conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
+    "max_pool2d": ("max_pool2d.max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
+    "max_pool2d, contiguous": ("max_pool2d.max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
+    "avg_pool2d": ("avg_pool2d.avg_pool2d_forward_kernel", "fp32", LAST, AVG_POOL | BY_CHANNELS),
+    "avg_pool2d, contiguous": ("avg_pool2d.avg_pool2d_forward_kernel", "fp32", FIRST, AVG_POOL | BY_PIXELS),
+    "batch_norm2d": ("batch_norm2d.batch_norm2d_normalize_kernel", "bf16", LAST, NORMALIZE | BY_CHANNELS),
+    "batch_norm2d, contiguous": ("batch_norm2d.batch_norm2d_normalize_kernel", "bf16", FIRST, NORMALIZE | BY_PIXELS),
+    "channels_last": (
+        "channels_last.channels_last_kernel",
+        "fp32",
+        FIRST,
+        dict(ROUND_TO_TF32=True, BLOCK_M=64, BLOCK_C=64),
+    ),
+    "relu": ("relu.relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
+}
+ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels"]
+GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last"]
+"""Kernels that read neighbouring pixels, one by one."""
+
+
+def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> str:
+    """The PTX of a kernel for tensors of `dtype`, sizes and strides multiples of 16 but for the stride that is 1.
+
+    Triton finds that out for itself when it launches, unless an argument's type is annotated.
+    """
+    import importlib
+
+    import triton.language as tl
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, name = path.partition(".")
+    kernel = getattr(importlib.import_module(f"tritonnn.kernels.{module}"), name)
+    assert not [p.name for p in kernel.params if "stride" in p.name and p.annotation_type], "annotated strides"
+    names = kernel.arg_names
+    ones = ("stride_c", "stride_k") if memory_format == "channels_last" else ("stride_w", "stride_pixel")
+    constants = {name: 1 for name in names if name.endswith(ones)} | dict(ACC=tl.float32, INDEX=tl.int32) | constants
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = {"eps": "fp64"} | {name: "*fp32" for name in ("mean_ptr", "var_ptr")}
+    types |= {name: f"*{dtype}" for name in names if name.endswith("_ptr") and name not in types}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name] == "i32" or signature[name].startswith("*")
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4)).asm["ptx"]
+
+
+@pytest.fixture(scope="module")
+def ptx() -> dict[str, str]:
+    """PTX by the name of the kernel, compiled in a process without the interpreter."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, __file__], env=environment, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_pairs_of_16_bit_integers(name, ptx):
+    assert not re.search(r"\.[su]16x2", ptx[name])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_stores_take_16_bytes(name, ptx):
+    assert re.search(r"st\.global\.v4\.b32", ptx[name])
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS])
+def test_loads_take_16_bytes(name, ptx):
+    assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
+
+
+@pytest.mark.parametrize("name", ON_TENSOR_CORES)
+def test_products_run_on_the_tensor_cores(name, ptx):
+    assert "wgmma.mma_async" in ptx[name]
+
+
+if __name__ == "__main__":
+    json.dump({name: compiled_ptx(*arguments) for name, arguments in KERNELS.items()}, sys.stdout)
