@@ -13,8 +13,8 @@ def _input_precision(x: torch.Tensor, reduction: int, allow_tf32: bool) -> str:
     """`tl.dot`'s input_precision for operands like x and sums of `reduction` products; it matters to float32 only.
 
     Strict float32 on NVIDIA's tensor cores is three TF32 products (of the leading and the trailing bits): on an H200
-    a third of the error and half the time of cuDNN's float32. Short sums wait for memory rather than for the tensor
-    cores, and cuDNN often computes them in float32 although TF32 is allowed: they never use it here.
+    half the time of cuDNN's float32 and mostly a third of its error. Short sums wait for memory rather than for the
+    tensor cores, and cuDNN often computes them in float32 although TF32 is allowed: they never use it here.
     """
     if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip:
         return "ieee"
