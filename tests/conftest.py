@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+# PyTorch's suites call this when imported: no flag of a backend could be set any more, as Lightning does.
+torch.backends.disable_global_flags = lambda: None
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
