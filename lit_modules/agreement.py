@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.utilities import dim_zero_cat
+
+from lit_modules.classifier import accuracies
 
 EXAMPLES = 100
 
@@ -61,17 +62,16 @@ class QualityMeter:
     """Top-1, top-5 (or top-C with fewer classes) and loss of one side; reduced over the processes when computed."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.top1 = MulticlassAccuracy(num_classes, average="micro").to(device)
-        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
+        self.accuracies = accuracies(num_classes).to(device)
         self.loss = MeanMetric(nan_strategy="disable").to(device)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        self.top1.update(logits, labels)
-        self.top5.update(logits, labels)
+        self.accuracies.update(logits, labels)
         self.loss.update(cross_entropy(logits.float(), labels, reduction="none"))
 
     def compute(self) -> Quality:
-        return Quality(self.top1.compute().item(), self.top5.compute().item(), self.loss.compute().item())
+        shares = {name: share.item() for name, share in self.accuracies.compute().items()}
+        return Quality(loss=self.loss.compute().item(), **shares)
 
 
 class AgreementMeter(Metric):

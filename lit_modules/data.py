@@ -4,6 +4,7 @@ Batches are (images, labels): normalised float32 [N, 3, S, S] and int64 [N]. Ima
 in memory as uint8. The validation split comes out of the training set, seeded; the test set is for testing only.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Transformed(Dataset):
         return self.transform(image), label
 
 
-class ImageData(LightningDataModule):
+class ImageData(LightningDataModule, ABC):
     """What the data modules share. A subclass sets `num_classes` and writes `load`.
 
     Args:
@@ -111,9 +112,9 @@ class ImageData(LightningDataModule):
         self.normalize = v2.Compose(normalize)
         self.save_hyperparameters({"data": type(self).__name__})
 
+    @abstractmethod
     def load(self, train: bool) -> Dataset:
         """The training or test set: (uint8 [3, S, S], label) pairs."""
-        raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the training set for the stages "fit" and "validate", the test set for "test", both for None."""

@@ -19,6 +19,20 @@ def image(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool =
     return x.to(memory_format=torch.channels_last) if channels_last else x
 
 
+def network() -> nn.Sequential:
+    """A layer of every kind: images [N, 3, H, W] to [N, 4]."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    ).to(DEVICE)
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     """NaN equals NaN; `expected` is float64."""
     tolerance = TOLERANCE[dtype]

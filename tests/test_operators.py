@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compare import DEVICE, image
+from compare import DEVICE, image, network
 from torch import nn
 
 import tritonnn
@@ -67,43 +67,34 @@ def test_gradients_to_the_second_order(name):
 
 def networks(training: bool) -> tuple[nn.Module, nn.Module]:
     """PyTorch's and the swapped network."""
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.AvgPool2d(2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    ).to(DEVICE)
-    swapped = copy.deepcopy(network)
+    pytorch = network()
+    swapped = copy.deepcopy(pytorch)
     tritonnn.swap(swapped, strict=True)
-    return network.train(training), swapped.train(training)
+    return pytorch.train(training), swapped.train(training)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_compiles_without_graph_breaks(training):
-    network, swapped = networks(training)
+    pytorch, swapped = networks(training)
     torch._dynamo.reset()
     compiled = torch.compile(swapped, fullgraph=True, backend="aot_eager")
     x = image(2, 3, 8, 8)
-    expected, actual = network(x), compiled(x)
+    expected, actual = pytorch(x), compiled(x)
     torch.testing.assert_close(actual, expected)
     expected.sum().backward()
     actual.sum().backward()
-    for p, q in zip(swapped.parameters(), network.parameters()):
+    for p, q in zip(swapped.parameters(), pytorch.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_exports():
     torch.backends.cudnn.conv.fp32_precision = "tf32"  # torch.export reads the legacy switch, which rejects a mixture
-    network, swapped = networks(training=False)
+    pytorch, swapped = networks(training=False)
     x = image(2, 3, 8, 8)
-    torch.testing.assert_close(torch.export.export(swapped, (x,)).module()(x), network(x))
+    torch.testing.assert_close(torch.export.export(swapped, (x,)).module()(x), pytorch(x))
 
 
 def test_vmap():
-    network, swapped = networks(training=False)
+    pytorch, swapped = networks(training=False)
     x = image(3, 2, 3, 8, 8)
-    torch.testing.assert_close(torch.vmap(swapped)(x), torch.vmap(network)(x))
+    torch.testing.assert_close(torch.vmap(swapped)(x), torch.vmap(pytorch)(x))

@@ -6,23 +6,10 @@ import sys
 
 import pytest
 import torch
-from compare import DEVICE, image
+from compare import DEVICE, image, network
 from torch import nn
 
 import tritonnn
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-        nn.AvgPool2d(2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    ).to(DEVICE)
 
 
 def test_all_kinds():

@@ -11,9 +11,9 @@ import triton.language as tl
 
 from .arithmetic import accumulator, index_type, round_to
 from .block_sizes import pixel_blocks
-from .max_pool2d import output_size
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
+from .window import output_size
 
 
 @triton.jit

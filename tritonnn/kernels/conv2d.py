@@ -18,6 +18,7 @@ from .channels_last import channels_last
 from .implicit_gemm import implicit_gemm, spans_taps
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
+from .window import output_size
 
 
 @triton.jit
@@ -87,11 +88,6 @@ def conv2d_depthwise_forward_kernel(
         y_ptr + (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (k.to(tl.int64) * y_stride_k)[None, :]
     )
     tl.store(y_ptrs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
-
-
-def output_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
-    """Rows (or columns) a filter gives; less than 1 where it does not fit into the padded image."""
-    return (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
 
 
 def _is_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:

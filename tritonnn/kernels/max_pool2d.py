@@ -15,6 +15,7 @@ from .arithmetic import accumulator, index_type
 from .block_sizes import pixel_blocks
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
+from .window import output_size
 
 
 @triton.jit
@@ -86,13 +87,6 @@ def max_pool2d_forward_kernel(
     tl.store(y_ptr + y_offs, best.to(y_ptr.dtype.element_ty), mask=mask)
     if RETURN_INDICES:
         tl.store(indices_ptr + y_offs, best_index, mask=mask)
-
-
-def output_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """Rows (or columns) of windows; with ceil_mode also a last one that starts inside the image or its left padding."""
-    rest = size + 2 * padding - dilation * (kernel_size - 1) - 1 + (stride - 1 if ceil_mode else 0)
-    count = rest // stride + 1
-    return count - 1 if ceil_mode and (count - 1) * stride >= size + padding else count
 
 
 def _outputs(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices) -> tuple[torch.Tensor, torch.Tensor]:

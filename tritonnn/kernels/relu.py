@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .arithmetic import accumulator
 from .block_sizes import elementwise_block
-from .operator import register
+from .operator import LIBRARY, register
 
 
 @triton.jit
@@ -47,3 +47,9 @@ def _backward(ctx, grad_y):
 
 relu = register("relu(Tensor x) -> Tensor", _launch, torch.empty_like, _setup_context, _backward)
 relu_ = register("relu_(Tensor(a!) x) -> ()", _launch_in_place, lambda x: None)
+
+
+@torch.library.register_vmap("tritonnn::relu_", lib=LIBRARY)
+def _relu_in_place_batched(info, in_dims, x) -> tuple[None, None]:
+    x.copy_(relu(x))  # the batch may have gaps or repeats that an example does not show
+    return None, None

@@ -5,7 +5,7 @@ from torch import nn
 
 from ..kernels.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
 from .layer import TritonLayer, batched, pair, reason_to_fall_back_image
-from .max_pool2d import windows_fit
+from .max_pool2d import pools
 
 
 class TritonAvgPool2d(TritonLayer, nn.AvgPool2d):
@@ -19,7 +19,7 @@ class TritonAvgPool2d(TritonLayer, nn.AvgPool2d):
         kernel_size, padding = pair(self.kernel_size), pair(self.padding)
         stride = pair(self.kernel_size if self.stride == () else self.stride)
         reason = reason_to_fall_back_image(input)
-        if reason is None and not windows_fit(input, kernel_size, stride, padding, (1, 1), self.ceil_mode):
+        if reason is None and not pools(input, kernel_size, stride, padding, (1, 1), self.ceil_mode):
             reason = "no window fits"
         if reason is None and self.divisor_override == 0:
             reason = "divisor_override 0"

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.conv2d import conv2d, output_size
+from ..kernels.conv2d import conv2d
 from ..precision import autocast
-from .layer import TritonLayer, batched, pair, reason_to_fall_back_image
+from .layer import TritonLayer, batched, pair, reason_to_fall_back_image, windows_fit
 
 
 class TritonConv2d(TritonLayer, nn.Conv2d):
@@ -23,7 +23,7 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
         reason = self._reason_to_fall_back(x, w, b)
         if reason is None:
             x, padding = self._padded(x)
-            if not _filter_fits(x, w, stride, padding, dilation):
+            if not windows_fit(x, w.shape[-2:], stride, padding, dilation):
                 reason = "no output, or arguments that PyTorch refuses"
         if reason is not None:
             return self._fall_back(reason, super()._conv_forward, input, weight, bias)
@@ -50,17 +50,3 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
         if reason is None and bias is not None and bias.shape != weight.shape[:1]:
             reason = f"bias of shape {list(bias.shape)}"
         return reason
-
-
-def _filter_fits(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: tuple[int, int] | None,
-    padding: tuple[int, int] | None,
-    dilation: tuple[int, int] | None,
-) -> bool:
-    """Whether PyTorch convolves an image [(N,) C, H, W] so: all sizes at least 1, and an output of at least 1."""
-    return None not in (stride, padding, dilation) and all(
-        min(size, k, s, d) > 0 and p >= 0 and output_size(size, k, s, p, d) > 0
-        for size, k, s, p, d in zip(x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
-    )

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..kernels.window import output_size
+
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -54,6 +56,21 @@ def pair(sizes: int | Sequence[int]) -> tuple[int, int] | None:
     if len(sizes) == 1:
         return sizes[0], sizes[0]
     return (sizes[0], sizes[1]) if len(sizes) == 2 else None
+
+
+def windows_fit(
+    x: torch.Tensor,
+    kernel_size: Sequence[int] | None,
+    stride: tuple[int, int] | None,
+    padding: tuple[int, int] | None,
+    dilation: tuple[int, int] | None,
+    ceil_mode: bool = False,
+) -> bool:
+    """Whether PyTorch slides such windows over an image [(N,) C, H, W]: all sizes at least 1, and some output."""
+    return None not in (kernel_size, stride, padding, dilation) and all(
+        min(size, k, s, d) > 0 and p >= 0 and output_size(size, k, s, p, d, ceil_mode) > 0
+        for size, k, s, p, d in zip(x.shape[-2:], kernel_size, stride, padding, dilation)
+    )
 
 
 def batched(op: Callable, x: torch.Tensor, *args) -> torch.Tensor | tuple[torch.Tensor, ...]:

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from ..kernels.max_pool2d import max_pool2d, output_size
-from .layer import TritonLayer, batched, pair, reason_to_fall_back_image
+from ..kernels.max_pool2d import max_pool2d
+from .layer import TritonLayer, batched, pair, reason_to_fall_back_image, windows_fit
 
 
 class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
@@ -18,7 +18,7 @@ class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
         kernel_size, stride = pair(self.kernel_size), pair(self.kernel_size if self.stride == () else self.stride)
         padding, dilation = pair(self.padding), pair(self.dilation)
         reason = reason_to_fall_back_image(input)
-        if reason is None and not windows_fit(input, kernel_size, stride, padding, dilation, self.ceil_mode):
+        if reason is None and not pools(input, kernel_size, stride, padding, dilation, self.ceil_mode):
             reason = "no window fits"
         if reason is not None:
             return self._fall_back(reason, super().forward, input)
@@ -28,7 +28,7 @@ class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
         return (y, indices) if self.return_indices else y
 
 
-def windows_fit(
+def pools(
     x: torch.Tensor,
     kernel_size: tuple[int, int] | None,
     stride: tuple[int, int] | None,
@@ -36,10 +36,7 @@ def windows_fit(
     dilation: tuple[int, int] | None,
     ceil_mode: bool,
 ) -> bool:
-    """Whether PyTorch pools an image [(N,) C, H, W] so: all sizes at least 1, padding at most half a window."""
-    if None in (kernel_size, stride, padding, dilation):
-        return False
-    return all(
-        min(size, k, s, d) > 0 and 0 <= 2 * p <= d * (k - 1) + 1 and output_size(size, k, s, p, d, ceil_mode) > 0
-        for size, k, s, p, d in zip(x.shape[-2:], kernel_size, stride, padding, dilation)
+    """Whether PyTorch pools an image [(N,) C, H, W] so: the windows fit, and the padding is at most half of one."""
+    return windows_fit(x, kernel_size, stride, padding, dilation, ceil_mode) and all(
+        2 * p <= d * (k - 1) + 1 for k, p, d in zip(kernel_size, padding, dilation)
     )
