@@ -29,8 +29,7 @@ def load_box(x_desc, n, p, q, r, s, c, C: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def descriptor_gemm_tile(
-    tile,
+def descriptor_gemm_forward_kernel(
     x_desc,
     weight_desc,
     bias_ptr,
@@ -65,12 +64,19 @@ def descriptor_gemm_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Computes and stores one tile; the arguments are the kernel's."""
+    """One program owns TILE_N x TILE_P x TILE_Q = BLOCK_M output pixels x BLOCK_N output channels.
+
+    Natural form: acc [pixels, channels] = x @ weight.T, with x in registers, where it can be rounded. SWAPPED:
+    acc [channels, pixels] = weight @ x.T, both in shared memory. "tf32x3": weight_desc holds the weights rounded to
+    TF32 and, K rows below, what that left of them; the sums of FLUSH steps are added up apart, so that few float32
+    additions follow each other. y_desc is a pointer unless y is CHANNELS_LAST.
+    """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = C // BLOCK_K
     STEPS: tl.constexpr = R * S * BLOCKS_C
 
+    tile = tl.program_id(0)
     k = tile % BLOCKS_N * BLOCK_N
     box = tile // BLOCKS_N
     q = box % tiles_q * TILE_Q
@@ -134,146 +140,20 @@ def descriptor_gemm_tile(
         tl.store(y_desc + offs_pixel[:, None] + (offs_n.to(tl.int64) * P * Q)[None, :], y, mask=mask)
 
 
-@triton.jit
-def descriptor_gemm_forward_kernel(
-    x_desc,
-    weight_desc,
-    bias_ptr,
-    residual_desc,
-    y_desc,
-    N,
-    P,
-    Q,
-    tiles,
-    tiles_p,
-    tiles_q,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
-    ROUND_X: tl.constexpr,
-    ROUND_Y: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    SWAPPED: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    FLUSH: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_P: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One program owns TILE_N x TILE_P x TILE_Q = BLOCK_M output pixels x BLOCK_N output channels, or several in turns.
-
-    Natural form: acc [pixels, channels] = x @ weight.T, with x in registers, where it can be rounded. SWAPPED:
-    acc [channels, pixels] = weight @ x.T, both in shared memory. "tf32x3": weight_desc holds the weights rounded to
-    TF32 and, K rows below, what that left of them; sums of FLUSH steps are added up apart, so that few float32
-    additions follow each other.
-    """
-    if PERSISTENT:
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            descriptor_gemm_tile(
-                tile,
-                x_desc,
-                weight_desc,
-                bias_ptr,
-                residual_desc,
-                y_desc,
-                N,
-                P,
-                Q,
-                tiles_p,
-                tiles_q,
-                C,
-                K,
-                R,
-                S,
-                STRIDE,
-                PADDING_H,
-                PADDING_W,
-                DILATION_H,
-                DILATION_W,
-                HAS_BIAS,
-                HAS_RESIDUAL,
-                RELU,
-                ROUND_X,
-                ROUND_Y,
-                INPUT_PRECISION,
-                CHANNELS_LAST,
-                SWAPPED,
-                FLUSH,
-                TILE_N,
-                TILE_P,
-                TILE_Q,
-                BLOCK_N,
-                BLOCK_K,
-            )
-    else:
-        descriptor_gemm_tile(
-            tl.program_id(0),
-            x_desc,
-            weight_desc,
-            bias_ptr,
-            residual_desc,
-            y_desc,
-            N,
-            P,
-            Q,
-            tiles_p,
-            tiles_q,
-            C,
-            K,
-            R,
-            S,
-            STRIDE,
-            PADDING_H,
-            PADDING_W,
-            DILATION_H,
-            DILATION_W,
-            HAS_BIAS,
-            HAS_RESIDUAL,
-            RELU,
-            ROUND_X,
-            ROUND_Y,
-            INPUT_PRECISION,
-            CHANNELS_LAST,
-            SWAPPED,
-            FLUSH,
-            TILE_N,
-            TILE_P,
-            TILE_Q,
-            BLOCK_N,
-            BLOCK_K,
-        )
-
-
-def fits_descriptors(
-    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, stride: tuple[int, int], groups: int
-) -> bool:
+def fits_descriptors(x: torch.Tensor, out_channels: int, stride: tuple[int, int], groups: int) -> bool:
     """Whether the copy engine can fetch x [N, C, H, W], once it is channels_last, and this kernel was verified there.
 
-    Rows of channels are multiples of 128 bytes; for stride 2 the image has even sides.
+    A pixel's channels are a multiple of 128 bytes; for stride 2 the image has even sides.
     """
     if triton.knobs.runtime.interpret or x.dtype == torch.float64 or groups > 1:
         return False
     if torch.cuda.get_device_capability(x.device) != (9, 0):
         return False
-    even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
-    line = 128 // x.element_size()
-    return (
-        x.shape[1] % line == 0
-        and weight.shape[0] * x.element_size() % 16 == 0
-        and (stride == (1, 1) or (stride == (2, 2) and even))
-    )
+    _, C, H, W = x.shape
+    size = x.element_size()
+    even = H % 2 == 0 and W % 2 == 0
+    strided = stride == (1, 1) or (stride == (2, 2) and even)
+    return strided and C * size % 128 == 0 and out_channels * size % 16 == 0
 
 
 def descriptor_gemm(
@@ -320,7 +200,6 @@ def descriptor_gemm(
         N,
         P,
         Q,
-        tiles,
         tiles_p,
         tiles_q,
         C,
@@ -337,7 +216,6 @@ def descriptor_gemm(
         ROUND_Y=round_y,
         INPUT_PRECISION=input_precision,
         CHANNELS_LAST=channels_last,
-        PERSISTENT=False,
         FLUSH=FLUSH_STEPS if input_precision == "tf32x3" else 1,
         **blocks._asdict(),
     )

@@ -80,6 +80,16 @@ def split_gemm_forward_kernel(
     weight_ptrs = weight_ptr + (channel * (R * S * C))[None, :, None] + offs_k
     slices = tl.arange(0, SLICES)[:, None, None]
 
+    offs_y = (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (channel.to(tl.int64) * y_stride_k)[
+        None, :
+    ]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    y = tl.full((BLOCK_M, BLOCK_N), 0, ACC)  # what the sum starts from, asked for before anything waits
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + offs_y, mask=mask_y, other=0.0).to(ACC)
+
     acc = tl.full((SLICES, BLOCK_M, BLOCK_N), 0, ACC)
     for step in range(STEPS):
         block = step * SLICES + slices  # [SLICES, 1, 1]
@@ -104,15 +114,7 @@ def split_gemm_forward_kernel(
                 x = round_to_tf32(x)
             acc = dot(x, weight, acc, INPUT_PRECISION)
 
-    y = tl.sum(acc, 0)  # [BLOCK_M, BLOCK_N]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
-    offs_y = (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (channel.to(tl.int64) * y_stride_k)[
-        None, :
-    ]
-    mask_y = mask_m[:, None] & mask_n[None, :]
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + offs_y, mask=mask_y, other=0.0).to(ACC)
+    y += tl.sum(acc, 0)
     if RELU:
         y = tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL)
     if ROUND_Y:
