@@ -4,6 +4,7 @@ A program of Triton's interpreter costs milliseconds whatever its size, an eleme
 as much as Triton's limit on a tile (2^20 elements) allows.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -132,10 +133,11 @@ def tile(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
     return min(((pixels // a // b, a, b) for a in powers for b in powers if a * b <= pixels), key=waste)
 
 
+@functools.lru_cache
 def descriptor_blocks(
     n: int, p: int, q: int, k: int, reduction: int, element_size: int, split: bool, in_registers: bool
 ) -> DescriptorBlocks:
-    """For y [n, p, q, k] as sums of `reduction` products, with x `split` into two TF32 numbers or rounded `in_registers`.
+    """For y [n, p, q, k] as sums of `reduction` products, with x `split` into two TF32 numbers or rounded in registers.
 
     Measured on an H200 over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results). The natural form has
     4 warps: with 8, 128 x 128 x 32 gave results that were off by 1e-3 without an error (triton 3.6).

@@ -147,7 +147,7 @@ def _launch_gemm(
     descriptors = fits_descriptors(x, K, stride, groups) and (x.stride(1) == 1 or R * S > 1)
     gathers = R * S > 1 and not spans_taps(C // groups, R * S) and not triton.knobs.runtime.interpret
     # With NCHW each filter tap would read pixels apart: worth a copy (H200, bf16, 512 channels: 155 us for 449). Where
-    # an element of x takes part in many products, rounding it beforehand is worth one too (512 channels: 198 us for 236).
+    # an element of x takes part in many products, rounding it first is worth one too (512 channels: 198 us for 236).
     if gathers and (x.stride(1) != 1 or (descriptors and round_x and K * R * S >= 2304 * stride[0] * stride[1])):
         x, round_x = channels_last(x, round_x).permute(0, 3, 1, 2), False
     if descriptors and (image := x.permute(0, 2, 3, 1)).is_contiguous() and x.data_ptr() % 16 == 0:
