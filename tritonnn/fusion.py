@@ -1,0 +1,492 @@
+"""For inference: convolution, batch norm, residual sum and ReLU in one kernel, over a whole network.
+
+A network is traced with torch.fx, its batch norms are folded into the convolutions before them (in float64), and what
+follows a convolution or linear layer moves into its kernel's epilogue. What is left becomes Triton layers, as `swap`
+does it, or stays PyTorch.
+"""
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .cuda_graphs import CudaGraphs
+from .kernels.memory_format import is_channels_last
+from .layers.conv2d import TritonConv2d
+from .layers.fused_conv2d import FusedConv2d, FusedLinear, fold_batch_norm
+from .layers.layer import FLOATING_POINT, pair
+from .layers.relu import TritonReLU
+from .pure_graph import ADD, PureGraph, describe, has_hooks, is_layer, optional_arguments, trace
+from .swap import KINDS, kind_of, swap
+
+# Functions that only look at tensors.
+NO_COMPUTATION = ("getattr", "getitem", "size", "dim", "as_contiguous", "eq", "_assert")
+
+
+@dataclass
+class FusionReport:
+    """What a fusion did: layers, by their names in the model, and functions, by their names in its graph.
+
+    A layer that is called again is fused again, as "<name>_call2".
+    """
+
+    modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    fused: dict[str, str] = field(default_factory=dict)
+    """Convolution or linear layer to what its kernel does, such as "conv2d + batch_norm2d + residual + relu"."""
+    swapped: dict[str, str] = field(default_factory=dict)
+    """Triton layer of its own, to its kind."""
+    apart: dict[str, str] = field(default_factory=dict)
+    """Convolution, linear layer, batch norm, sum or ReLU that was not fused with what precedes it, to the reason."""
+    stayed: dict[str, str] = field(default_factory=dict)
+    """PyTorch layer or function to the reason."""
+    untraced: dict[str, str] = field(default_factory=dict)
+    """Module that torch.fx could not look into, to the reason; its parts were fused each for itself."""
+
+    @property
+    def fallbacks(self) -> dict[str, dict[str, int]]:
+        """Name to reason to the number of calls, so far, in which PyTorch's operations did a part or all of it."""
+        return {name: dict(m.fallbacks) for name, m in self.modules.items() if getattr(m, "fallbacks", None)}
+
+    def __str__(self) -> str:
+        fused = ", ".join(f"{count} {what}" for what, count in Counter(self.fused.values()).items())
+        kinds = list(self.swapped.values())
+        swapped = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
+        lines = [f"fused: {fused or 'nothing'}", f"Triton layers of their own: {swapped or 'none'}"]
+        for title, reasons in (
+            ("not fused", self.apart),
+            ("stayed PyTorch", self.stayed),
+            ("not traced", self.untraced),
+        ):
+            lines += [f"{title}: {name or '(the model)'}: {reason}" for name, reason in reasons.items()]
+        for name, reasons in self.fallbacks.items():
+            lines += [f"fell back to PyTorch: {name}: {reason} ({n} calls)" for reason, n in reasons.items()]
+        return "\n".join(lines)
+
+
+class FusedNetwork(nn.Module):
+    """A network made by `fuse`: called like the model it was made of, in eval mode for good, without gradients.
+
+    `report` is the `FusionReport`. `network` holds the layers; replaced or overwritten weights count from the next
+    call.
+    """
+
+    def __init__(self, network: nn.Module, report: FusionReport, cuda_graph: bool, copy_output: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.report = report
+        self._graphs = CudaGraphs(copy_output) if cuda_graph else None
+        super().train(False)
+
+    def forward(self, *args, **kwargs) -> object:
+        if torch.is_grad_enabled():
+            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves((args, kwargs))):
+                raise RuntimeError("a fused network has no gradients: call it with inputs that require none")
+        with torch.no_grad():
+            if self._graphs is None:
+                return self.network(*args, **kwargs)
+            return self._graphs(self.network, args, kwargs)
+
+    def train(self, mode: bool = True) -> "FusedNetwork":
+        """Raises RuntimeError unless `mode` is False: batch norms are folded, there is nothing to train."""
+        if mode:
+            raise RuntimeError("a fused network cannot be trained: train the model it was made of, and fuse that again")
+        return self
+
+    def _apply(self, fn, recurse: bool = True) -> "FusedNetwork":
+        super()._apply(fn, recurse)
+        if self._graphs is not None:
+            self._graphs.clear()
+        return self
+
+
+class FusedPart(nn.Module):
+    """A fused module inside one that torch.fx could not trace, whose code may also reach into `unfused`, the original.
+
+    For contiguous images it returns contiguous images, as PyTorch's layers do.
+    """
+
+    def __init__(self, fused: nn.Module, unfused: nn.Module) -> None:
+        super().__init__()
+        self.fused, self.unfused = fused, unfused
+        self.eval()
+
+    def forward(self, *args, **kwargs) -> object:
+        y = self.fused(*args, **kwargs)
+        if any(_is_channels_last(x) for x in tree_leaves((args, kwargs))):
+            return y
+        return tree_map(lambda t: t.contiguous() if _is_channels_last(t) else t, y)
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("unfused"), name)
+
+    def __iter__(self) -> Iterator:
+        return iter(self.unfused)
+
+    def __len__(self) -> int:
+        return len(self.unfused)
+
+    def __getitem__(self, index: object) -> nn.Module:
+        return self.unfused[index]
+
+
+def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -> FusedNetwork:
+    """A fast copy of an eval network for inference; the model is left alone and shares nothing with it.
+
+    Batch norms are folded into the convolutions before them, in float64, and the weights rounded once to their own
+    type. Bias, residual sum and ReLU run in the kernel of the convolution or linear layer, whose images are
+    channels_last. Operand types follow autocast and PyTorch's TF32 switches at each call.
+
+    Args:
+        cuda_graph: replay a CUDA graph, captured at the second call with inputs of a shape, type, autocast and TF32
+            state; the first runs eagerly, and so do CPU tensors and calls inside another capture.
+        copy_output: with CUDA graphs, return a copy; else the output is valid only until the next call.
+
+    Raises:
+        RuntimeError: the model or a part of it is in training mode.
+    """
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise RuntimeError(f"fuse wants a network in eval mode: call model.eval() first; training: {_few(training)}")
+    report = FusionReport()
+    with torch.inference_mode(False), torch.no_grad():
+        network = copy.deepcopy(model)
+        if is_layer(network):
+            network = nn.Sequential(network)
+        network = _fused_if_traced(network, "", report)
+        _swap_rest(network, report)
+        network.requires_grad_(False)
+        network.to(memory_format=torch.channels_last)
+    return FusedNetwork(network, report, cuda_graph, copy_output)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _fused_if_traced(module: nn.Module, name: str, report: FusionReport) -> nn.Module:
+    """The module as a fused graph or, where it cannot be traced, itself with its parts fused."""
+    if has_hooks(module):
+        reason = "it has hooks"
+    else:
+        try:
+            traced = trace(module)
+        except Exception as error:  # whatever the module's code makes of symbolic inputs
+            reason = describe(error)
+        else:
+            return _fuse_graph(module, traced, name, report)
+    report.untraced[name] = reason
+    _fuse_parts(module, name, report)
+    return module
+
+
+def _fuse_parts(module: nn.Module, name: str, report: FusionReport) -> None:
+    for child_name, child in module.named_children():
+        full_name = _join(name, child_name)
+        if is_layer(child) or kind_of(child) is not None:
+            continue
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) or has_hooks(child) or optional_arguments(child):
+            _fuse_parts(child, full_name, report)
+            continue
+        fused = _fused_if_traced(child, full_name, report)
+        if fused is not child:
+            setattr(module, child_name, FusedPart(fused, child))
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _swap_rest(network: nn.Module, report: FusionReport) -> None:
+    """Triton layers in the place of those that were not fused; what only `FusedPart.unfused` has is not reported."""
+    parts = [part for part in network.modules() if isinstance(part, FusedPart)]
+    spare = {id(m) for part in parts for m in part.unfused.modules()} - {
+        id(m) for part in parts for m in part.fused.modules()
+    }
+    swapped = swap(network)
+    for name, module in swapped.modules.items():
+        if type(module) is TritonConv2d:
+            module.to(memory_format=torch.channels_last)
+        if id(module) not in spare:
+            report.modules[name.replace("fused.", "")] = module
+            report.swapped[name.replace("fused.", "")] = kind_of(module)
+    for name, reason in swapped.stayed.items():
+        if id(network.get_submodule(name)) not in spare:
+            report.stayed[name.replace("fused.", "")] = reason
+
+
+@dataclass
+class _Chain:
+    """Nodes that become one: a convolution or linear layer and some of what follows it."""
+
+    layer: fx.Node
+    norm: fx.Node | None = None
+    add: fx.Node | None = None
+    add_first: bool = True
+    """Whether the layer's result is the first summand."""
+    relu: fx.Node | None = None
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return [node for node in (self.layer, self.norm, self.add, self.relu) if node is not None]
+
+    @property
+    def tail(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """Of the fused node, as the graph is now: the residual may have been fused already."""
+        x = _input(self.layer)
+        return (x,) if self.add is None else (x, _summands(self.add)[self.add_first])
+
+
+def _fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionReport) -> fx.GraphModule:
+    graph = traced.graph
+    chains = _chains(traced)
+    _report_apart(traced, chains, name, report)
+    calls: Counter[str] = Counter()
+    modules = dict(traced.modules)
+    for chain in chains:
+        layer = chain.layer.target
+        calls[layer] += 1
+        target = layer if calls[layer] == 1 else f"{layer}_call{calls[layer]}"
+        modules[target] = _fused_layer(chain, traced)
+        with graph.inserting_before(chain.tail):
+            fused = graph.call_module(target, chain.inputs)
+        chain.tail.replace_all_uses_with(fused)
+        for node in reversed(chain.nodes):
+            graph.erase_node(node)
+        report.fused[_join(name, target)] = _describe(chain, traced)
+        report.modules[_join(name, target)] = modules[target]
+    _rewrite_rest(traced, modules)
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
+            report.stayed[_join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
+        elif node.op == "get_attr":
+            modules[node.target] = operator.attrgetter(node.target)(root)
+    fused_root = fx.GraphModule(modules, graph, type(root).__name__)
+    for target, reason in traced.opaque.items():
+        report.untraced[_join(name, target)] = reason
+        _fuse_parts(fused_root.get_submodule(target), _join(name, target), report)
+    return fused_root.eval()
+
+
+def _chains(traced: PureGraph) -> list[_Chain]:
+    """In the order of running. A sum of two convolutions goes to the one that is computed last."""
+    chains: list[_Chain] = []
+    claimed: set[fx.Node] = set()
+    for node in reversed(traced.graph.nodes):
+        if kind_of(traced.module(node)) not in ("conv2d", "linear") or _reason_to_leave(node, traced):
+            continue
+        chain = _Chain(node)
+        follower = _only_user(node, traced)
+        if follower and _is_norm(follower, traced) and _reason_not_to_fold(follower, traced) is None:
+            chain.norm = follower
+            follower = _only_user(chain.tail, traced)
+        if follower and follower in traced.pure and follower not in claimed and (summands := _summands(follower)):
+            chain.add_first = summands[0] is chain.tail
+            chain.add = follower
+            follower = _only_user(follower, traced)
+        if follower and follower in traced.pure and traced.is_relu(follower) and not _hooked(follower, traced):
+            chain.relu = follower
+        claimed.update(chain.nodes)
+        chains.append(chain)
+    return chains[::-1]
+
+
+def _only_user(node: fx.Node, traced: PureGraph) -> fx.Node | None:
+    """The one node that uses the result, if nothing is overwritten up to there."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and traced.stage[users[0]] == traced.stage[node] else None
+
+
+def _is_norm(node: fx.Node, traced: PureGraph) -> bool:
+    return kind_of(traced.module(node)) == "batch_norm2d"
+
+
+def _hooked(node: fx.Node, traced: PureGraph) -> bool:
+    module = traced.module(node)
+    return module is not None and has_hooks(module)
+
+
+def _input(node: fx.Node) -> fx.Node | None:
+    """The input of a layer that has one."""
+    inputs = [*node.args, *node.kwargs.values()]
+    return inputs[0] if len(inputs) == 1 and isinstance(inputs[0], fx.Node) else None
+
+
+def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two operands of a plain sum of two different values."""
+    a, b = _operands(node)
+    plain = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b and len(node.args) <= 2
+    return (a, b) if plain and node.target in ADD and node.kwargs.get("alpha", 1) == 1 else None
+
+
+def _operands(node: fx.Node) -> tuple[object, object]:
+    named = {key: value for key, value in node.kwargs.items() if key in ("input", "other")}
+    a, b, *_ = [*node.args, *named.values(), None, None]
+    return a, b
+
+
+def _reason_to_leave(node: fx.Node, traced: PureGraph) -> str | None:
+    """Why a convolution or linear layer is no fused one."""
+    layer = traced.module(node)
+    if has_hooks(layer):
+        return "it has hooks"
+    if _input(node) is None:
+        return "it is called with other arguments than one tensor"
+    if layer.weight.dtype not in FLOATING_POINT:
+        return f"dtype {layer.weight.dtype}"
+    if kind_of(layer) == "conv2d":
+        if layer.padding_mode != "zeros":
+            return f"padding_mode {layer.padding_mode!r}"
+        if _padding(layer) is None:
+            return f"padding {layer.padding!r} that differs between the sides"
+    return None
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, int] | None:
+    """(rows, columns) of zeros on either side, None where the sides differ."""
+    if layer.padding == "valid":
+        return 0, 0
+    if layer.padding != "same":
+        return pair(layer.padding)
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    return (top, left) if (top, left) == (bottom, right) else None
+
+
+def _reason_not_to_fold(node: fx.Node, traced: PureGraph) -> str | None:
+    norm = traced.module(node)
+    if has_hooks(norm):
+        return "it has hooks"
+    if norm.running_mean is None or norm.running_var is None:
+        return "it has no running statistics"
+    source = _input(node)
+    if source is None or kind_of(traced.module(source)) != "conv2d":
+        return "it does not follow a convolution"
+    if (reason := _reason_to_leave(source, traced)) is not None:
+        return f"the convolution before it is not fused: {reason}"
+    if norm.num_features != traced.module(source).out_channels:
+        return "it has not the channels of the convolution before it"
+    return _reason_not_to_join(source, node, traced)
+
+
+def _reason_not_to_join(source: fx.Node, node: fx.Node, traced: PureGraph) -> str | None:
+    if len(source.users) > 1:
+        return "what it follows is used elsewhere too"
+    return None if traced.stage[source] == traced.stage[node] else "something is overwritten before it"
+
+
+def _report_apart(traced: PureGraph, chains: list[_Chain], name: str, report: FusionReport) -> None:
+    fused = {node for chain in chains for node in chain.nodes}
+    tails = {chain.tail for chain in chains}
+    for node in traced.graph.nodes:
+        if node in fused:
+            continue
+        if kind_of(traced.module(node)) in ("conv2d", "linear"):
+            reason = _reason_to_leave(node, traced)
+        elif _is_norm(node, traced):
+            reason = _reason_not_to_fold(node, traced)
+        elif traced.is_add(node) or traced.is_relu(node):
+            reason = _reason_not_in_epilogue(node, tails, traced)
+        else:
+            continue
+        report.apart[_join(name, node.target if node.op == "call_module" else node.name)] = reason
+
+
+def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: PureGraph) -> str:
+    if node in traced.overwriting:
+        return "it overwrites what others may see"
+    if _hooked(node, traced):
+        return "it has hooks"
+    if traced.is_add(node) and _summands(node) is None:
+        return "it is no plain sum of two tensors"
+    sources = [source for source in node.all_input_nodes if source in tails]
+    if not sources:
+        return "it does not follow a convolution or linear layer"
+    reasons = [_reason_not_to_join(source, node, traced) for source in sources]
+    return next((reason for reason in reasons if reason), "it does not follow directly")
+
+
+def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
+    layer = traced.module(chain.layer)
+    weight, bias = layer.weight.detach(), layer.bias
+    if chain.norm:
+        folded, bias = fold_batch_norm(weight, bias, traced.module(chain.norm))
+        weight = folded.to(weight.dtype)
+    in_place = chain.add is not None and chain.add.target in (operator.iadd, "add_")
+    epilogue = {
+        "sums": None
+        if chain.add is None
+        else "beside"
+        if not in_place
+        else "into y"
+        if chain.add_first
+        else "into residual",
+        "relu": chain.relu is not None,
+    }
+    bias = None if bias is None else bias.detach().clone()
+    if kind_of(layer) == "linear":
+        return FusedLinear(weight.clone(), bias, **epilogue)
+    weight = weight.clone(memory_format=torch.channels_last)
+    return FusedConv2d(
+        weight, bias, pair(layer.stride), _padding(layer), pair(layer.dilation), layer.groups, **epilogue
+    )
+
+
+def _describe(chain: _Chain, traced: PureGraph) -> str:
+    steps = [kind_of(traced.module(chain.layer))]
+    steps += [
+        step for step, node in (("batch_norm2d", chain.norm), ("residual", chain.add), ("relu", chain.relu)) if node
+    ]
+    return " + ".join(steps)
+
+
+def _rewrite_rest(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
+    """ReLUs as Triton layers, sums beside their operands, no `view` that would want contiguous images."""
+    relu = "functional_relu"
+    while relu in modules:
+        relu += "_"
+    for node in traced.graph.nodes:
+        in_place = node.op == "call_module" and getattr(traced.modules.get(node.target), "inplace", False)
+        if node in traced.pure and traced.is_relu(node) and (node.op != "call_module" or in_place):
+            if not _hooked(node, traced):
+                source = _operands(node)[0]
+                node.op, node.target, node.args, node.kwargs = "call_module", relu, (source,), {}
+                modules[relu] = TritonReLU().eval()
+        elif node in traced.pure and node.target in (operator.iadd, "add_"):
+            node.op, node.target = "call_function", add_beside
+        elif node.op == "call_method" and node.target == "view" and not traced.overwriting:
+            if not any(isinstance(size, torch.dtype) for size in node.args) and not node.kwargs:
+                node.target = "reshape"
+        elif node.op == "call_module" and node.target in traced.opaque:
+            with traced.graph.inserting_before(node):
+                contiguous = {x: traced.graph.call_function(as_contiguous, (x,)) for x in node.all_input_nodes}
+            for x, same in contiguous.items():
+                node.replace_input_with(x, same)
+
+
+def add_beside(x: object, other: object, alpha: float = 1) -> object:
+    """What x += alpha * other makes of a tensor x, in its type, without overwriting it."""
+    return x.clone().add_(other, alpha=alpha) if isinstance(x, torch.Tensor) else x + other
+
+
+def as_contiguous(x: object) -> object:
+    """Images contiguous, anything else as it is: for code that counts on the memory format of a plain network."""
+    return x.contiguous() if _is_channels_last(x) else x
+
+
+def _is_channels_last(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and is_channels_last(x)
+
+
+def _function_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
