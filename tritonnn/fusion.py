@@ -13,19 +13,35 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .cuda_graphs import CudaGraphs
 from .kernels.memory_format import is_channels_last
+from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
 from .layers.conv2d import TritonConv2d
 from .layers.fused_conv2d import FusedConv2d, FusedLinear, fold_batch_norm
-from .layers.layer import FLOATING_POINT, pair
+from .layers.layer import FLOATING_POINT, TritonLayer, pair
+from .layers.max_pool2d import TritonMaxPool2d
 from .layers.relu import TritonReLU
 from .pure_graph import ADD, PureGraph, describe, has_hooks, is_layer, optional_arguments, trace
 from .swap import KINDS, kind_of, swap
 
 # Functions that only look at tensors.
 NO_COMPUTATION = ("getattr", "getitem", "size", "dim", "as_contiguous", "eq", "_assert")
+
+POOLS = {
+    F.adaptive_avg_pool2d: (TritonAdaptiveAvgPool2d, ("input", "output_size")),
+    F.avg_pool2d: (
+        TritonAvgPool2d,
+        ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    ),
+    F.max_pool2d: (
+        TritonMaxPool2d,
+        ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    ),
+}
+"""Function to module and its arguments, in order."""
 
 
 @dataclass
@@ -62,7 +78,10 @@ class FusionReport:
             ("stayed PyTorch", self.stayed),
             ("not traced", self.untraced),
         ):
-            lines += [f"{title}: {name or '(the model)'}: {reason}" for name, reason in reasons.items()]
+            names: dict[str, list[str]] = {}
+            for name, reason in reasons.items():
+                names.setdefault(reason, []).append(name or "(the model)")
+            lines += [f"{title}: {_few(same)}: {reason}" for reason, same in names.items()]
         for name, reasons in self.fallbacks.items():
             lines += [f"fell back to PyTorch: {name}: {reason} ({n} calls)" for reason, n in reasons.items()]
         return "\n".join(lines)
@@ -163,12 +182,11 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
         network = _fused_if_traced(network, "", report)
         _swap_rest(network, report)
         network.requires_grad_(False)
-        network.to(memory_format=torch.channels_last)
     return FusedNetwork(network, report, cuda_graph, copy_output)
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _fused_if_traced(module: nn.Module, name: str, report: FusionReport) -> nn.Module:
@@ -211,10 +229,10 @@ def _swap_rest(network: nn.Module, report: FusionReport) -> None:
         id(m) for part in parts for m in part.fused.modules()
     }
     swapped = swap(network)
-    for name, module in swapped.modules.items():
-        if type(module) is TritonConv2d:
+    for name, module in network.named_modules():
+        if isinstance(module, TritonConv2d):
             module.to(memory_format=torch.channels_last)
-        if id(module) not in spare:
+        if isinstance(module, TritonLayer) and kind_of(module) is not None and id(module) not in spare:
             report.modules[name.replace("fused.", "")] = module
             report.swapped[name.replace("fused.", "")] = kind_of(module)
     for name, reason in swapped.stayed.items():
@@ -450,8 +468,22 @@ def _describe(chain: _Chain, traced: PureGraph) -> str:
     return " + ".join(steps)
 
 
+def _pool(node: fx.Node) -> nn.Module | None:
+    """The module that does what a function of torch.nn.functional does in this graph."""
+    if node.op != "call_function" or node.target not in POOLS:
+        return None
+    module, names = POOLS[node.target]
+    arguments = dict(zip(names, node.args)) | node.kwargs
+    arguments.pop("input", None)
+    if set(arguments) - set(names) or any(isinstance(leaf, fx.Node) for leaf in tree_leaves(arguments)):
+        return None
+    if "stride" in arguments and not arguments["stride"]:  # None or an empty list
+        del arguments["stride"]
+    return module(**arguments).eval()
+
+
 def _rewrite_rest(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
-    """ReLUs as Triton layers, sums beside their operands, no `view` that would want contiguous images."""
+    """ReLUs and pools as Triton layers, sums beside their operands, no `view` that would want contiguous images."""
     relu = "functional_relu"
     while relu in modules:
         relu += "_"
@@ -464,6 +496,11 @@ def _rewrite_rest(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
                 modules[relu] = TritonReLU().eval()
         elif node in traced.pure and node.target in (operator.iadd, "add_"):
             node.op, node.target = "call_function", add_beside
+        elif (pool := _pool(node)) is not None:
+            source = _operands(node)[0]
+            target = f"functional_{node.name}"
+            modules[target] = pool
+            node.op, node.target, node.args, node.kwargs = "call_module", target, (source,), {}
         elif node.op == "call_method" and node.target == "view" and not traced.overwriting:
             if not any(isinstance(size, torch.dtype) for size in node.args) and not node.kwargs:
                 node.target = "reshape"

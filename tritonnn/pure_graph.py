@@ -43,6 +43,7 @@ FRESH = (
     "relu",
     "sub",
 )
+IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 OPERATORS_IN_PLACE = {
     getattr(operator, name)
     for name in (
@@ -143,8 +144,18 @@ def trace(root: nn.Module) -> PureGraph:
     called = {node.target for node in graph.nodes if node.op == "call_module"}
     opaque = {name: reason for name, reason in tracer.opaque.items() if name in called}
     traced = PureGraph(graph, dict(root.named_modules(remove_duplicate=False)), set(), {}, opaque, set())
+    _remove_identities(traced)
     _make_pure(traced)
     return traced
+
+
+def _remove_identities(traced: PureGraph) -> None:
+    """In eval mode they hand on the very tensor they get."""
+    for node in traced.graph.nodes:
+        module = traced.module(node)
+        if type(module) in IDENTITIES and not has_hooks(module) and len(node.args) == 1 and not node.kwargs:
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
 
 
 def _make_pure(traced: PureGraph) -> None:
