@@ -19,12 +19,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .cuda_graphs import CudaGraphs
 from .kernels.memory_format import is_channels_last
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
-from .layers.conv2d import TritonConv2d
 from .layers.fused_conv2d import FusedConv2d, FusedLinear, fold_batch_norm
 from .layers.layer import FLOATING_POINT, TritonLayer, pair
 from .layers.max_pool2d import TritonMaxPool2d
 from .layers.relu import TritonReLU
-from .pure_graph import ADD, PureGraph, describe, has_hooks, is_layer, optional_arguments, trace
+from .pure_graph import PureGraph, as_contiguous, describe, has_hooks, in_place, is_layer, optional_arguments, trace
 from .swap import KINDS, kind_of, swap
 
 # Functions that only look at tensors.
@@ -230,8 +229,6 @@ def _swap_rest(network: nn.Module, report: FusionReport) -> None:
     }
     swapped = swap(network)
     for name, module in network.named_modules():
-        if isinstance(module, TritonConv2d):
-            module.to(memory_format=torch.channels_last)
         if isinstance(module, TritonLayer) and kind_of(module) is not None and id(module) not in spare:
             report.modules[name.replace("fused.", "")] = module
             report.swapped[name.replace("fused.", "")] = kind_of(module)
@@ -288,6 +285,8 @@ def _fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRep
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
             report.stayed[_join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
+        elif kind_of(modules.get(node.target)) == "conv2d":
+            modules[node.target].to(memory_format=torch.channels_last)
         elif node.op == "get_attr":
             modules[node.target] = operator.attrgetter(node.target)(root)
     fused_root = fx.GraphModule(modules, graph, type(root).__name__)
@@ -309,7 +308,8 @@ def _chains(traced: PureGraph) -> list[_Chain]:
         if follower and _is_norm(follower, traced) and _reason_not_to_fold(follower, traced) is None:
             chain.norm = follower
             follower = _only_user(chain.tail, traced)
-        if follower and follower in traced.pure and follower not in claimed and (summands := _summands(follower)):
+        if _is_plain_sum(follower, traced) and follower not in claimed:
+            summands = _summands(follower)
             chain.add_first = summands[0] is chain.tail
             chain.add = follower
             follower = _only_user(follower, traced)
@@ -324,6 +324,10 @@ def _only_user(node: fx.Node, traced: PureGraph) -> fx.Node | None:
     """The one node that uses the result, if nothing is overwritten up to there."""
     users = list(node.users)
     return users[0] if len(users) == 1 and traced.stage[users[0]] == traced.stage[node] else None
+
+
+def _is_plain_sum(node: fx.Node | None, traced: PureGraph) -> bool:
+    return node in traced.pure and traced.is_add(node) and _summands(node) is not None
 
 
 def _is_norm(node: fx.Node, traced: PureGraph) -> bool:
@@ -344,8 +348,8 @@ def _input(node: fx.Node) -> fx.Node | None:
 def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two operands of a plain sum of two different values."""
     a, b = _operands(node)
-    plain = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b and len(node.args) <= 2
-    return (a, b) if plain and node.target in ADD and node.kwargs.get("alpha", 1) == 1 else None
+    plain = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
+    return (a, b) if plain and node.kwargs.get("alpha", 1) == 1 else None
 
 
 def _operands(node: fx.Node) -> tuple[object, object]:
@@ -440,12 +444,12 @@ def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
     if chain.norm:
         folded, bias = fold_batch_norm(weight, bias, traced.module(chain.norm))
         weight = folded.to(weight.dtype)
-    in_place = chain.add is not None and chain.add.target in (operator.iadd, "add_")
+    overwrites = chain.add is not None and chain.add.target in (in_place, "add_")
     epilogue = {
         "sums": None
         if chain.add is None
         else "beside"
-        if not in_place
+        if not overwrites
         else "into y"
         if chain.add_first
         else "into residual",
@@ -488,14 +492,14 @@ def _rewrite_rest(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
     while relu in modules:
         relu += "_"
     for node in traced.graph.nodes:
-        in_place = node.op == "call_module" and getattr(traced.modules.get(node.target), "inplace", False)
-        if node in traced.pure and traced.is_relu(node) and (node.op != "call_module" or in_place):
+        overwrites = node.op == "call_module" and getattr(traced.modules.get(node.target), "inplace", False)
+        if node in traced.pure and traced.is_relu(node) and (node.op != "call_module" or overwrites):
             if not _hooked(node, traced):
                 source = _operands(node)[0]
                 node.op, node.target, node.args, node.kwargs = "call_module", relu, (source,), {}
                 modules[relu] = TritonReLU().eval()
-        elif node in traced.pure and node.target in (operator.iadd, "add_"):
-            node.op, node.target = "call_function", add_beside
+        elif node in traced.pure and node.target in (in_place, "add_"):
+            node.op, node.target, node.args = "call_function", add_beside, node.args[:2]
         elif (pool := _pool(node)) is not None:
             source = _operands(node)[0]
             target = f"functional_{node.name}"
@@ -514,11 +518,6 @@ def _rewrite_rest(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
 def add_beside(x: object, other: object, alpha: float = 1) -> object:
     """What x += alpha * other makes of a tensor x, in its type, without overwriting it."""
     return x.clone().add_(other, alpha=alpha) if isinstance(x, torch.Tensor) else x + other
-
-
-def as_contiguous(x: object) -> object:
-    """Images contiguous, anything else as it is: for code that counts on the memory format of a plain network."""
-    return x.contiguous() if _is_channels_last(x) else x
 
 
 def _is_channels_last(x: object) -> bool:

@@ -13,11 +13,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from .kernels.memory_format import is_channels_last
 from .layers.layer import TritonLayer
 from .swap import LAYERS, kind_of
 
 LAYER_TYPES = tuple(torch_class for pairs in LAYERS.values() for torch_class in pairs)
-ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
+ADD = (operator.add, torch.add, "add", "add_")
 RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 # Their results share no memory with their arguments.
 FRESH = (
@@ -44,14 +45,13 @@ FRESH = (
     "sub",
 )
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-OPERATORS_IN_PLACE = {
-    getattr(operator, name)
-    for name in (
-        *("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift"),
-        *("isub", "itruediv", "ixor", "setitem"),
-    )
-}
+IN_PLACE = ("iadd", "iand", "ifloordiv", "imatmul", "imod", "imul", "ior", "ipow", "isub", "itruediv", "ixor")
 LIBRARIES = ("torch", "_operator", "operator", "builtins", "math")
+
+
+def in_place(x: object, other: object, name: str) -> object:
+    """x += other, for the name "iadd", and the like."""
+    return getattr(operator, name)(x, other)
 
 
 @dataclass
@@ -72,6 +72,8 @@ class PureGraph:
         return self.modules[node.target] if node.op == "call_module" else None
 
     def is_add(self, node: fx.Node) -> bool:
+        if node.target is in_place:
+            return node.args[2] == "iadd"
         return node.op in ("call_function", "call_method") and node.target in ADD and "out" not in node.kwargs
 
     def is_relu(self, node: fx.Node) -> bool:
@@ -91,12 +93,30 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, TritonLayer) or type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
 
 
+class _Proxy(fx.Proxy):
+    """Records x += y as such; fx.Proxy takes it for x = x + y, which whoever else holds x does not see."""
+
+
+def _recorder(name: str) -> Callable:
+    def record(self: _Proxy, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", in_place, (self, other, name), {})
+
+    return record
+
+
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _recorder(_name))
+
+
 class _Tracer(fx.Tracer):
     """Layers are single nodes, and so are modules with hooks and those whose code fails under tracing."""
 
     def __init__(self) -> None:
         super().__init__()
         self.opaque: dict[str, str] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_layer(m) or isinstance(m, LAYER_TYPES) or module_qualified_name in self.opaque
@@ -163,6 +183,7 @@ def _make_pure(traced: PureGraph) -> None:
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
     family: dict[fx.Node, set[fx.Node]] = {}
     stage = 0
+    viewed: set[fx.Node] = set()
     for node in traced.graph.nodes:
         x = _overwritten(node, traced)
         summand_or_relu = traced.is_add(node) or traced.is_relu(node)
@@ -179,9 +200,26 @@ def _make_pure(traced: PureGraph) -> None:
                 family[node] |= family[source]
             for member in family[node]:
                 family[member] = family[node]
+        if x is not None:
+            viewed |= {m for m in family[node] if _is_fresh(m, traced)} if _has_views(family[node], traced) else set()
         if x is not None or _may_overwrite(node, traced):
             stage += 1
         traced.stage[node] = stage
+    for node in viewed:
+        with traced.graph.inserting_after(node):
+            contiguous = traced.graph.call_function(as_contiguous, (node,))
+        node.replace_all_uses_with(contiguous, lambda user, contiguous=contiguous: user is not contiguous)
+        traced.stage[contiguous] = traced.stage[node]
+
+
+def as_contiguous(x: object) -> object:
+    """Images contiguous, anything else as it is: for code that counts on the memory format of a plain network."""
+    return x.contiguous() if isinstance(x, torch.Tensor) and is_channels_last(x) else x
+
+
+def _has_views(family: set[fx.Node], traced: PureGraph) -> bool:
+    """Whether a tensor that is overwritten may have views, which in another memory format would be copies."""
+    return any(not _is_fresh(node, traced) and _overwritten(node, traced) is None for node in family)
 
 
 def _is_private(x: fx.Node, node: fx.Node, family: set[fx.Node], order: dict[fx.Node, int]) -> bool:
@@ -204,7 +242,7 @@ def _overwritten(node: fx.Node, traced: PureGraph) -> fx.Node | None:
         name = getattr(node.target, "__name__", "")
         of_torch = getattr(node.target, "__module__", "") != operator.add.__module__
         overwrites = (
-            node.target in OPERATORS_IN_PLACE
+            node.target is in_place
             or (of_torch and name.endswith("_") and not name.endswith("__"))
             or _argument(node, "inplace") is True
         )
@@ -233,4 +271,6 @@ def _may_overwrite(node: fx.Node, traced: PureGraph) -> bool:
     """Code that is not known."""
     if node.op == "call_module":
         return node.target in traced.opaque or not is_layer(traced.module(node))
-    return node.op == "call_function" and not (getattr(node.target, "__module__", "") or "torch").startswith(LIBRARIES)
+    if node.op != "call_function" or node.target is in_place:
+        return False
+    return not (getattr(node.target, "__module__", "") or "torch").startswith(LIBRARIES)
