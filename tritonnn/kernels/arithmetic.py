@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+LARGEST_TF32 = tl.constexpr(float.fromhex("0x1.ffcp127"))
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -23,6 +24,25 @@ def index_type(extent: int) -> tl.dtype:
 def round_to_tf32(x):
     """The nearest TF32 value, ties away from zero. Left to itself the tensor core truncates, which is biased."""
     return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def split_to_tf32(x):
+    """(high, low) in TF32 whose sum is x to 22 bits; high is finite, so that infinity and NaN live on in low."""
+    high = tl.minimum(tl.maximum(round_to_tf32(x), -LARGEST_TF32), LARGEST_TF32)
+    return high, round_to_tf32(x - high)
+
+
+@triton.jit
+def dot_of_split(x, weight, rest):
+    """x @ weight.T in float32 accuracy, as three products in TF32; weight and rest are split, x [M, K] is not.
+
+    The sums of a tensor core are truncated, not rounded: keep K short and add its results up outside.
+    """
+    high, low = split_to_tf32(x)
+    products = tl.dot(low, weight.T, input_precision="tf32")
+    products = tl.dot(high, rest.T, products, input_precision="tf32")
+    return tl.dot(high, weight.T, products, input_precision="tf32")
 
 
 @triton.jit

@@ -1,13 +1,13 @@
 """Copies an image tensor [N, C, H, W] of any strides to [N, H, W, C], contiguous, for a matrix product along C.
 
-Weights [K, C, R, S] are packed by the same kernel. For a product in TF32 the values are rounded to it on the way.
+Weights [K, C, R, S] are packed by the same kernel. For products in TF32 the values are rounded to it on the way.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import index_type, round_to_tf32
+from .arithmetic import index_type, round_to_tf32, split_to_tf32
 from .block_sizes import transpose_blocks
 
 
@@ -24,11 +24,15 @@ def channels_last_kernel(
     stride_h,
     stride_w,
     ROUND_TO_TF32: tl.constexpr,
+    SPLIT: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels."""
+    """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels.
+
+    SPLIT: y is followed by what the rounding to TF32 left, and by x as it was.
+    """
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -38,9 +42,14 @@ def channels_last_kernel(
     offs = (pixel // W).to(tl.int64) * stride_h + (pixel % W).to(tl.int64) * stride_w
     offs += (offs_m // PIXELS).to(tl.int64) * stride_n
     x = tl.load(x_ptr + offs[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask=mask)
-    if ROUND_TO_TF32:
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * C + c[None, :]
+    if SPLIT:
+        tl.store(y_ptrs + 2 * tl.cast(M, tl.int64) * C, x, mask=mask)
+        x, rest = split_to_tf32(x)
+        tl.store(y_ptrs + tl.cast(M, tl.int64) * C, rest, mask=mask)
+    elif ROUND_TO_TF32:
         x = round_to_tf32(x)
-    tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * C + c[None, :], x, mask=mask)
+    tl.store(y_ptrs, x, mask=mask)
 
 
 def channels_last(x: torch.Tensor, round_to_tf32: bool = False) -> torch.Tensor:
@@ -48,8 +57,26 @@ def channels_last(x: torch.Tensor, round_to_tf32: bool = False) -> torch.Tensor:
     y = x.permute(0, 2, 3, 1)
     if y.is_contiguous() and not round_to_tf32:
         return y
-    N, C, H, W = x.shape
     y = torch.empty_like(y, memory_format=torch.contiguous_format)
+    _copy(x, y, round_to_tf32, split=False)
+    return y
+
+
+def pack_weight(weight: torch.Tensor, input_precision: str) -> torch.Tensor:
+    """A filter [K, C, R, S] as the convolution's kernels read it for that precision: [K, R, S, C], contiguous.
+
+    For "tf32" rounded to it. For "tf32x3" [3 * K, R, S, C]: rounded, what the rounding left, and as it was.
+    """
+    if input_precision != "tf32x3":
+        return channels_last(weight, round_to_tf32=input_precision == "tf32")
+    K, C, R, S = weight.shape
+    packed = weight.new_empty(3 * K, R, S, C)
+    _copy(weight, packed, round_to_tf32=True, split=True)
+    return packed
+
+
+def _copy(x: torch.Tensor, y: torch.Tensor, round_to_tf32: bool, split: bool) -> None:
+    N, C, H, W = x.shape
     stride_n, stride_c, stride_h, stride_w = x.stride()
     if stride_h == W * stride_w:  # rows follow each other: one row of H * W pixels
         H, W = 1, H * W
@@ -67,7 +94,7 @@ def channels_last(x: torch.Tensor, round_to_tf32: bool = False) -> torch.Tensor:
         stride_h,
         stride_w,
         ROUND_TO_TF32=round_to_tf32,
+        SPLIT=split,
         INDEX=index_type(N * H * W + blocks.BLOCK_M),
         **blocks._asdict(),
     )
-    return y

@@ -13,11 +13,13 @@ import triton.language as tl
 
 from ..precision import convolution_input_precision
 from .arithmetic import accumulator, index_type, round_to
-from .block_sizes import pixel_blocks
-from .channels_last import channels_last
+from .block_sizes import descriptor_blocks, pixel_blocks, split_blocks
+from .channels_last import channels_last, pack_weight
+from .descriptor_gemm import descriptor_gemm, fits_descriptors
 from .implicit_gemm import implicit_gemm, spans_taps
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
+from .split_gemm import split_gemm
 from .window import output_size
 
 
@@ -26,6 +28,7 @@ def conv2d_depthwise_forward_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    residual_ptr,
     y_ptr,
     M,
     H,
@@ -50,6 +53,8 @@ def conv2d_depthwise_forward_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,10 +89,13 @@ def conv2d_depthwise_forward_kernel(
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + k, mask=mask_k, other=0.0).to(ACC)[None, :]
-    y_ptrs = (
-        y_ptr + (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (k.to(tl.int64) * y_stride_k)[None, :]
-    )
-    tl.store(y_ptrs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
+    offs_y = (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (k.to(tl.int64) * y_stride_k)[None, :]
+    mask_y = mask_m[:, None] & mask_k[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + offs_y, mask=mask_y, other=0.0).to(ACC)
+    if RELU:
+        acc = tl.maximum(acc, 0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y_ptr + offs_y, round_to(acc, y_ptr.dtype.element_ty), mask=mask_y)
 
 
 def _is_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -109,24 +117,48 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     y = _output(x, weight, bias, stride, padding, dilation, groups)
     if y.numel() == 0:
         return y
-    y_strides = pixel_strides(y, _is_channels_last(x, weight))
+    channels_last_y = _is_channels_last(x, weight)
     bias = None if bias is None else bias.contiguous()
     if weight.shape[1] == 1 and groups > 1:
-        _launch_depthwise(x, weight, bias, y, y_strides, stride, padding, dilation)
+        y_strides = pixel_strides(y, channels_last_y)
+        _launch_depthwise(x, weight.contiguous(), bias, None, y, y_strides, stride, padding, dilation, False)
         return y
-    C, R, S = weight.shape[1:]
-    input_precision = convolution_input_precision(x, R * S * C)
-    tf32 = input_precision == "tf32"
-    round_x = tf32
-    if x.stride(1) != 1 and R * S > 1 and not spans_taps(C, R * S) and not triton.knobs.runtime.interpret:
-        # Read once a filter tap: worth a copy with contiguous channels (H200, bf16, 512 channels: 155 us for 449).
-        x, round_x = channels_last(x, tf32).permute(0, 3, 1, 2), False
-    packed = channels_last(weight, tf32)
-    implicit_gemm(x, packed, bias, y, y_strides, stride, padding, dilation, groups, input_precision, round_x)
+    input_precision = convolution_input_precision(x, weight[0].numel())
+    packed = pack_weight(weight, input_precision)
+    _launch_gemm(x, packed, bias, None, y, channels_last_y, stride, padding, dilation, groups, input_precision)
     return y
 
 
-def _launch_depthwise(x, weight, bias, y, y_strides, stride, padding, dilation) -> None:
+def _launch_gemm(
+    x, packed, bias, residual, y, channels_last_y, stride, padding, dilation, groups, input_precision, relu=False
+) -> None:
+    """Picks the form of the product: split among warps for few pixels, over descriptors, or by pointers."""
+    N, C, H, W = x.shape
+    K, P, Q = y.shape[1:]
+    R, S = packed.shape[1:3]
+    round_x, round_y = input_precision == "tf32", False
+    window = stride, padding, dilation
+    y_strides = pixel_strides(y, channels_last_y)
+    blocks = split_blocks(N * P * Q, K, C, R * S, x.element_size()) if groups == 1 else None
+    if blocks is not None:
+        weight = packed[2 * K :] if input_precision == "tf32x3" else packed
+        split_gemm(x, weight, bias, residual, y, y_strides, *window, input_precision, round_x, relu, round_y, blocks)
+        return
+    descriptors = fits_descriptors(x, packed, y, stride, groups) and (x.stride(1) == 1 or R * S > 1)
+    if x.stride(1) != 1 and R * S > 1 and not spans_taps(C // groups, R * S) and not triton.knobs.runtime.interpret:
+        # Read once a filter tap: worth a copy with contiguous channels (H200, bf16, 512 channels: 155 us for 449).
+        x, round_x = channels_last(x, round_x).permute(0, 3, 1, 2), False
+    if descriptors and (image := x.permute(0, 2, 3, 1)).is_contiguous() and x.data_ptr() % 16 == 0:
+        split = input_precision == "tf32x3"
+        blocks = descriptor_blocks(N, P, Q, K, C, x.element_size(), split, round_x)
+        descriptor_gemm(
+            image, packed, bias, residual, y, channels_last_y, *window, input_precision, round_x, relu, round_y, blocks
+        )
+        return
+    implicit_gemm(x, packed, bias, residual, y, y_strides, *window, groups, input_precision, round_x, relu, round_y)
+
+
+def _launch_depthwise(x, weight, bias, residual, y, y_strides, stride, padding, dilation, relu) -> None:
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
     M = N * P * Q
@@ -134,8 +166,9 @@ def _launch_depthwise(x, weight, bias, y, y_strides, stride, padding, dilation) 
     grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(K, blocks.BLOCK_C),)
     conv2d_depthwise_forward_kernel[grid](
         x,
-        weight.contiguous(),
+        weight,
         bias,
+        residual,
         y,
         M,
         H,
@@ -151,6 +184,8 @@ def _launch_depthwise(x, weight, bias, y, y_strides, stride, padding, dilation) 
         *padding,
         *dilation,
         HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        RELU=relu,
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         **blocks._asdict(),
@@ -191,17 +226,39 @@ conv2d = register(
 )
 
 
-def pack_weight(weight: torch.Tensor, input_precision: str) -> torch.Tensor:
-    return weight.clone()
-
-
-def conv2d_fused(
-    x, packed_weight, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision
+def _fused_output(
+    x, packed, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision
 ) -> torch.Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = torch.nn.functional.conv2d(
-        x.to(wide), packed_weight.to(wide), bias, list(stride), list(padding), list(dilation), groups
-    )
-    y = y if residual is None else y + residual
-    y = y.relu() if relu else y
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    K = packed.shape[0] // (3 if input_precision == "tf32x3" else 1)
+    P, Q = (output_size(*sizes) for sizes in zip(x.shape[2:], kernel_size, stride, padding, dilation))
+    return empty_image((x.shape[0], K, P, Q), x, channels_last=True)
+
+
+def _launch_fused(
+    x, packed, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision
+) -> torch.Tensor:
+    y = _fused_output(x, packed, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision)
+    if y.numel() == 0:
+        return y
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    if packed.shape[3] == 1 and groups > 1:
+        weight = packed[-y.shape[1] :].view(y.shape[1], 1, *kernel_size)
+        y_strides = pixel_strides(y, True)
+        _launch_depthwise(x, weight, bias, residual, y, y_strides, stride, padding, dilation, relu)
+        return y
+    _launch_gemm(x, packed, bias, residual, y, True, stride, padding, dilation, groups, input_precision, relu)
+    return y
+
+
+conv2d_fused = register(
+    "conv2d_fused(Tensor x, Tensor packed_weight, Tensor? bias, Tensor? residual, bool relu, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str input_precision) -> Tensor",
+    _launch_fused,
+    _fused_output,
+)
+"""relu(conv2d(x, weight) + bias + residual), channels_last, for inference.
+
+`packed_weight` is `pack_weight(weight, input_precision)`; bias [K] is float32 (float64 for float64) or of the type of
+x; the residual has the shape and type of y.
+"""

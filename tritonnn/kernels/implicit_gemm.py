@@ -2,8 +2,9 @@
 
     y[n, k, p, q] = bias[k] + sum over r, s, c of x[n, c, p*stride + r*dilation - padding, ...] * weight[k, r, s, c]
 
-As a GEMM: M = N*P*Q output pixels, N = K output channels, K = R*S*C the filter. Any strides of x, any filter, padding,
-dilation and groups. A linear layer is the same with one pixel an image and a 1x1 filter.
+and, where they are asked for, plus a residual and through ReLU. As a GEMM: M = N*P*Q output pixels, N = K output
+channels, K = R*S*C the filter. Any strides of x, any filter, padding, dilation and groups. A linear layer is the same
+with one pixel an image and a 1x1 filter.
 
 The size of the image is no constexpr: one compiled kernel serves all sizes, and where LLVM knew the range of a pixel's
 coordinates it narrowed them to pairs of 16-bit integers, which gave wrong masks on an H200 (triton 3.6).
@@ -13,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import accumulator, dot, index_type, round_to, round_to_tf32
-from .block_sizes import gemm_blocks
+from .arithmetic import accumulator, dot, dot_of_split, index_type, round_to, round_to_tf32
+from .block_sizes import FLUSH_STEPS, gemm_blocks
 
 
 @triton.jit
@@ -22,6 +23,7 @@ def implicit_gemm_forward_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    residual_ptr,
     y_ptr,
     M,
     H,
@@ -46,9 +48,14 @@ def implicit_gemm_forward_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
     SPAN_TAPS: tl.constexpr,
+    GROUPS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     ROUND_X: tl.constexpr,
+    ROUND_Y: tl.constexpr,
+    FLUSH: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -58,9 +65,10 @@ def implicit_gemm_forward_kernel(
 ):
     """One program owns BLOCK_M of M = N * PIXELS output pixels x BLOCK_N output channels of one group; PIXELS = P * Q.
 
-    C and K count the channels of a group; weight is [groups * K, R, S, C], contiguous. A block of the reduction lies
-    within one filter tap, whose mask and address are then a column each; with SPAN_TAPS (few channels) it runs over
-    the whole filter.
+    C and K count the channels of a group; weight is [GROUPS * K, R, S, C], contiguous, for "tf32x3" followed by what
+    its rounding to TF32 left. A block of the reduction lies within one filter tap, whose mask and address are then a
+    column each; with SPAN_TAPS (few channels) it runs over the whole filter. The residual has the strides of y. In
+    "tf32x3" the sums of FLUSH steps are added up apart, so that few float32 additions follow each other.
     """
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
@@ -93,6 +101,7 @@ def implicit_gemm_forward_kernel(
     weight_ptrs = weight_ptr + (channel * (R * S * C))[None, :]
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
+    part = acc
     for step in range(STEPS):
         if SPAN_TAPS:
             offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
@@ -120,14 +129,30 @@ def implicit_gemm_forward_kernel(
         offs_x = tl.cast(r, tl.int64) * x_stride_h + tl.cast(s, tl.int64) * x_stride_w
         x = tl.load(x_ptrs + (offs_x + (c.to(tl.int64) * x_stride_c)[None, :]), mask=mask_x, other=0.0)
         weight = tl.load(weight_ptrs + offs_k[:, None], mask=mask_weight, other=0.0)
-        if ROUND_X:
-            x = round_to_tf32(x)
-        acc = dot(x, weight, acc, INPUT_PRECISION)
+        if INPUT_PRECISION == "tf32x3":
+            rest = tl.load(weight_ptrs + (GROUPS * K * R * S * C + offs_k)[:, None], mask=mask_weight, other=0.0)
+            part += dot_of_split(x, weight.T, rest.T)
+            if (step + 1) % FLUSH == 0:
+                acc += part
+                part = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
+        else:
+            if ROUND_X:
+                x = round_to_tf32(x)
+            acc = dot(x, weight, acc, INPUT_PRECISION)
+    if INPUT_PRECISION == "tf32x3":
+        acc += part
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
-    y_ptrs = y_ptr + (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (channel * y_stride_k)[None, :]
-    tl.store(y_ptrs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    offs_y = (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (channel * y_stride_k)[None, :]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + offs_y, mask=mask_y, other=0.0).to(ACC)
+    if RELU:
+        acc = tl.maximum(acc, 0, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND_Y:
+        acc = round_to_tf32(acc)
+    tl.store(y_ptr + offs_y, round_to(acc, y_ptr.dtype.element_ty), mask=mask_y)
 
 
 def spans_taps(channels: int, taps: int) -> bool:
@@ -139,6 +164,7 @@ def implicit_gemm(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
     y: torch.Tensor,
     y_strides: tuple[int, int, int],
     stride: tuple[int, int],
@@ -146,12 +172,14 @@ def implicit_gemm(
     dilation: tuple[int, int],
     groups: int,
     input_precision: str,
-    round_x: bool,
+    round_x: bool = False,
+    relu: bool = False,
+    round_y: bool = False,
 ) -> None:
-    """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and weight [K, R, S, C / groups], contiguous.
+    """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and a weight of `pack_weight`.
 
-    `y_strides` are the image, channel and pixel strides of y. For a product in TF32 weight has been rounded to it, and
-    so has x, unless `round_x` asks for it here.
+    `y_strides` are the image, channel and pixel strides of y and of `residual`. For a product in TF32 x has been
+    rounded to it, unless `round_x` asks for it here; `round_y` rounds y for the next.
     """
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
@@ -164,6 +192,7 @@ def implicit_gemm(
         x,
         weight,
         bias,
+        residual,
         y,
         M,
         H,
@@ -180,9 +209,14 @@ def implicit_gemm(
         *padding,
         *dilation,
         HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        RELU=relu,
         SPAN_TAPS=span_taps,
+        GROUPS=groups,
         INPUT_PRECISION=input_precision,
         ROUND_X=round_x,
+        ROUND_Y=round_y,
+        FLUSH=FLUSH_STEPS,
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         GROUP_M=8,

@@ -7,7 +7,7 @@ one pixel, the weight a 1x1 filter.
 import torch
 
 from ..precision import matmul_input_precision
-from .channels_last import channels_last
+from .channels_last import pack_weight
 from .implicit_gemm import implicit_gemm
 from .operator import register
 
@@ -22,11 +22,11 @@ def _launch(x, weight, bias) -> torch.Tensor:
         return y
     K, C = weight.shape
     input_precision = matmul_input_precision(x, C)
-    tf32 = input_precision == "tf32"
-    packed = channels_last(weight[:, :, None, None], tf32)
+    packed = pack_weight(weight[:, :, None, None], input_precision)
     bias = None if bias is None else bias.contiguous()
     x, rows = x[:, :, None, None], y[:, :, None, None]
-    implicit_gemm(x, packed, bias, rows, (K, 1, 1), (1, 1), (0, 0), (1, 1), 1, input_precision, tf32)
+    round_x = input_precision == "tf32"
+    implicit_gemm(x, packed, bias, None, rows, (K, 1, 1), (1, 1), (0, 0), (1, 1), 1, input_precision, round_x)
     return y
 
 

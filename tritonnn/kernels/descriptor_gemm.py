@@ -1,0 +1,343 @@
+"""Convolution as a matrix product over tensor descriptors, for channels_last images on Hopper GPUs and later.
+
+    y[n, p, q, k] = relu(bias[k] + residual[n, p, q, k]
+                         + sum over r, s, c of x[n, p*stride + r*dilation - padding, q*..., c] * weight[k, r, s, c])
+
+A program owns a box of TILE_N images x TILE_P rows x TILE_Q columns of the output. For each filter tap and block of
+channels the copy engine brings the box of x that lies under it; what lies outside the image it fills with zeros, so
+padding takes neither masks nor addresses. For stride 2, x [N, H, W, C] is seen as [N, H/2, 2, W/2, 2*C], where a tap
+picks the parity.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .arithmetic import dot_of_split, round_to, round_to_tf32
+from .block_sizes import FLUSH_STEPS, DescriptorBlocks
+
+
+@triton.jit
+def load_box(x_desc, n, p, q, r, s, c, C: tl.constexpr, STRIDE: tl.constexpr):
+    """The box of x for the output that starts at (n, p, q), shifted by r rows and s columns of the padded image."""
+    if STRIDE == 1:
+        x = x_desc.load([n, p + r, q + s, c])
+    else:
+        x = x_desc.load([n, p + (r >> 1), r & 1, q + (s >> 1), (s & 1) * C + c])
+    return x
+
+
+@triton.jit
+def descriptor_gemm_tile(
+    tile,
+    x_desc,
+    weight_desc,
+    bias_ptr,
+    residual_desc,
+    y_desc,
+    N,
+    P,
+    Q,
+    tiles_p,
+    tiles_q,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    ROUND_Y: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    FLUSH: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_P: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Computes and stores one tile; the arguments are the kernel's."""
+    BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
+    BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_C: tl.constexpr = C // BLOCK_K
+    STEPS: tl.constexpr = R * S * BLOCKS_C
+
+    k = tile % BLOCKS_N * BLOCK_N
+    box = tile // BLOCKS_N
+    q = box % tiles_q * TILE_Q
+    p = box // tiles_q % tiles_p * TILE_P
+    n = box // tiles_q // tiles_p * TILE_N
+
+    if SWAPPED:
+        acc = tl.full((BLOCK_N, BLOCK_M), 0, tl.float32)
+    else:
+        acc = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
+    part = acc
+    for step in range(STEPS):
+        tap = step // BLOCKS_C
+        c = step % BLOCKS_C * BLOCK_K
+        r = tap // S * DILATION_H - PADDING_H
+        s = tap % S * DILATION_W - PADDING_W
+        x = tl.reshape(load_box(x_desc, n, p, q, r, s, c, C, STRIDE), (BLOCK_M, BLOCK_K))
+        weight = weight_desc.load([k, tap * C + c])  # [BLOCK_N, BLOCK_K]
+        if INPUT_PRECISION == "tf32x3":
+            rest = weight_desc.load([K + k, tap * C + c])
+            products = dot_of_split(x, weight, rest)
+            if FLUSH > 1:
+                part += products
+                if (step + 1) % FLUSH == 0:
+                    acc += part
+                    part = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
+            else:
+                acc += products
+        elif SWAPPED:
+            acc = tl.dot(weight, x.T, acc, input_precision=INPUT_PRECISION)
+        else:
+            if ROUND_X:
+                x = round_to_tf32(x)
+            acc = tl.dot(x, weight.T, acc, input_precision=INPUT_PRECISION)
+    if FLUSH > 1 and STEPS % FLUSH != 0:
+        acc += part
+
+    if SWAPPED:
+        acc = acc.T
+    if HAS_BIAS:
+        offs_n = k + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < K, other=0.0)[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.reshape(residual_desc.load([n, p, q, k]), (BLOCK_M, BLOCK_N)).to(tl.float32)
+    if RELU:
+        acc = tl.maximum(acc, 0, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND_Y:
+        acc = round_to_tf32(acc)
+    if CHANNELS_LAST:
+        y = round_to(acc, y_desc.dtype)
+        y_desc.store([n, p, q, k], tl.reshape(y, (TILE_N, TILE_P, TILE_Q, BLOCK_N)))
+    else:
+        y = round_to(acc, y_desc.dtype.element_ty)
+        offs_m = tl.arange(0, BLOCK_M)
+        offs_n = k + tl.arange(0, BLOCK_N)
+        n += offs_m // (TILE_P * TILE_Q)
+        p += offs_m // TILE_Q % TILE_P
+        q += offs_m % TILE_Q
+        mask = ((n < N) & (p < P) & (q < Q))[:, None] & (offs_n < K)[None, :]
+        offs_pixel = n.to(tl.int64) * K * P * Q + p * Q + q
+        tl.store(y_desc + offs_pixel[:, None] + (offs_n.to(tl.int64) * P * Q)[None, :], y, mask=mask)
+
+
+@triton.jit
+def descriptor_gemm_forward_kernel(
+    x_desc,
+    weight_desc,
+    bias_ptr,
+    residual_desc,
+    y_desc,
+    N,
+    P,
+    Q,
+    tiles,
+    tiles_p,
+    tiles_q,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    ROUND_Y: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    FLUSH: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_P: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns TILE_N x TILE_P x TILE_Q = BLOCK_M output pixels x BLOCK_N output channels, or several in turns.
+
+    Natural form: acc [pixels, channels] = x @ weight.T, with x in registers, where it can be rounded. SWAPPED:
+    acc [channels, pixels] = weight @ x.T, both in shared memory. "tf32x3": weight_desc holds the weights rounded to
+    TF32 and, K rows below, what that left of them; sums of FLUSH steps are added up apart, so that few float32
+    additions follow each other.
+    """
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            descriptor_gemm_tile(
+                tile,
+                x_desc,
+                weight_desc,
+                bias_ptr,
+                residual_desc,
+                y_desc,
+                N,
+                P,
+                Q,
+                tiles_p,
+                tiles_q,
+                C,
+                K,
+                R,
+                S,
+                STRIDE,
+                PADDING_H,
+                PADDING_W,
+                DILATION_H,
+                DILATION_W,
+                HAS_BIAS,
+                HAS_RESIDUAL,
+                RELU,
+                ROUND_X,
+                ROUND_Y,
+                INPUT_PRECISION,
+                CHANNELS_LAST,
+                SWAPPED,
+                FLUSH,
+                TILE_N,
+                TILE_P,
+                TILE_Q,
+                BLOCK_N,
+                BLOCK_K,
+            )
+    else:
+        descriptor_gemm_tile(
+            tl.program_id(0),
+            x_desc,
+            weight_desc,
+            bias_ptr,
+            residual_desc,
+            y_desc,
+            N,
+            P,
+            Q,
+            tiles_p,
+            tiles_q,
+            C,
+            K,
+            R,
+            S,
+            STRIDE,
+            PADDING_H,
+            PADDING_W,
+            DILATION_H,
+            DILATION_W,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+            RELU,
+            ROUND_X,
+            ROUND_Y,
+            INPUT_PRECISION,
+            CHANNELS_LAST,
+            SWAPPED,
+            FLUSH,
+            TILE_N,
+            TILE_P,
+            TILE_Q,
+            BLOCK_N,
+            BLOCK_K,
+        )
+
+
+def fits_descriptors(
+    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, stride: tuple[int, int], groups: int
+) -> bool:
+    """Whether the copy engine can fetch x [N, C, H, W], once it is channels_last, and this kernel was verified there.
+
+    Rows of channels are multiples of 128 bytes; for stride 2 the image has even sides.
+    """
+    if triton.knobs.runtime.interpret or x.dtype == torch.float64 or groups > 1:
+        return False
+    if torch.cuda.get_device_capability(x.device) != (9, 0):
+        return False
+    even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+    line = 128 // x.element_size()
+    return (
+        x.shape[1] % line == 0
+        and weight.shape[0] * x.element_size() % 16 == 0
+        and (stride == (1, 1) or (stride == (2, 2) and even))
+    )
+
+
+def descriptor_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    channels_last: bool,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    input_precision: str,
+    round_x: bool,
+    relu: bool,
+    round_y: bool,
+    blocks: DescriptorBlocks,
+) -> None:
+    """Fills y [N, K, P, Q], `channels_last` or contiguous, from x [N, H, W, C], contiguous; see `implicit_gemm`.
+
+    A residual is channels_last, and then so is y.
+    """
+    N, H, W, C = x.shape
+    K, P, Q = y.shape[1:]
+    R, S = weight.shape[1:3]
+    tile_n, tile_p, tile_q, block_n, block_k = blocks[:5]
+    if stride == (1, 1):
+        x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, tile_q, block_k])
+    else:
+        x = x.view(N, H // 2, 2, W // 2, 2 * C)
+        x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k])
+    weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
+    y_box = [tile_n, tile_p, tile_q, block_n]
+    y_desc = TensorDescriptor.from_tensor(y.permute(0, 2, 3, 1), y_box) if channels_last else y
+    residual_desc = y_desc if residual is None else TensorDescriptor.from_tensor(residual.permute(0, 2, 3, 1), y_box)
+    tiles_p, tiles_q = triton.cdiv(P, tile_p), triton.cdiv(Q, tile_q)
+    tiles = triton.cdiv(N, tile_n) * tiles_p * tiles_q * triton.cdiv(K, block_n)
+    descriptor_gemm_forward_kernel[(tiles,)](
+        x_desc,
+        weight_desc,
+        bias,
+        residual_desc,
+        y_desc,
+        N,
+        P,
+        Q,
+        tiles,
+        tiles_p,
+        tiles_q,
+        C,
+        K,
+        R,
+        S,
+        stride[0],
+        *padding,
+        *dilation,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        RELU=relu,
+        ROUND_X=round_x,
+        ROUND_Y=round_y,
+        INPUT_PRECISION=input_precision,
+        CHANNELS_LAST=channels_last,
+        PERSISTENT=False,
+        FLUSH=FLUSH_STEPS if input_precision == "tf32x3" else 1,
+        **blocks._asdict(),
+    )

@@ -1,0 +1,175 @@
+"""Convolution of few pixels: the reduction is split among the warps of a program, so that small tiles fill the GPU.
+
+    y[n, k, p, q] = relu(bias[k] + residual[n, k, p, q]
+                         + sum over r, s, c of x[n, c, p*stride + r*dilation - padding, ...] * weight[k, r, s, c])
+
+As in implicit_gemm.py, but a step takes SLICES blocks of the reduction at once, a batched product of which each warp
+does one; they are added up at the end, in the same order every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .arithmetic import accumulator, dot, index_type, round_to, round_to_tf32, split_to_tf32
+from .block_sizes import SplitBlocks
+
+
+@triton.jit
+def split_gemm_forward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    H,
+    W,
+    PIXELS,
+    Q,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    y_stride_n,
+    y_stride_k,
+    y_stride_pixel,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    ROUND_Y: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns BLOCK_M of M = N * PIXELS output pixels x BLOCK_N output channels; PIXELS = P * Q.
+
+    weight is [K, R, S, C], contiguous; C is a multiple of BLOCK_K; the residual has the strides of y.
+    """
+    BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_C: tl.constexpr = C // BLOCK_K
+    BLOCKS: tl.constexpr = R * S * BLOCKS_C
+    STEPS: tl.constexpr = (BLOCKS + SLICES - 1) // SLICES
+
+    pid = tl.program_id(0)
+    offs_m = (pid // BLOCKS_N).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    mask_m = offs_m < M
+    n = (offs_m // PIXELS).to(tl.int64)
+    pixel = offs_m % PIXELS
+    h_first = (pixel // Q * STRIDE_H - PADDING_H)[None, :, None]  # [1, BLOCK_M, 1]
+    w_first = (pixel % Q * STRIDE_W - PADDING_W)[None, :, None]
+    x_ptrs = x_ptr + (n * x_stride_n)[None, :, None]
+    channel = pid % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    mask_n = channel < K
+    offs_k = tl.arange(0, BLOCK_K)[None, None, :]
+    weight_ptrs = weight_ptr + (channel * (R * S * C))[None, :, None] + offs_k
+    slices = tl.arange(0, SLICES)[:, None, None]
+
+    acc = tl.full((SLICES, BLOCK_M, BLOCK_N), 0, ACC)
+    for step in range(STEPS):
+        block = step * SLICES + slices  # [SLICES, 1, 1]
+        tap = block // BLOCKS_C
+        c = block % BLOCKS_C * BLOCK_K + offs_k  # [SLICES, 1, BLOCK_K]
+        h = h_first + tap // S * DILATION_H  # [SLICES, BLOCK_M, 1]
+        w = w_first + tap % S * DILATION_W
+        mask_x = mask_m[None, :, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W) & (block < BLOCKS)
+        offs_x = h.to(tl.int64) * x_stride_h + w.to(tl.int64) * x_stride_w + c.to(tl.int64) * x_stride_c
+        x = tl.load(x_ptrs + offs_x, mask=mask_x, other=0.0)  # [SLICES, BLOCK_M, BLOCK_K]
+        mask_weight = mask_n[None, :, None] & (block < BLOCKS)
+        weight = tl.load(weight_ptrs + block * BLOCK_K, mask=mask_weight, other=0.0)  # [SLICES, BLOCK_N, BLOCK_K]
+        weight = tl.permute(weight, (0, 2, 1))
+        if INPUT_PRECISION == "tf32x3":
+            x_high, x_low = split_to_tf32(x)
+            weight_high, weight_low = split_to_tf32(weight)
+            products = tl.dot(x_low, weight_high, input_precision="tf32")
+            products = tl.dot(x_high, weight_low, products, input_precision="tf32")
+            acc += tl.dot(x_high, weight_high, products, input_precision="tf32")
+        else:
+            if ROUND_X:
+                x = round_to_tf32(x)
+            acc = dot(x, weight, acc, INPUT_PRECISION)
+
+    y = tl.sum(acc, 0)  # [BLOCK_M, BLOCK_N]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
+    offs_y = (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (channel.to(tl.int64) * y_stride_k)[
+        None, :
+    ]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + offs_y, mask=mask_y, other=0.0).to(ACC)
+    if RELU:
+        y = tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND_Y:
+        y = round_to_tf32(y)
+    tl.store(y_ptr + offs_y, round_to(y, y_ptr.dtype.element_ty), mask=mask_y)
+
+
+def split_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    y_strides: tuple[int, int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    input_precision: str,
+    round_x: bool,
+    relu: bool,
+    round_y: bool,
+    blocks: SplitBlocks,
+) -> None:
+    """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and weight [K, R, S, C], contiguous.
+
+    The other arguments are those of `implicit_gemm`.
+    """
+    N, C, H, W = x.shape
+    K, P, Q = y.shape[1:]
+    M = N * P * Q
+    grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(K, blocks.BLOCK_N),)
+    split_gemm_forward_kernel[grid](
+        x,
+        weight,
+        bias,
+        residual,
+        y,
+        M,
+        H,
+        W,
+        P * Q,
+        Q,
+        *x.stride(),
+        *y_strides,
+        C,
+        K,
+        *weight.shape[1:3],
+        *stride,
+        *padding,
+        *dilation,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        RELU=relu,
+        INPUT_PRECISION=input_precision,
+        ROUND_X=round_x,
+        ROUND_Y=round_y,
+        ACC=accumulator(x.dtype),
+        INDEX=index_type(M + blocks.BLOCK_M),
+        **blocks._asdict(),
+    )
