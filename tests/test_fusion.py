@@ -267,6 +267,8 @@ def test_the_fused_network_is_for_inference():
     assert not any(p.requires_grad for p in fused.parameters())
     with pytest.raises(RuntimeError, match="cannot be trained"):
         fused.train()
+    with pytest.raises(ValueError, match="fused already"):
+        tritonnn.fuse(fused)
     x = image(1, 4, 3, 3, dtype=torch.float64)
     assert not fused(x).requires_grad
     with pytest.raises(RuntimeError, match="no gradients"):
@@ -422,6 +424,9 @@ def test_a_model_that_cannot_be_traced():
     }
     assert report.swapped == {"features.3": "max_pool2d", "head": "linear"}
     assert "not traced: (the model): TraceError" in str(report)
+    x = image(2, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(copy.deepcopy(fused)(x), fused(x))
+    assert len(fused.network.looped) == 2
 
 
 def test_a_part_that_cannot_be_traced():
@@ -489,10 +494,9 @@ def test_networks_of_torchvision(network, fused, residuals):
     assert sum("residual" in what for what in report.fused.values()) == residuals
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need Triton's interpreter")
 def test_cuda_graph_on_a_cpu_runs_plainly():
-    fused, x = tritonnn.fuse(small(), cuda_graph=True).cpu(), image(1, 4, 5, 5, dtype=torch.float64).cpu()
-    if DEVICE.type == "cuda":
-        pytest.skip("CPU tensors need Triton's interpreter")
+    fused, x = tritonnn.fuse(small(), cuda_graph=True), image(1, 4, 5, 5, dtype=torch.float64)
     for _ in range(3):
         torch.testing.assert_close(fused(x), tritonnn.fuse(small())(x))
     assert not len(fused._graphs)
@@ -554,9 +558,9 @@ class TestCudaGraph:
             with torch.autocast("cuda", torch.bfloat16):
                 y = graphed(x)
                 assert y.dtype == torch.bfloat16
-                torch.testing.assert_close(y, eager(x))
+                torch.testing.assert_close(y, eager(x), rtol=0.02, atol=0.05)
             torch.backends.cudnn.conv.fp32_precision = "tf32"
-            torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(graphed(x), eager(x), rtol=1e-3, atol=1e-3)
             torch.backends.cudnn.conv.fp32_precision = "ieee"
         assert len(graphed._graphs) == 3
 
@@ -606,6 +610,7 @@ class TestCudaGraph:
             x = image(2, 3, 6, 6, dtype=torch.float64)
             torch.testing.assert_close(graphed(x), eager(x))
         assert len(graphed._graphs) == 0 and len(graphed._graphs.refused) == 1
+        torch.randn(1, device="cuda")
 
 
 def test_fused_layers_print():

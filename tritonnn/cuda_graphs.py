@@ -35,9 +35,9 @@ class CudaGraphs:
 
     One graph for each shape, type, memory format and device of the inputs, values of other arguments, autocast and TF32
     state, captured at the second call of that kind, so that a shape seen once (a last partial batch) costs nothing.
-    The inputs are copied into the graph's own. Eager are: calls with CPU tensors, inside another capture or under
-    a compiler, and those that cannot be captured, listed in `refused` with the reason. Calls are expected to follow
-    each other, on one stream at a time.
+    The inputs are copied into the graph's own; the graphs share their memory, so calls must follow each other, on one
+    stream. Eager are: calls with CPU tensors, inside another capture or under a compiler, and those that cannot be
+    captured, listed in `refused` with the reason.
     """
 
     def __init__(self, copy_output: bool) -> None:
@@ -67,7 +67,8 @@ class CudaGraphs:
         key = _key(leaves, spec)
         captured = self._captured.get(key)
         if captured is not None and not captured.is_current():
-            captured = self._captured.pop(key).graph.reset()
+            del self._captured[key]
+            captured = None
         if captured is None:
             self._calls[key] += 1
             if self._calls[key] < CAPTURE_AT_CALL or key in self.refused:
@@ -103,19 +104,22 @@ class CudaGraphs:
                 torch.cuda.current_stream().wait_stream(side)
                 held = [(*place, t, t.data_ptr(), _version(t)) for place, t in _tensors(network)]
                 graph = torch.cuda.CUDAGraph()
+                pool = next((other.graph.pool() for other in self._captured.values()), None)
                 # The outer context puts the stream back after a failed capture; `torch.cuda.graph` does not.
                 with (
                     torch.cuda.stream(torch.cuda.current_stream()),
-                    torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                    torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
                 ):
                     output = network(*args, **kwargs)
             except RuntimeError as error:
                 self.refused[key] = str(error)
                 torch.cuda.synchronize()
+                with torch.cuda.graph(torch.cuda.CUDAGraph()):  # mends the random generator, left captured
+                    torch.zeros(1, device="cuda")
                 return None
             finally:
                 torch.set_autocast_cache_enabled(cache)
-        while len(self._captured) >= MAX_GRAPHS:
+        if len(self._captured) >= MAX_GRAPHS:
             self._captured.popitem(last=False)
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         self._captured[key] = captured = _Captured(graph, tensors, output, held)

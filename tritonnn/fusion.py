@@ -143,6 +143,8 @@ class FusedPart(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):
+                raise
             return getattr(super().__getattr__("unfused"), name)
 
     def __iter__(self) -> Iterator:
@@ -169,7 +171,10 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
 
     Raises:
         RuntimeError: the model or a part of it is in training mode.
+        ValueError: it is a fused network already.
     """
+    if isinstance(model, FusedNetwork):
+        raise ValueError("the network is fused already")
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise RuntimeError(f"fuse wants a network in eval mode: call model.eval() first; training: {_few(training)}")
