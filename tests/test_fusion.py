@@ -121,6 +121,7 @@ FUSED = [
         lambda n, x: (lambda y: n.b(y) + y)(n.a(x).relu_()), [f"{CONV} + relu", f"{CONV} + residual"], id="branches"
     ),
     pytest.param(lambda n, x: (n.a(x) + n.b(x)).relu(), [CONV, f"{CONV} + residual + relu"], id="sum of two"),
+    pytest.param(lambda n, x: (lambda y: y.relu() * y)(n.a(x)), [CONV], id="convolution with two users: ReLU stays"),
     pytest.param(lambda n, x: n.norm(n.b(n.norm(n.a(x)))), [NORM, NORM], id="norm called twice"),
     pytest.param(lambda n, x: n.a(n.norm(n.a(x))), [NORM, CONV], id="convolution called twice"),
     pytest.param(lambda n, x: n.relu(n.b(n.relu(n.a(x)))), [f"{CONV} + relu"] * 2, id="ReLU called twice"),
@@ -340,6 +341,16 @@ def test_autocast():
     torch.testing.assert_close(actual.float(), plain, rtol=0.02, atol=0.05)
     torch.testing.assert_close(fused(x), plain, rtol=0, atol=0)
     assert {key[0] for key in fused.network.a._packed} == {torch.float32, torch.bfloat16}
+
+
+def test_changed_weights_count_in_another_type():
+    fused, x = tritonnn.fuse(small().float()), image(1, 4, 5, 5)
+    last = fused.network.get_submodule("3")
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        before = fused(x)
+        last.weight.mul_(2)
+        last.bias.mul_(2)
+        torch.testing.assert_close(fused(x), 2 * before)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
