@@ -142,9 +142,8 @@ FUSED = [
 
 
 @pytest.mark.parametrize(("code", "fused"), FUSED)
-@pytest.mark.parametrize("dtype", [torch.float64])
-def test_fused(code, fused, dtype):
-    network = assert_same(trained(Net(code), dtype), image(2, 4, 5, 6, dtype=dtype))
+def test_fused(code, fused):
+    network = assert_same(trained(Net(code)), image(2, 4, 5, 6, dtype=torch.float64))
     assert list(network.report.fused.values()) == fused, network.report
 
 
