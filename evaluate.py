@@ -46,6 +46,8 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--precision", type=Precision, default="32-true", help="as Lightning's Trainer names them")
     add("--tf32", type=Literal["default", "on", "off"], default="default", help="convolutions and matrix products")
     add("--channels-last", action="store_true", help="network and images in the channels_last memory format")
+    add("--fuse", action="store_true", help="prove and time the network fused for inference too (tritonnn.fuse)")
+    add("--cuda-graph", action="store_true", help="with --fuse: the fused network in CUDA graphs")
     add("--no-latency", action="store_true", help="only the proof")
     add("--data-root", type=Path, help="folder of the data set, if it has moved")
     add("--log-dir", type=Path, help="default: the next logs/<data>/evaluation_<number>")
@@ -61,12 +63,21 @@ def evaluate(args: Namespace) -> bool:
         check_layers(args.triton_layers)
     except ValueError as error:
         raise UserError(f"--triton-layers: {error}") from error
+    if args.cuda_graph and not args.fuse:
+        raise UserError("--cuda-graph is for the fused network: add --fuse")
+    if args.cuda_graph and not torch.cuda.is_available():
+        raise UserError("--cuda-graph needs a CUDA GPU")
     classifier, checkpoint = load_classifier(args.ckpt_path or newest_best())
     overrides = {"batch_size": args.batch_size, "root": args.data_root and str(args.data_root)}
     data = data_module_from_checkpoint(checkpoint, **{k: v for k, v in overrides.items() if v is not None})
     log_dir = args.log_dir or next_log_dir(Path("logs", data.name))
     evaluation = TritonEvaluation(
-        args.triton_layers, latency=not args.no_latency, channels_last=args.channels_last, log_dir=log_dir
+        args.triton_layers,
+        latency=not args.no_latency,
+        channels_last=args.channels_last,
+        fuse=args.fuse,
+        cuda_graph=args.cuda_graph,
+        log_dir=log_dir,
     )
     trainer = Trainer(
         devices=1,

@@ -46,8 +46,8 @@ def how_to_open(log_dir: Path, port: int = 6006) -> str:
 
 
 def _metrics(result: EvaluationResult, side: str) -> dict[str, float]:
-    """Tag to value, the same tags for both sides. The Triton side is the last variant: all that was asked for."""
-    last = result.proof.variants[-1] if result.proof.variants else None
+    """Tag to value, the same tags for both sides, but for times that a network without swapped layers has not."""
+    last = result.proof.main
     quality = last.quality if last and side == "triton" else result.proof.pytorch
     metrics = {"top-1": quality.top1, "top-5": quality.top5, "loss": quality.loss}
     if last:  # PyTorch's are those of the yardstick: against itself in the other memory format
@@ -60,7 +60,8 @@ def _metrics(result: EvaluationResult, side: str) -> dict[str, float]:
             metrics[f"{clock} ms, whole network"] = getattr(breakdown.network, side)
             metrics[f"{clock} ms, sum of the layers"] = getattr(breakdown.layers, side)
             metrics[f"{clock} ms, unattributed"] = getattr(breakdown.unattributed, side)
-    return {f"1_overview/{index:02d} {name}": value for index, (name, value) in enumerate(metrics.items())}
+    named = enumerate(metrics.items())
+    return {f"1_overview/{index:02d} {name}": value for index, (name, value) in named if value is not None}
 
 
 def _write_latency(writer: SummaryWriter, latency: LatencyResult, side: str) -> None:
@@ -73,7 +74,7 @@ def _write_latency(writer: SummaryWriter, latency: LatencyResult, side: str) -> 
         for kind, pair in breakdown.kinds.items():
             add(f"3_kinds_{clock}_ms/{kind}", pair)
         for name, pairs in latency.networks.items():
-            add(f"4_network_{clock}_ms/{name} swapped", pairs[clock])
+            add(f"4_network_{clock}_ms/{name}", pairs[clock])
         for row in latency.layers:
             add(f"2_profile/{clock} ms over the layers", row.medians[clock], row.index)
             add(f"5_layers_{clock}_ms/{row.index:03d} {row.name}", row.medians[clock])

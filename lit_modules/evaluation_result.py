@@ -15,11 +15,11 @@ from tritonnn.latency import Latency, LayerLatency, Timing
 
 @dataclass(frozen=True)
 class Variant:
-    """The network with some kinds swapped, compared with PyTorch's.
+    """The network with some kinds swapped, or fused, compared with PyTorch's.
 
     `float32` is the agreement of its logits with PyTorch's in strict float32, None where that is the precision of the
-    evaluation. `swapped` counts layers by kind, `stayed` names layers by the reason for which they stayed PyTorch's,
-    `fallbacks` counts the calls that ran PyTorch's own operation, by layer and reason.
+    evaluation. `swapped` counts layers by kind, or by what was fused, `stayed` names layers by the reason for which
+    they stayed PyTorch's, `fallbacks` counts the calls that ran PyTorch's own operation, by layer and reason.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Variant:
     swapped: dict[str, int]
     stayed: dict[str, list[str]]
     fallbacks: dict[str, dict[str, int]]
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Proof:
     float32_agreement: Agreement | None
     variants: list[Variant]
     passed: bool
+
+    @property
+    def main(self) -> Variant | None:
+        """The last variant with swapped layers, which is all that was asked for, else the fused one."""
+        swapped = [variant for variant in self.variants if not variant.fused]
+        return (swapped or self.variants or [None])[-1]
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Breakdown:
 class LatencyResult:
     """Clocks are "device" and "eager" on a GPU (see `tritonnn.latency.Latency`), "interpreter", the wall's, on a CPU.
 
-    `networks` has a row for each variant, by clock; `breakdowns`, by clock, is of the last variant.
+    `networks` has a row for each variant, by clock; `breakdowns`, by clock, is of the last with swapped layers.
     """
 
     device_clocks: list[str]
@@ -137,9 +144,12 @@ class EvaluationResult:
 
 
 def summarise_latency(
-    layers: Sequence[LayerLatency], variants: Sequence[str], networks: Sequence[Latency]
+    layers: Sequence[LayerLatency], variants: Sequence[str], networks: Sequence[Latency], swapped_last: str | None
 ) -> LatencyResult:
-    """Puts measured times in relation; `networks` are PyTorch's and then those of the variants."""
+    """Puts measured times in relation.
+
+    `networks` are PyTorch's and then those of the variants, of which `swapped_last` is the last with swapped layers.
+    """
     clocks = ["device", "eager"] if networks[0].device else ["interpreter"]
     rows = [_layer_row(index, layer, clocks) for index, layer in enumerate(layers)]
     pytorch, *swapped = networks
@@ -147,7 +157,8 @@ def summarise_latency(
         name: {clock: Pair.of(_median(pytorch, clock), _median(network, clock)) for clock in clocks}
         for name, network in zip(variants, swapped, strict=True)
     }
-    last = pairs[variants[-1]] if variants else {clock: Pair.of(_median(pytorch, clock), None) for clock in clocks}
+    none = {clock: Pair.of(_median(pytorch, clock), None) for clock in clocks}
+    last = pairs.get(swapped_last, none)
     return LatencyResult(
         device_clocks=sorted({side.device_clock for side in _sides(layers, networks) if side.device_clock}),
         layers=rows,

@@ -76,7 +76,7 @@ def disagreements_tables(proof: Proof) -> list[Table]:
         examples = variant.agreement.examples[:EXAMPLES_SHOWN]
         if examples:
             rows = [[str(d.sample), str(d.label), str(d.pytorch), str(d.other), f"{d.margin:.3g}"] for d in examples]
-            title = f"Predictions that differ with {variant.name} swapped: {variant.agreement.differing}"
+            title = f"Predictions that differ, {variant.name}: {variant.agreement.differing}"
             note = "" if len(examples) == variant.agreement.differing else "The largest margins; results.json has more."
             found.append(Table(title, columns, rows, [], names=0, note=note))
     return found
@@ -123,14 +123,14 @@ def swaps_table(result: EvaluationResult) -> Table:
 
 
 def swap_notes(proof: Proof, stayed: bool) -> list[str]:
-    """What was swapped and what fell back, a line each; of the last variant also what stayed PyTorch's, if wanted."""
+    """What was swapped and what fell back, a line each; of the main variants also what stayed PyTorch's, if wanted."""
     lines = []
     for variant in proof.variants:
         counts = ", ".join(f"{count} {kind}" for kind, count in variant.swapped.items())
-        lines.append(f"{variant.name}: swapped {counts or 'nothing'}")
+        lines.append(f"{variant.name}: {'runs' if variant.fused else 'swapped'} {counts or 'nothing'}")
         for layer, reasons in variant.fallbacks.items():
             lines += [f"{variant.name}: {layer} fell back {count} times: {why}" for why, count in reasons.items()]
-        if stayed and variant is proof.variants[-1]:
+        if stayed and (variant.fused or variant is proof.main):
             lines += [f"{variant.name}: {len(names)} stayed: {reason}" for reason, names in variant.stayed.items()]
     return lines
 

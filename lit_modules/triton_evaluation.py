@@ -39,11 +39,13 @@ class TritonEvaluation(Callback):
         layers: "all", "none", kinds to swap together, or "each" for every kind of the network alone, then all.
         latency: whether to time.
         channels_last: evaluate in channels_last, the module and the images; else in the format that the module has.
+        fuse: prove and time the network fused by `tritonnn.fuse` too, as one more variant.
+        cuda_graph: run that one in CUDA graphs.
         log_dir: folder to write to; None takes the Trainer's.
         budget_s: seconds to time one layer on one clock; the network as a whole gets twenty times that.
 
     Raises:
-        ValueError: an unknown kind, or "all", "none" or "each" mixed with others.
+        ValueError: an unknown kind, or "all", "none" or "each" mixed with others; `cuda_graph` without `fuse`.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class TritonEvaluation(Callback):
         layers: str | Sequence[str] = "all",
         latency: bool = True,
         channels_last: bool = False,
+        fuse: bool = False,
+        cuda_graph: bool = False,
         log_dir: str | Path | None = None,
         budget_s: float = 0.1,
     ) -> None:
@@ -58,11 +62,16 @@ class TritonEvaluation(Callback):
         check_layers(self.layers)
         self.latency = latency
         self.channels_last = channels_last
+        if cuda_graph and not fuse:
+            raise ValueError("cuda_graph is for the fused network: it needs fuse")
+        self.fuse = fuse
+        self.cuda_graph = cuda_graph
         self.log_dir = log_dir
         self.budget_s = budget_s
         self.result: EvaluationResult | None = None
         self._training: dict[nn.Module, bool] = {}
         self._was_contiguous = False
+        self._fused: dict[str, tritonnn.FusedNetwork] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "test":
@@ -88,6 +97,9 @@ class TritonEvaluation(Callback):
             self._exact = is_exact(pl_module, pl_module.device)
         self._float32_state = {} if self._exact else _in_float32(pl_module)
         self._variants = _variants(self.layers, pl_module)
+        if self.fuse:
+            name = "fused, CUDA graph" if self.cuda_graph else "fused"
+            self._fused = {name: tritonnn.fuse(pl_module, cuda_graph=self.cuda_graph)}
         self._qualities: dict[str, QualityMeter] = {}
         self._agreements: dict[str, AgreementMeter] = {}
         self._errors: dict[str, AgreementMeter] = {}
@@ -129,13 +141,12 @@ class TritonEvaluation(Callback):
                 self._compare("float32", pytorch, float32, labels, places)
             for name, layers in self._variants.items():
                 with tritonnn.swapped(pl_module, layers=layers) as swap_report:
-                    logits = pl_module(images)
-                    self._compare(name, pytorch, logits, labels, places)
-                    if float32 is not None:
-                        self._meter(self._errors, name, logits).update(float32, logits, labels, places)
+                    self._prove(name, pytorch, pl_module(images), float32, labels, places)
                     for layer, reasons in swap_report.fallbacks.items():
                         self._fallbacks[name][layer].update(reasons)
                 self._reports[name] = swap_report
+            for name, network in self._fused.items():
+                self._prove(name, pytorch, network(images), float32, labels, places)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with trainer.precision_plugin.forward_context():
@@ -157,6 +168,7 @@ class TritonEvaluation(Callback):
             pl_module.to(memory_format=torch.contiguous_format)
         self._training = {}
         self._images = None
+        self._fused = {}
         self._other_parameters = {}
         self._float32_state = {}
 
@@ -178,6 +190,13 @@ class TritonEvaluation(Callback):
             self._qualities[name] = QualityMeter(logits.shape[1], logits.device)
         return self._qualities[name]
 
+    def _prove(
+        self, name: str, pytorch: Tensor, logits: Tensor, float32: Tensor | None, labels: Tensor, places: Tensor
+    ) -> None:
+        self._compare(name, pytorch, logits, labels, places)
+        if float32 is not None:
+            self._meter(self._errors, name, logits).update(float32, logits, labels, places)
+
     def _compare(self, name: str, pytorch: Tensor, other: Tensor, labels: Tensor, places: Tensor) -> None:
         self._quality(name, other).update(other, labels)
         self._meter(self._agreements, name, other).update(pytorch, other, labels, places)
@@ -193,8 +212,9 @@ class TritonEvaluation(Callback):
         agreements = {name: meter.agreement() for name, meter in self._agreements.items()}
         errors = {name: meter.agreement() for name, meter in self._errors.items()}
         float32 = agreements.get("float32")
-        variants = [
-            Variant(
+
+        def variant(name: str, **changes) -> Variant:
+            return Variant(
                 name=name,
                 quality=qualities[name],
                 agreement=agreements[name],
@@ -206,12 +226,30 @@ class TritonEvaluation(Callback):
                     agreements["yardstick"],
                     None if self._exact else (float32, errors[name]),
                 ),
+                **changes,
+            )
+
+        variants = [
+            variant(
+                name,
                 swapped=dict(Counter(self._reports[name].swapped.values())),
                 stayed=_by_reason(self._reports[name].stayed),
                 fallbacks={layer: dict(reasons) for layer, reasons in self._fallbacks[name].items()},
             )
             for name in self._variants
         ]
+        for name, network in self._fused.items():
+            fusion = network.report
+            untraced = {part: f"not traced: {reason}" for part, reason in fusion.untraced.items()}
+            variants.append(
+                variant(
+                    name,
+                    swapped=dict(Counter([*fusion.fused.values(), *fusion.swapped.values()])),
+                    stayed=_by_reason(fusion.stayed | untraced),
+                    fallbacks=fusion.fallbacks,
+                    fused=True,
+                )
+            )
         return Proof(
             samples=agreements["yardstick"].samples,
             exact=self._exact,
@@ -229,8 +267,11 @@ class TritonEvaluation(Callback):
         console.print("Timing the layers and the network ...")
         variants = list(self._variants.values())
         layers = time_layers(pl_module, self._images, layers=variants[-1] if variants else (), budget_s=self.budget_s)
-        networks = time_networks(pl_module, self._images, variants=variants, budget_s=20 * self.budget_s)
-        return summarise_latency(layers, list(self._variants), networks)
+        fused = list(self._fused.values())
+        budget_s = 20 * self.budget_s
+        networks = time_networks(pl_module, self._images, variants=variants, others=fused, budget_s=budget_s)
+        swapped = list(self._variants)
+        return summarise_latency(layers, [*swapped, *self._fused], networks, swapped[-1] if swapped else None)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, proof: Proof) -> None:
         if trainer.progress_bar_callback:  # it stays above the tables
@@ -239,7 +280,7 @@ class TritonEvaluation(Callback):
         self.result = EvaluationResult(
             environment=environment(pl_module.device),
             flags=flags(),
-            triton_layers=" ".join(self.layers),
+            triton_layers=", ".join([" ".join(self.layers), *self._fused]),
             precision=trainer.precision,
             memory_format=_name(self._format),
             batch_size=len(self._images),

@@ -69,6 +69,16 @@ def test_a_second_evaluation_goes_to_a_folder_of_its_own(folder, checkpoint):
     assert sorted(path.name for path in (folder / "logs/digits").iterdir()) == ["evaluation_0", "evaluation_1"]
 
 
+def test_the_fused_network_is_one_more_row(folder, checkpoint, capsys):
+    assert status("--ckpt-path", checkpoint, "--triton-layers", "relu", "--fuse", *QUICK) == 0
+    output = capsys.readouterr().out
+    assert "PASS relu: all 8 predictions identical" in output and "PASS fused: all 8 predictions identical" in output
+    assert "fused: runs 9 conv2d + batch_norm2d + relu, 8 conv2d + batch_norm2d + residual + relu" in output
+    written = json.loads((folder / "logs/digits/evaluation_0/results.json").read_text())
+    assert written["triton_layers"] == "relu, fused"
+    assert [variant["fused"] for variant in written["proof"]["variants"]] == [False, True]
+
+
 def test_the_newest_best_checkpoint_is_the_default(folder, checkpoint):
     (folder / "checkpoints/digits").mkdir(parents=True)
     (folder / "checkpoints/digits/best.ckpt").write_bytes(checkpoint.read_bytes())
@@ -119,6 +129,7 @@ def test_tf32_sets_both_of_pytorchs_switches(folder, checkpoint, switch, states)
         pytest.param(["--limit-test-batches", "0"], "limit_test_batches", id="no batches"),
         pytest.param(["--precision", "fp8"], "'32-true'", id="precision"),
         pytest.param(["--tf32", "maybe"], "'default', 'on', 'off'", id="tf32"),
+        pytest.param(["--cuda-graph"], "add --fuse", id="graph of what is not fused"),
         pytest.param([], "no checkpoint below checkpoints/ yet: run train.py first", id="no checkpoint yet"),
         pytest.param(["--ckpt-path", "nix.ckpt"], "there is no checkpoint nix.ckpt", id="absent checkpoint"),
         pytest.param(["--ckpt-path", "text.ckpt"], "text.ckpt is not a checkpoint", id="not a checkpoint"),
@@ -130,6 +141,12 @@ def test_wrong_use_is_one_line_and_ends_with_2(folder, capsys, arguments, messag
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert [path.name for path in folder.rglob("*")] == ["text.ckpt"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_cuda_graph_needs_a_gpu(folder, capsys):
+    assert status("--fuse", "--cuda-graph") == 2
+    assert "--cuda-graph needs a CUDA GPU" in capsys.readouterr().err
 
 
 def test_digits_have_no_folder_to_move(folder, checkpoint, capsys):

@@ -17,6 +17,7 @@ from lit_modules import triton_evaluation
 from lit_modules.agreement import Agreement, AgreementMeter, Quality, judge
 from lit_modules.evaluation_result import EvaluationResult, timing
 from lit_modules.triton_evaluation import TritonEvaluation
+from tritonnn.layers.fused_conv2d import FusedLinear
 
 CLOCK = "device" if torch.cuda.is_available() else "interpreter"
 
@@ -121,6 +122,31 @@ class TestProof:
     def test_several_kinds_are_swapped_together(self, tmp_path):
         (variant,) = evaluate(tmp_path, layers=["conv2d", "relu"]).proof.variants
         assert variant.name == "conv2d relu" and variant.swapped == {"conv2d": 1, "relu": 1}
+
+    @pytest.mark.parametrize("layers", ["none", "relu"])
+    def test_the_fused_network_is_proved_and_timed(self, tmp_path, layers):
+        result = evaluate(tmp_path, layers=layers, fuse=True, latency=True, budget_s=0)
+        *swapped, fused = result.proof.variants
+        assert result.passed and fused.fused and fused.agreement.differing == 0
+        assert fused.swapped == {"conv2d + batch_norm2d + relu": 1, "linear": 1, "max_pool2d": 1, "avg_pool2d": 1}
+        assert fused.stayed == {"no Triton layer for Flatten": ["layers.5"]} and fused.fallbacks == {}
+        assert result.proof.main.name == ("fused" if layers == "none" else "relu")
+        assert list(result.latency.networks) == [variant.name for variant in (*swapped, fused)]
+        assert result.latency.networks["fused"][CLOCK].triton > 0
+        network = result.latency.breakdowns[CLOCK].network
+        assert network.triton == (None if layers == "none" else result.latency.networks["relu"][CLOCK].triton)
+        assert "| fused |" in (tmp_path / "results.md").read_text()
+
+    def test_a_wrong_fused_network_fails(self, tmp_path, monkeypatch):
+        break_layer(monkeypatch, FusedLinear, lambda y: -y)
+        result = evaluate(tmp_path, layers="all", fuse=True)
+        assert [variant.verdict.passed for variant in result.proof.variants] == [True, False] and not result.passed
+
+    @pytest.mark.gpu
+    def test_the_fused_network_in_cuda_graphs(self, tmp_path):
+        result = evaluate(tmp_path, layers="all", fuse=True, cuda_graph=True, latency=True, budget_s=0.01)
+        assert result.passed and result.proof.variants[-1].name == "fused, CUDA graph"
+        assert result.latency.networks["fused, CUDA graph"]["eager"].triton > 0
 
     def test_a_fallback_is_counted_over_the_batches(self, tmp_path):
         class Complex(nn.Linear):
@@ -316,6 +342,11 @@ class TestResult:
         assert {"device", "torch", "triton", "cudnn", "lightning", "command", "date"} <= result.environment.keys()
         assert result.flags["tf32 in matmul"] == "off"
         assert result.parameters == {"width": 8} and result.batch_size == 4
+
+
+def test_a_cuda_graph_of_what_is_not_fused_is_an_error():
+    with pytest.raises(ValueError, match="it needs fuse"):
+        TritonEvaluation(cuda_graph=True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """PyTorch's CNN layers on Triton kernels: swap them in, prove that nothing changed but the speed."""
 
+from .fusion import FusedNetwork, fuse
+from .fusion_report import FusionReport
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
 from .layers.batch_norm2d import TritonBatchNorm2d
 from .layers.conv2d import TritonConv2d
@@ -10,6 +12,8 @@ from .swap import KINDS, SwapReport, kind_of, restore, swap, swapped
 
 __all__ = [
     "KINDS",
+    "FusedNetwork",
+    "FusionReport",
     "SwapReport",
     "TritonAdaptiveAvgPool2d",
     "TritonAvgPool2d",
@@ -18,6 +22,7 @@ __all__ = [
     "TritonLinear",
     "TritonMaxPool2d",
     "TritonReLU",
+    "fuse",
     "kind_of",
     "restore",
     "swap",

@@ -160,9 +160,15 @@ def time_layers(
 
 
 def time_networks(
-    model: nn.Module, *inputs: Tensor, variants: Sequence[str | Sequence[str]], budget_s: float = 2.0
+    model: nn.Module,
+    *inputs: Tensor,
+    variants: Sequence[str | Sequence[str]],
+    others: Sequence[nn.Module] = (),
+    budget_s: float = 2.0,
 ) -> list[Latency]:
     """Times the whole model, PyTorch's first and then with each of `variants` (as in `swap`) swapped, in alternation.
+
+    `others` are further networks that take the same inputs, such as the model fused; they come last.
 
     Raises:
         ValueError: for an unknown kind, or where a layer is reached other than as a submodule and so cannot be swapped.
@@ -178,7 +184,8 @@ def time_networks(
                 f"{type(model).__name__} reaches some layers other than as submodules: it cannot be timed."
             )
     with _autocast_as_in_one_step():
-        return time_alternately([partial(network, *inputs) for network in networks], inputs[0].device, budget_s)
+        calls = [partial(network, *inputs) for network in (*networks, *others)]
+        return time_alternately(calls, inputs[0].device, budget_s)
 
 
 def time_alternately(

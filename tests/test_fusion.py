@@ -1,0 +1,628 @@
+"""tritonnn.fuse: the same numbers, the right layers fused, and the model left alone."""
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+import torchvision
+from compare import DEVICE, TOLERANCE, image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tritonnn
+from lit_modules.resnet import ResNet18
+from tritonnn.cuda_graphs import CAPTURE_AT_CALL, MAX_GRAPHS
+from tritonnn.layers.fused_conv2d import FusedConv2d
+
+
+def trained(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """In eval mode, with batch norms that change something."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            if module.running_var is not None:
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2)
+            if module.weight is not None:
+                module.weight.data.uniform_(0.5, 1.5)
+                module.bias.data.normal_()
+    return model.eval().to(DEVICE, dtype)
+
+
+def assert_same(model: nn.Module, x: Tensor, *others: Tensor) -> tritonnn.FusedNetwork:
+    """The fused network gives the model's output, and leaves its input alone where the model does."""
+    fused = tritonnn.fuse(model)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(*(t.double().clone() for t in (x, *others)))
+        inputs = [x.clone(memory_format=torch.preserve_format), x.clone(memory_format=torch.preserve_format)]
+        expected, actual = model(inputs[0], *others), fused(inputs[1], *others)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    tolerance = TOLERANCE[x.dtype]
+    torch.testing.assert_close(actual.double(), exact, rtol=10 * tolerance, atol=10 * tolerance)
+    torch.testing.assert_close(inputs[1], inputs[0])
+    return fused
+
+
+class Net(nn.Module):
+    """Layers a, b: 4 channels to 4; norm; called as `code(net, x)` says."""
+
+    def __init__(self, code, **layers: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.norm, self.relu = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.code = code
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(self, x)
+
+
+def in_place_then_read(net: Net, x: Tensor) -> Tensor:
+    y = net.a(x)
+    z = F.relu(y, inplace=True)
+    return net.b(z) * y  # y after the ReLU
+
+
+def conv_before_its_input_is_overwritten(net: Net, x: Tensor) -> Tensor:
+    y = net.b(x)
+    z = net.a(y)
+    y.mul_(2)
+    return (z + y).relu()
+
+
+def overwritten_through_a_view(net: Net, x: Tensor) -> Tensor:
+    y = net.a(x)
+    z = y.flatten(1)
+    torch.relu_(z)
+    return y + z.view(y.shape)
+
+
+def preactivation(net: Net, x: Tensor) -> Tensor:
+    y = net.norm(x)
+    z = net.relu(y)
+    z = net.b(net.a(z))
+    z += y  # y has become its ReLU
+    return z
+
+
+def input_overwritten(net: Net, x: Tensor) -> Tensor:
+    x += 1
+    return net.a(x).relu_()
+
+
+def list_of_results(net: Net, x: Tensor) -> Tensor:
+    outputs = [net.a(x)]
+    outputs += [net.b(outputs[0])]
+    return torch.cat(outputs, 1).relu()
+
+
+CONV, NORM = "conv2d", "conv2d + batch_norm2d"
+FUSED = [
+    pytest.param(lambda n, x: n.relu(n.norm(n.a(x))), [f"{NORM} + relu"], id="conv norm relu"),
+    pytest.param(lambda n, x: F.relu(n.a(x)), [f"{CONV} + relu"], id="F.relu"),
+    pytest.param(lambda n, x: F.relu(n.a(x), inplace=True), [f"{CONV} + relu"], id="F.relu in place"),
+    pytest.param(lambda n, x: torch.relu(n.a(x)), [f"{CONV} + relu"], id="torch.relu"),
+    pytest.param(lambda n, x: torch.relu_(n.a(x)), [f"{CONV} + relu"], id="torch.relu_"),
+    pytest.param(lambda n, x: n.a(x).relu(), [f"{CONV} + relu"], id="Tensor.relu"),
+    pytest.param(lambda n, x: n.a(x).relu_(), [f"{CONV} + relu"], id="Tensor.relu_"),
+    pytest.param(lambda n, x: F.relu(n.a(x) + x), [f"{CONV} + residual + relu"], id="+"),
+    pytest.param(lambda n, x: n.norm(n.a(x)).add_(x).relu(), [f"{NORM} + residual + relu"], id="add_"),
+    pytest.param(lambda n, x: torch.add(x, n.a(x)), [f"{CONV} + residual"], id="torch.add"),
+    pytest.param(lambda n, x: torch.add(input=x, other=n.a(x)), [f"{CONV} + residual"], id="torch.add by name"),
+    pytest.param(lambda n, x: torch.add(x, n.a(x), alpha=2).relu(), [CONV], id="alpha"),
+    pytest.param(lambda n, x: n.a(x) + 1, [CONV], id="plus a number"),
+    pytest.param(lambda n, x: (lambda y: y + y)(n.a(x)), [CONV], id="plus itself"),
+    pytest.param(lambda n, x: n.a(x) + x.mean((2, 3), True), [f"{CONV} + residual"], id="broadcast residual"),
+    pytest.param(lambda n, x: n.a(x).mean((2, 3), True) + n.b(x), [CONV, f"{CONV} + residual"], id="broadcast other"),
+    pytest.param(lambda n, x: (lambda y: n.norm(y) + y)(n.a(x)), [CONV], id="convolution with two users: norm stays"),
+    pytest.param(
+        lambda n, x: (lambda y: n.b(y) + y)(n.a(x).relu_()), [f"{CONV} + relu", f"{CONV} + residual"], id="branches"
+    ),
+    pytest.param(lambda n, x: (n.a(x) + n.b(x)).relu(), [CONV, f"{CONV} + residual + relu"], id="sum of two"),
+    pytest.param(lambda n, x: (lambda y: y.relu() * y)(n.a(x)), [CONV], id="convolution with two users: ReLU stays"),
+    pytest.param(lambda n, x: n.norm(n.b(n.norm(n.a(x)))), [NORM, NORM], id="norm called twice"),
+    pytest.param(lambda n, x: n.a(n.norm(n.a(x))), [NORM, CONV], id="convolution called twice"),
+    pytest.param(lambda n, x: n.relu(n.b(n.relu(n.a(x)))), [f"{CONV} + relu"] * 2, id="ReLU called twice"),
+    pytest.param(lambda n, x: n.norm(x).relu(), [], id="nothing to fuse"),
+    pytest.param(in_place_then_read, [f"{CONV} + relu", CONV], id="read after ReLU in place"),
+    pytest.param(conv_before_its_input_is_overwritten, [CONV, CONV], id="input overwritten before the sum"),
+    pytest.param(overwritten_through_a_view, [CONV], id="overwritten through a view"),
+    pytest.param(preactivation, [CONV, f"{CONV} + residual"], id="residual overwritten by ReLU"),
+    pytest.param(input_overwritten, [f"{CONV} + relu"], id="the model overwrites its input"),
+    pytest.param(list_of_results, [CONV, CONV], id="list"),
+    pytest.param(lambda n, x: n.a(x).view(x.shape[0], -1), [CONV], id="view of an image"),
+    pytest.param(
+        lambda n, x: F.adaptive_avg_pool2d(F.max_pool2d(F.avg_pool2d(n.a(x), 2, padding=1), 2, 1), 1),
+        [CONV],
+        id="functional pools",
+    ),
+]
+
+
+@pytest.mark.parametrize(("code", "fused"), FUSED)
+def test_fused(code, fused):
+    network = assert_same(trained(Net(code)), image(2, 4, 5, 6, dtype=torch.float64))
+    assert list(network.report.fused.values()) == fused, network.report
+
+
+LAYERS = [
+    pytest.param(nn.Conv2d(4, 6, 3, 2, 1, bias=False), None, id="stride"),
+    pytest.param(nn.Conv2d(4, 6, (3, 2), dilation=(1, 2), groups=2), None, id="dilation, groups"),
+    pytest.param(nn.Conv2d(4, 8, 3, padding=1, groups=4), None, id="depthwise"),
+    pytest.param(nn.Conv2d(4, 6, 3, padding="same"), None, id="same"),
+    pytest.param(nn.Conv2d(4, 6, 3, padding="valid"), None, id="valid"),
+    pytest.param(nn.Conv2d(4, 6, 2, padding="same"), "padding 'same' that differs between the sides", id="same, even"),
+    pytest.param(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), "padding_mode 'reflect'", id="reflect"),
+]
+
+
+@pytest.mark.parametrize(("layer", "reason"), LAYERS)
+def test_arguments_of_a_convolution(layer, reason):
+    model = trained(nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU()))
+    fused = assert_same(model, image(2, 4, 6, 5, dtype=torch.float64))
+    if reason is None:
+        assert fused.report.fused == {"0": "conv2d + batch_norm2d + relu"} and not fused.report.apart
+    else:
+        assert fused.report.apart["0"] == reason and list(fused.report.swapped) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_types_and_memory_formats(dtype, channels_last):
+    model = trained(Net(lambda n, x: n.relu(n.norm(n.a(x)) + x)), dtype)
+    fused = assert_same(model, image(2, 4, 5, 6, dtype=dtype, channels_last=channels_last))
+    assert fused.network.a.weight.dtype == dtype and fused.network.a.bias.dtype == torch.float32
+    y = fused(image(2, 4, 5, 6, dtype=dtype, channels_last=channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)], ids=str)
+def test_linear(shape):
+    model = trained(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3, bias=False)))
+    fused = assert_same(model, image(*shape, dtype=torch.float64))
+    assert fused.report.fused == {"0": "linear + relu", "2": "linear"}
+
+
+def test_linear_with_a_residual():
+    class Residual(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return (F.linear(x, self.weight, self.bias) + x).relu()
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.relu(self.layer(x) + y)
+
+    x = image(3, 5, dtype=torch.float64)
+    fused = assert_same(trained(Block()), x, image(3, 5, dtype=torch.float64))
+    assert fused.report.fused == {"layer": "linear + residual + relu"} and not fused.report.fallbacks
+    assert_same(trained(Block()), x, image(1, 5, dtype=torch.float64))
+    subclass = assert_same(trained(nn.Sequential(Residual(5, 5))), x)
+    assert not subclass.report.fused and "subclass of Linear" in subclass.report.stayed["0"]
+
+
+def test_a_broadcast_residual_is_counted():
+    fused = assert_same(
+        trained(Net(lambda n, x: n.a(x) + x.mean((2, 3), True))), image(2, 4, 5, 5, dtype=torch.float64)
+    )
+    assert fused.report.fallbacks == {"a": {"the residual is broadcast": 1}}
+    assert "fell back to PyTorch: a: the residual is broadcast (1 calls)" in str(fused.report)
+
+
+def test_unbatched_and_empty_batches():
+    model = trained(Net(lambda n, x: n.relu(n.a(x) + x)))
+    assert_same(model, image(4, 5, 6, dtype=torch.float64))
+    assert tritonnn.fuse(model)(image(0, 4, 5, 6, dtype=torch.float64)).shape == (0, 4, 5, 6)
+
+
+def test_wrong_input_is_pytorchs_error():
+    fused = tritonnn.fuse(trained(nn.Conv2d(4, 4, 3)))
+    for wrong in (image(1, 3, 5, 5, dtype=torch.float64), image(1, 4, 5, 5), image(1, 4, 2, 2, dtype=torch.float64)):
+        with pytest.raises(RuntimeError) as actual:
+            fused(wrong)
+        with pytest.raises(RuntimeError) as expected:
+            F.conv2d(wrong, fused.network.get_submodule("0").weight, fused.network.get_submodule("0").bias)
+        assert str(actual.value) == str(expected.value)
+
+
+NORMS = [
+    pytest.param(nn.BatchNorm2d(4, affine=False), True, id="no affine"),
+    pytest.param(nn.BatchNorm2d(4, momentum=None, eps=0.1), True, id="eps"),
+    pytest.param(nn.BatchNorm2d(4, track_running_stats=False), False, id="no running statistics"),
+]
+
+
+@pytest.mark.parametrize(("norm", "folds"), NORMS)
+def test_batch_norm(norm, folds):
+    fused = assert_same(trained(Net(lambda n, x: n.norm(n.a(x)), norm=norm)), image(2, 4, 5, 5, dtype=torch.float64))
+    assert fused.report.fused == {"a": NORM if folds else CONV}
+    assert fused.report.apart == ({} if folds else {"norm": "it has no running statistics"})
+    assert fused.report.swapped == ({} if folds else {"norm": "batch_norm2d"})
+
+
+def test_weights_are_folded_in_float64():
+    model = trained(Net(lambda n, x: n.norm(n.a(x))), torch.float32)
+    scale = model.norm.weight.double() / (model.norm.running_var.double() + model.norm.eps).sqrt()
+    expected = (model.a.weight.double() * scale[:, None, None, None]).float()
+    torch.testing.assert_close(tritonnn.fuse(model).network.a.weight, expected, rtol=1e-7, atol=0)
+
+
+def test_training_mode_is_an_error():
+    model = trained(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    with pytest.raises(RuntimeError, match=r"call model.eval\(\) first; training: the model, 0, 1"):
+        tritonnn.fuse(model.train())
+    model.eval()[1].train()
+    with pytest.raises(RuntimeError, match="training: 1"):
+        tritonnn.fuse(model)
+
+
+def test_the_fused_network_is_for_inference():
+    fused = tritonnn.fuse(trained(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())))
+    assert not fused.training and fused.eval() is fused
+    assert not any(p.requires_grad for p in fused.parameters())
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        fused.train()
+    with pytest.raises(ValueError, match="fused already"):
+        tritonnn.fuse(fused)
+    x = image(1, 4, 3, 3, dtype=torch.float64)
+    assert not fused(x).requires_grad
+    with pytest.raises(RuntimeError, match="no gradients"):
+        fused(x.requires_grad_())
+    with torch.no_grad():
+        fused(x)
+
+
+def test_the_model_is_left_alone():
+    model = trained(ResNet18(width=2), torch.float32)
+    before, classes = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    fused = tritonnn.fuse(model)
+    for tensor in (*fused.parameters(), *fused.buffers()):
+        tensor.zero_()
+    assert [type(m) for m in model.modules()] == classes
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(p.requires_grad for p in model.parameters())
+    pointers = {t.data_ptr() for t in model.state_dict().values()}
+    assert not pointers & {t.data_ptr() for t in fused.state_dict().values()}
+
+
+def test_a_swapped_model():
+    model = trained(ResNet18(width=2))
+    tritonnn.swap(model)
+    fused = assert_same(model, image(1, 3, 32, 32, dtype=torch.float64))
+    assert len(fused.report.fused) == 21 and list(fused.report.swapped.values()) == ["max_pool2d", "avg_pool2d"]
+
+
+def small(width: int = 8) -> nn.Module:
+    torch.manual_seed(0)
+    return trained(nn.Sequential(nn.Conv2d(4, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 1)))
+
+
+def test_changed_weights_count():
+    fused, x = tritonnn.fuse(small()), image(1, 4, 5, 5, dtype=torch.float64)
+    layer = fused.network.get_submodule("0")
+    before = fused(x)
+    layer.weight.mul_(2)
+    layer.bias.mul_(2)
+    torch.testing.assert_close(fused(x), 2 * before - fused.network.get_submodule("3").bias[:, None, None])
+    layer.weight = layer.weight / 2
+    layer.bias = layer.bias / 2
+    torch.testing.assert_close(fused(x), before)
+    fused.load_state_dict({name: torch.zeros_like(t) for name, t in fused.state_dict().items()})
+    assert not fused(x).any()
+
+
+def test_another_type_afterwards():
+    model, x = small(), image(2, 4, 5, 5, dtype=torch.float64)
+    fused = tritonnn.fuse(model)
+    expected = fused(x)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        fused = tritonnn.fuse(model).to(dtype)
+        layer = fused.network.get_submodule("0")
+        assert layer.weight.dtype == dtype
+        assert layer.bias.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        actual = fused(x.to(dtype))
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), expected, rtol=10 * TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+
+
+def test_autocast():
+    model = trained(Net(lambda n, x: n.a(x).relu() + n.b(x)), torch.float32)
+    fused, x = tritonnn.fuse(model), image(2, 4, 5, 5)
+    plain = fused(x)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        expected, actual = model(x), fused(x)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), plain, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(fused(x), plain, rtol=0, atol=0)
+    assert {key[0] for key in fused.network.a._packed} == {torch.float32, torch.bfloat16}
+
+
+def test_changed_weights_count_in_another_type():
+    fused, x = tritonnn.fuse(small().float()), image(1, 4, 5, 5)
+    last = fused.network.get_submodule("3")
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        before = fused(x)
+        last.weight.mul_(2)
+        last.bias.mul_(2)
+        torch.testing.assert_close(fused(x), 2 * before)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_autocast_with_a_residual_of_another_type(in_place):
+    def code(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x)
+        if in_place:
+            y += x
+            return y
+        return y + x
+
+    model, x = trained(Net(code), torch.float32), image(2, 4, 5, 5)
+    fused = tritonnn.fuse(model)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        expected, actual = model(x), fused(x)
+    assert actual.dtype == expected.dtype == (torch.bfloat16 if in_place else torch.float32)
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.05)
+
+
+def test_inside_inference_mode():
+    x = image(1, 4, 5, 5, dtype=torch.float64)
+    with torch.inference_mode():
+        fused = tritonnn.fuse(small())
+        expected = fused(x)
+    torch.testing.assert_close(fused(x), expected)
+    assert not any(t.is_inference() for t in fused.state_dict().values())
+
+
+def test_copies():
+    fused, x = tritonnn.fuse(small(), cuda_graph=True), image(1, 4, 5, 5, dtype=torch.float64)
+    expected = fused(x)
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        torch.testing.assert_close(twin(x), expected)
+        twin.network.get_submodule("0").weight.zero_()
+    torch.testing.assert_close(fused(x), expected)
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, y: 2 * y)
+    return module
+
+
+@pytest.mark.parametrize("name", ["a", "norm", "relu", ""])
+def test_a_hook_is_called(name):
+    model = trained(Net(lambda n, x: n.relu(n.norm(n.a(x)))))
+    hooked(model.get_submodule(name))
+    fused = assert_same(model, image(1, 4, 5, 5, dtype=torch.float64))
+    reasons = fused.report.apart if name else fused.report.untraced
+    assert reasons[name] == "it has hooks"
+
+
+class Untraceable(nn.Module):
+    """Control flow on values, and code that reaches into its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.steps = nn.ModuleList([nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()) for _ in range(2)])
+        self.looped = nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU())
+        self.head = nn.Linear(6 * 2 * 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        for step in self.steps:
+            y = step(y)
+        for layer in self.looped:
+            y = layer(y) + self.looped[0].weight.mean()
+        if y.sum() > 0:
+            y = -y
+        return self.head(y.view(len(y), -1))
+
+
+def test_a_model_that_cannot_be_traced():
+    fused = assert_same(trained(Untraceable()), image(2, 4, 6, 7, dtype=torch.float64)[..., :6])
+    report = fused.report
+    assert report.untraced[""].startswith("TraceError: symbolically traced variables cannot be used as inputs")
+    assert report.fused == {
+        "features.0": "conv2d + batch_norm2d + relu",
+        "steps.0.0": "conv2d + relu",
+        "steps.1.0": "conv2d + relu",
+        "looped.0": "conv2d + relu",
+    }
+    assert report.swapped == {"features.3": "max_pool2d", "head": "linear"}
+    assert "not traced: (the model): TraceError" in str(report)
+    x = image(2, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(copy.deepcopy(fused)(x), fused(x))
+    assert len(fused.network.looped) == 2
+
+
+def test_a_part_that_cannot_be_traced():
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), Untraceable(), nn.Linear(3, 2), nn.ReLU()))
+    fused = assert_same(model, image(2, 3, 6, 6, dtype=torch.float64))
+    assert list(fused.report.untraced) == ["2"]
+    assert fused.report.fused["0"] == "conv2d + relu" and fused.report.fused["3"] == "linear + relu"
+    assert fused.report.fused["2.features.0"] == "conv2d + batch_norm2d + relu"
+
+
+def test_an_optional_argument():
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            y = self.layer(x)
+            return y if mask is None else y * mask
+
+    fused = assert_same(trained(Optional()), image(2, 4, 3, 3, dtype=torch.float64))
+    assert fused.report.fused == {"layer": "conv2d"}
+
+
+def test_report_of_resnet18():
+    model = trained(ResNet18(width=2))
+    report = assert_same(model, image(2, 3, 32, 32, dtype=torch.float64)).report
+    assert report.fused["stages.1.0.conv2"] == "conv2d + batch_norm2d"
+    assert report.fused["stages.1.0.shortcut.conv"] == "conv2d + batch_norm2d + residual + relu"
+    assert report.swapped == {"stem.pool": "max_pool2d", "head.pool": "avg_pool2d"}
+    assert not report.apart and not report.untraced and not report.fallbacks
+    assert str(report).splitlines() == [
+        "fused: 9 conv2d + batch_norm2d + relu, 8 conv2d + batch_norm2d + residual + relu, 3 conv2d + batch_norm2d, "
+        "1 linear",
+        "Triton layers of their own: 1 avg_pool2d, 1 max_pool2d",
+        "stayed PyTorch: check_images: no Triton layer for the function check_images",
+        "stayed PyTorch: head.flatten: no Triton layer for Flatten",
+    ]
+
+
+def small_resnet() -> nn.Module:
+    resnet = torchvision.models.resnet
+    return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], 4, width_per_group=4)
+
+
+models = torchvision.models
+Inception = sys.modules["torchvision.models.googlenet"].Inception  # the name is taken by a function
+NETWORKS = [
+    pytest.param(small_resnet, 18, 4, id="resnet"),
+    pytest.param(lambda: models.MobileNetV2(4, width_mult=0.1), 53, 11, id="mobilenet_v2"),
+    pytest.param(lambda: models.ShuffleNetV2([1, 1, 1], [4, 8, 16, 32, 32], 4), 18, 0, id="shufflenet"),
+    pytest.param(lambda: models.DenseNet(4, (1, 2), 8, 2, num_classes=4), 9, 0, id="densenet"),
+    pytest.param(lambda: models.vgg.make_layers([4, "M", 8, "M"], batch_norm=True), 2, 0, id="vgg"),
+    pytest.param(
+        lambda: sys.modules["torchvision.models.googlenet"].Inception(3, 4, 4, 4, 4, 4, 4), 6, 0, id="inception"
+    ),
+]
+
+
+@pytest.mark.parametrize(("network", "fused", "residuals"), NETWORKS)
+def test_networks_of_torchvision(network, fused, residuals):
+    model = trained(network())
+    report = assert_same(model, image(1, 3, 32, 32, dtype=torch.float64)).report
+    assert len(report.fused) == fused and not report.untraced and not report.fallbacks
+    assert sum("residual" in what for what in report.fused.values()) == residuals
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need Triton's interpreter")
+def test_cuda_graph_on_a_cpu_runs_plainly():
+    fused, x = tritonnn.fuse(small(), cuda_graph=True), image(1, 4, 5, 5, dtype=torch.float64)
+    for _ in range(3):
+        torch.testing.assert_close(fused(x), tritonnn.fuse(small())(x))
+    assert not len(fused._graphs)
+
+
+@pytest.mark.gpu
+class TestCudaGraph:
+    @staticmethod
+    def networks(**arguments) -> tuple[tritonnn.FusedNetwork, tritonnn.FusedNetwork]:
+        model = trained(ResNet18(width=8), torch.float32)
+        return tritonnn.fuse(model), tritonnn.fuse(model, cuda_graph=True, **arguments)
+
+    def test_replay_equals_eager(self):
+        eager, graphed = self.networks()
+        for call in range(1, 6):
+            x = image(2, 3, 32, 32)
+            torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
+            assert len(graphed._graphs) == (call >= CAPTURE_AT_CALL)
+        assert not graphed._graphs.refused
+
+    def test_the_output_is_safe_to_keep(self):
+        eager, graphed = self.networks()
+        inputs = [image(2, 3, 32, 32) for _ in range(6)]
+        outputs = [graphed(x) for x in inputs]
+        for x, y in zip(inputs, outputs):
+            torch.testing.assert_close(y, eager(x), rtol=1e-5, atol=1e-5)
+
+    def test_without_the_copy_the_output_is_the_graphs(self):
+        _, graphed = self.networks(copy_output=False)
+        outputs = [graphed(image(2, 3, 32, 32)) for _ in range(4)]
+        assert outputs[-1].data_ptr() == outputs[-2].data_ptr()
+
+    def test_two_shapes_in_turns(self):
+        eager, graphed = self.networks()
+        for _ in range(4):
+            for batch in (1, 3):
+                x = image(batch, 3, 32, 32)
+                torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
+        assert len(graphed._graphs) == 2
+
+    def test_the_number_of_graphs_is_bounded(self):
+        model = small()
+        eager, graphed = tritonnn.fuse(model), tritonnn.fuse(model, cuda_graph=True)
+        for size in range(5, 5 + MAX_GRAPHS + 3):
+            for _ in range(3):
+                x = image(1, 4, size, size, dtype=torch.float64)
+                torch.testing.assert_close(graphed(x), eager(x))
+        assert len(graphed._graphs) == MAX_GRAPHS
+        x = image(1, 4, 5, 5, dtype=torch.float64)  # dropped, and captured again
+        torch.testing.assert_close(graphed(x), eager(x))
+        assert len(graphed._graphs) == MAX_GRAPHS
+
+    def test_autocast_and_tf32_have_graphs_of_their_own(self):
+        eager, graphed = self.networks()
+        x = image(2, 3, 32, 32)
+        exact = eager(x)
+        for _ in range(3):
+            torch.testing.assert_close(graphed(x), exact, rtol=1e-5, atol=1e-5)
+            with torch.autocast("cuda", torch.bfloat16):
+                y = graphed(x)
+                assert y.dtype == torch.bfloat16
+                torch.testing.assert_close(y, eager(x), rtol=0.02, atol=0.05)
+            torch.backends.cudnn.conv.fp32_precision = "tf32"
+            torch.testing.assert_close(graphed(x), eager(x), rtol=1e-3, atol=1e-3)
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+        assert len(graphed._graphs) == 3
+
+    def test_changed_weights_count(self):
+        model, x = small(), image(1, 4, 5, 5, dtype=torch.float64)
+        graphed = tritonnn.fuse(model, cuda_graph=True)
+        before = [graphed(x) for _ in range(3)][-1]
+        last = graphed.network.get_submodule("3")
+        last.weight.mul_(2)
+        last.bias.mul_(2)
+        for _ in range(3):
+            torch.testing.assert_close(graphed(x), 2 * before)
+        last.weight = last.weight / 2
+        last.bias = last.bias / 2
+        for _ in range(3):
+            torch.testing.assert_close(graphed(x), before)
+        graphed.to(torch.float32)
+        assert not len(graphed._graphs)
+        torch.testing.assert_close(graphed(x.float()), before.float(), rtol=1e-4, atol=1e-4)
+
+    def test_not_inside_another_capture(self):
+        eager, graphed = self.networks()
+        x = image(2, 3, 32, 32)
+        graphed(x)
+        eager(x)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = graphed(x)
+        graph.replay()
+        assert not len(graphed._graphs)
+        torch.testing.assert_close(y, eager(x), rtol=1e-5, atol=1e-5)
+
+    def test_captured_in_inference_mode_and_used_outside(self):
+        eager, graphed = self.networks()
+        with torch.inference_mode():
+            for _ in range(3):
+                graphed(image(2, 3, 32, 32))
+        x = image(2, 3, 32, 32)
+        torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
+        assert len(graphed._graphs) == 1
+
+    def test_what_cannot_be_captured_runs_eagerly(self):
+        model = trained(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), Untraceable()))
+        eager, graphed = tritonnn.fuse(model), tritonnn.fuse(model, cuda_graph=True)
+        for _ in range(4):
+            x = image(2, 3, 6, 6, dtype=torch.float64)
+            torch.testing.assert_close(graphed(x), eager(x))
+        assert len(graphed._graphs) == 0 and len(graphed._graphs.refused) == 1
+        torch.randn(1, device="cuda")
+
+
+def test_fused_layers_print():
+    layer = tritonnn.fuse(small()).network.get_submodule("0")
+    assert isinstance(layer, FusedConv2d) and "[8, 4, 3, 3]" in repr(layer) and "relu" in repr(layer)

@@ -1,0 +1,160 @@
+"""CUDA graphs of a network, one for each kind of input: a replay costs a few microseconds, whatever its length."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from .kernels.memory_format import is_channels_last
+
+CAPTURE_AT_CALL = 2
+MAX_GRAPHS = 8
+MAX_COUNTED = 256
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    output: object
+    held: list[tuple[dict, str, Tensor, int, int]]
+    """The network's parameters and buffers: where they are kept, and the state in which they were captured."""
+
+    def is_current(self) -> bool:
+        return all(
+            holder.get(name) is tensor and tensor.data_ptr() == address and _version(tensor) == version
+            for holder, name, tensor, address, version in self.held
+        )
+
+
+class CudaGraphs:
+    """Calls a network through CUDA graphs, of which the `MAX_GRAPHS` last used are kept.
+
+    One graph for each shape, type, memory format and device of the inputs, values of other arguments, autocast and TF32
+    state, captured at the second call of that kind, so that a shape seen once (a last partial batch) costs nothing.
+    The inputs are copied into the graph's own; the graphs share their memory, so calls must follow each other, on one
+    stream. Eager are: calls with CPU tensors, inside another capture or under a compiler, and those that cannot be
+    captured, listed in `refused` with the reason.
+    """
+
+    def __init__(self, copy_output: bool) -> None:
+        self.copy_output = copy_output
+        self.refused: dict[tuple, str] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        self._calls: Counter[tuple] = Counter()
+        self._captured: OrderedDict[tuple, _Captured] = OrderedDict()
+        self.refused.clear()
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def __getstate__(self) -> dict:
+        return {"copy_output": self.copy_output}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def __call__(self, network: nn.Module, args: tuple, kwargs: dict) -> object:
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not _can_be_captured(tensors):
+            return network(*args, **kwargs)
+        key = _key(leaves, spec)
+        captured = self._captured.get(key)
+        if captured is not None and not captured.is_current():
+            del self._captured[key]
+            captured = None
+        if captured is None:
+            self._calls[key] += 1
+            if self._calls[key] < CAPTURE_AT_CALL or key in self.refused:
+                if len(self._calls) > MAX_COUNTED:
+                    self._calls.clear()
+                    self.refused.clear()
+                return network(*args, **kwargs)
+            captured = self._capture(network, leaves, spec, key)
+            if captured is None:
+                return network(*args, **kwargs)
+        self._captured.move_to_end(key)
+        with torch.cuda.device(tensors[0].device):
+            for buffer, x in zip(captured.inputs, tensors):
+                buffer.copy_(x)
+            captured.graph.replay()
+            return tree_map(_clone, captured.output) if self.copy_output else captured.output
+
+    def _capture(self, network: nn.Module, leaves: list, spec: TreeSpec, key: tuple) -> _Captured | None:
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+        # Inference tensors could not be copied into later, outside inference mode. Autocast's cache would free the
+        # converted weights that a graph reads.
+        cache = torch.is_autocast_cache_enabled()
+        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            torch.set_autocast_cache_enabled(False)
+            try:
+                inputs = [torch.empty_like(leaf).copy_(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                args, kwargs = tree_unflatten(inputs, spec)
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(2):  # compiles, tunes, packs weights
+                        network(*args, **kwargs)
+                torch.cuda.current_stream().wait_stream(side)
+                held = [(*place, t, t.data_ptr(), _version(t)) for place, t in _tensors(network)]
+                graph = torch.cuda.CUDAGraph()
+                pool = next((other.graph.pool() for other in self._captured.values()), None)
+                # The outer context puts the stream back after a failed capture; `torch.cuda.graph` does not.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),
+                    torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+                ):
+                    output = network(*args, **kwargs)
+            except RuntimeError as error:
+                self.refused[key] = str(error)
+                torch.cuda.synchronize()
+                with torch.cuda.graph(torch.cuda.CUDAGraph()):  # mends the random generator, left captured
+                    torch.zeros(1, device="cuda")
+                return None
+            finally:
+                torch.set_autocast_cache_enabled(cache)
+        if len(self._captured) >= MAX_GRAPHS:
+            self._captured.popitem(last=False)
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        self._captured[key] = captured = _Captured(graph, tensors, output, held)
+        return captured
+
+
+def _can_be_captured(tensors: list[Tensor]) -> bool:
+    if not tensors or any(x.device != tensors[0].device or x.layout != torch.strided for x in tensors):
+        return False
+    if tensors[0].device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _key(leaves: list, spec: TreeSpec) -> tuple:
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    flags = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    inputs = [
+        (leaf.shape, leaf.dtype, leaf.device, is_channels_last(leaf)) if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in leaves
+    ]
+    return (str(spec), autocast, flags, *inputs)
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[tuple[dict, str], Tensor]]:
+    for module in network.modules():
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                if tensor is not None:
+                    yield (holder, name), tensor
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _clone(x: object) -> object:
+    return x.clone() if isinstance(x, Tensor) else x

@@ -1,0 +1,319 @@
+"""The pass over a network's graph: which nodes become one kernel, and what becomes of the others."""
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from .fusion_report import FusionReport, join
+from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
+from .layers.fused_conv2d import FusedConv2d, FusedLinear, fold_batch_norm
+from .layers.layer import FLOATING_POINT, pair
+from .layers.max_pool2d import TritonMaxPool2d
+from .layers.relu import TritonReLU
+from .pure_graph import PureGraph, as_contiguous, has_hooks, in_place
+from .swap import kind_of
+
+# Functions that only look at tensors.
+NO_COMPUTATION = ("getattr", "getitem", "size", "dim", "as_contiguous", "eq", "_assert")
+
+POOLS = {
+    F.adaptive_avg_pool2d: (TritonAdaptiveAvgPool2d, ("input", "output_size")),
+    F.avg_pool2d: (
+        TritonAvgPool2d,
+        ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    ),
+    F.max_pool2d: (
+        TritonMaxPool2d,
+        ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    ),
+}
+"""Function to module and its arguments, in order."""
+
+
+@dataclass
+class _Chain:
+    """Nodes that become one: a convolution or linear layer and some of what follows it."""
+
+    layer: fx.Node
+    norm: fx.Node | None = None
+    add: fx.Node | None = None
+    add_first: bool = True
+    """Whether the layer's result is the first summand."""
+    relu: fx.Node | None = None
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return [node for node in (self.layer, self.norm, self.add, self.relu) if node is not None]
+
+    @property
+    def tail(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """Of the fused node, as the graph is now: the residual may have been fused already."""
+        x = _input(self.layer)
+        return (x,) if self.add is None else (x, _summands(self.add)[self.add_first])
+
+
+def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionReport) -> fx.GraphModule:
+    """The traced module `root`, called `name`, with everything fused that can be; tells `report`."""
+    graph = traced.graph
+    chains = _chains(traced)
+    _report_apart(traced, chains, name, report)
+    calls: Counter[str] = Counter()
+    modules = dict(traced.modules)
+    for chain in chains:
+        layer = chain.layer.target
+        calls[layer] += 1
+        target = layer if calls[layer] == 1 else f"{layer}_call{calls[layer]}"
+        modules[target] = _fused_layer(chain, traced)
+        with graph.inserting_before(chain.tail):
+            fused = graph.call_module(target, chain.inputs)
+        chain.tail.replace_all_uses_with(fused)
+        for node in reversed(chain.nodes):
+            graph.erase_node(node)
+        report.fused[join(name, target)] = _describe(chain, traced)
+        report.modules[join(name, target)] = modules[target]
+    _rewrite_rest(traced, modules)
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
+            report.stayed[join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
+        elif kind_of(modules.get(node.target)) == "conv2d":
+            modules[node.target].to(memory_format=torch.channels_last)
+        elif node.op == "get_attr":
+            modules[node.target] = operator.attrgetter(node.target)(root)
+    return fx.GraphModule(modules, graph, type(root).__name__).eval()
+
+
+def _chains(traced: PureGraph) -> list[_Chain]:
+    """In the order of running. A sum of two convolutions goes to the one that is computed last."""
+    chains: list[_Chain] = []
+    claimed: set[fx.Node] = set()
+    for node in reversed(traced.graph.nodes):
+        if kind_of(traced.module(node)) not in ("conv2d", "linear") or _reason_to_leave(node, traced):
+            continue
+        chain = _Chain(node)
+        follower = _only_user(node, traced)
+        if follower and _is_norm(follower, traced) and _reason_not_to_fold(follower, traced) is None:
+            chain.norm = follower
+            follower = _only_user(chain.tail, traced)
+        if _is_plain_sum(follower, traced) and follower not in claimed:
+            summands = _summands(follower)
+            chain.add_first = summands[0] is chain.tail
+            chain.add = follower
+            follower = _only_user(follower, traced)
+        if follower and follower in traced.pure and traced.is_relu(follower) and not _hooked(follower, traced):
+            chain.relu = follower
+        claimed.update(chain.nodes)
+        chains.append(chain)
+    return chains[::-1]
+
+
+def _only_user(node: fx.Node, traced: PureGraph) -> fx.Node | None:
+    """The one node that uses the result, if nothing is overwritten up to there."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and traced.stage[users[0]] == traced.stage[node] else None
+
+
+def _is_plain_sum(node: fx.Node | None, traced: PureGraph) -> bool:
+    return node in traced.pure and traced.is_add(node) and _summands(node) is not None
+
+
+def _is_norm(node: fx.Node, traced: PureGraph) -> bool:
+    return kind_of(traced.module(node)) == "batch_norm2d"
+
+
+def _hooked(node: fx.Node, traced: PureGraph) -> bool:
+    module = traced.module(node)
+    return module is not None and has_hooks(module)
+
+
+def _input(node: fx.Node) -> fx.Node | None:
+    """The input of a layer that has one."""
+    inputs = [*node.args, *node.kwargs.values()]
+    return inputs[0] if len(inputs) == 1 and isinstance(inputs[0], fx.Node) else None
+
+
+def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two operands of a plain sum of two different values."""
+    a, b = _operands(node)
+    plain = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
+    return (a, b) if plain and node.kwargs.get("alpha", 1) == 1 else None
+
+
+def _operands(node: fx.Node) -> tuple[object, object]:
+    named = {key: value for key, value in node.kwargs.items() if key in ("input", "other")}
+    a, b, *_ = [*node.args, *named.values(), None, None]
+    return a, b
+
+
+def _reason_to_leave(node: fx.Node, traced: PureGraph) -> str | None:
+    """Why a convolution or linear layer is no fused one."""
+    layer = traced.module(node)
+    if has_hooks(layer):
+        return "it has hooks"
+    if _input(node) is None:
+        return "it is called with other arguments than one tensor"
+    if layer.weight.dtype not in FLOATING_POINT:
+        return f"dtype {layer.weight.dtype}"
+    if kind_of(layer) == "conv2d":
+        if layer.padding_mode != "zeros":
+            return f"padding_mode {layer.padding_mode!r}"
+        if _padding(layer) is None:
+            return f"padding {layer.padding!r} that differs between the sides"
+    return None
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, int] | None:
+    """(rows, columns) of zeros on either side, None where the sides differ."""
+    if layer.padding == "valid":
+        return 0, 0
+    if layer.padding != "same":
+        return pair(layer.padding)
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    return (top, left) if (top, left) == (bottom, right) else None
+
+
+def _reason_not_to_fold(node: fx.Node, traced: PureGraph) -> str | None:
+    norm = traced.module(node)
+    if has_hooks(norm):
+        return "it has hooks"
+    if norm.running_mean is None or norm.running_var is None:
+        return "it has no running statistics"
+    source = _input(node)
+    if source is None or kind_of(traced.module(source)) != "conv2d":
+        return "it does not follow a convolution"
+    if (reason := _reason_to_leave(source, traced)) is not None:
+        return f"the convolution before it is not fused: {reason}"
+    if norm.num_features != traced.module(source).out_channels:
+        return "it has not the channels of the convolution before it"
+    return _reason_not_to_join(source, node, traced)
+
+
+def _reason_not_to_join(source: fx.Node, node: fx.Node, traced: PureGraph) -> str | None:
+    if len(source.users) > 1:
+        return "what it follows is used elsewhere too"
+    return None if traced.stage[source] == traced.stage[node] else "something is overwritten before it"
+
+
+def _report_apart(traced: PureGraph, chains: list[_Chain], name: str, report: FusionReport) -> None:
+    fused = {node for chain in chains for node in chain.nodes}
+    tails = {chain.tail for chain in chains}
+    for node in traced.graph.nodes:
+        if node in fused:
+            continue
+        if kind_of(traced.module(node)) in ("conv2d", "linear"):
+            reason = _reason_to_leave(node, traced)
+        elif _is_norm(node, traced):
+            reason = _reason_not_to_fold(node, traced)
+        elif traced.is_add(node) or traced.is_relu(node):
+            reason = _reason_not_in_epilogue(node, tails, traced)
+        else:
+            continue
+        report.apart[join(name, node.target if node.op == "call_module" else node.name)] = reason
+
+
+def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: PureGraph) -> str:
+    if node in traced.overwriting:
+        return "it overwrites what others may see"
+    if _hooked(node, traced):
+        return "it has hooks"
+    if traced.is_add(node) and _summands(node) is None:
+        return "it is no plain sum of two tensors"
+    sources = [source for source in node.all_input_nodes if source in tails]
+    if not sources:
+        return "it does not follow a convolution or linear layer"
+    reasons = [_reason_not_to_join(source, node, traced) for source in sources]
+    return next((reason for reason in reasons if reason), "it does not follow directly")
+
+
+def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
+    layer = traced.module(chain.layer)
+    weight, bias = layer.weight.detach(), layer.bias
+    if chain.norm:
+        folded, bias = fold_batch_norm(weight, bias, traced.module(chain.norm))
+        weight = folded.to(weight.dtype)
+    overwrites = chain.add is not None and chain.add.target in (in_place, "add_")
+    epilogue = {
+        "sums": None
+        if chain.add is None
+        else "beside"
+        if not overwrites
+        else "into y"
+        if chain.add_first
+        else "into residual",
+        "relu": chain.relu is not None,
+    }
+    bias = None if bias is None else bias.detach().clone()
+    if kind_of(layer) == "linear":
+        return FusedLinear(weight.clone(), bias, **epilogue)
+    weight = weight.clone(memory_format=torch.channels_last)
+    return FusedConv2d(
+        weight, bias, pair(layer.stride), _padding(layer), pair(layer.dilation), layer.groups, **epilogue
+    )
+
+
+def _describe(chain: _Chain, traced: PureGraph) -> str:
+    steps = [kind_of(traced.module(chain.layer))]
+    steps += [
+        step for step, node in (("batch_norm2d", chain.norm), ("residual", chain.add), ("relu", chain.relu)) if node
+    ]
+    return " + ".join(steps)
+
+
+def _pool(node: fx.Node) -> nn.Module | None:
+    """The module that does what a function of torch.nn.functional does in this graph."""
+    if node.op != "call_function" or node.target not in POOLS:
+        return None
+    module, names = POOLS[node.target]
+    arguments = dict(zip(names, node.args)) | node.kwargs
+    arguments.pop("input", None)
+    if set(arguments) - set(names) or any(isinstance(leaf, fx.Node) for leaf in tree_leaves(arguments)):
+        return None
+    if "stride" in arguments and not arguments["stride"]:  # None or an empty list
+        del arguments["stride"]
+    return module(**arguments).eval()
+
+
+def _rewrite_rest(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
+    """ReLUs and pools as Triton layers, sums beside their operands, no `view` that would want contiguous images."""
+    relu = "functional_relu"
+    while relu in modules:
+        relu += "_"
+    for node in traced.graph.nodes:
+        overwrites = node.op == "call_module" and getattr(traced.modules.get(node.target), "inplace", False)
+        if node in traced.pure and traced.is_relu(node) and (node.op != "call_module" or overwrites):
+            if not _hooked(node, traced):
+                source = _operands(node)[0]
+                node.op, node.target, node.args, node.kwargs = "call_module", relu, (source,), {}
+                modules[relu] = TritonReLU().eval()
+        elif node in traced.pure and node.target in (in_place, "add_"):
+            node.op, node.target, node.args = "call_function", add_beside, node.args[:2]
+        elif (pool := _pool(node)) is not None:
+            source = _operands(node)[0]
+            target = f"functional_{node.name}"
+            modules[target] = pool
+            node.op, node.target, node.args, node.kwargs = "call_module", target, (source,), {}
+        elif node.op == "call_method" and node.target == "view" and not traced.overwriting:
+            if not any(isinstance(size, torch.dtype) for size in node.args) and not node.kwargs:
+                node.target = "reshape"
+        elif node.op == "call_module" and node.target in traced.opaque:
+            with traced.graph.inserting_before(node):
+                contiguous = {x: traced.graph.call_function(as_contiguous, (x,)) for x in node.all_input_nodes}
+            for x, same in contiguous.items():
+                node.replace_input_with(x, same)
+
+
+def add_beside(x: object, other: object, alpha: float = 1) -> object:
+    """What x += alpha * other makes of a tensor x, in its type, without overwriting it."""
+    return x.clone().add_(other, alpha=alpha) if isinstance(x, torch.Tensor) else x + other
+
+
+def _function_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

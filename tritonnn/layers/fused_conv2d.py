@@ -1,0 +1,201 @@
+"""A convolution or linear layer and what follows it, batch norm, residual sum, ReLU, in one kernel: for inference."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..kernels.conv2d import conv2d_fused, pack_weight
+from ..precision import autocast, convolution_input_precision, matmul_input_precision
+from .layer import TritonLayer, reason_to_fall_back, reason_to_fall_back_image, windows_fit
+
+
+class _Fused(TritonLayer, nn.Module):
+    """Holds the folded weight, in the model's type, and bias, which stays in the type of the sums.
+
+    Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` has changed.
+    `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y" or "into residual".
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, sums: str | None, relu: bool) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", None if bias is None else bias.to(_sum_type(weight)))
+        self.sums, self.relu = sums, relu
+        self._packed: dict[tuple, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self.eval()
+
+    def extra_repr(self) -> str:
+        steps = [step for step, present in (("residual", self.sums), ("relu", self.relu)) if present]
+        return f"weight={list(self.weight.shape)}, bias={self.bias is not None}, then={steps}"
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_packed": {}}
+
+    def _apply(self, fn, recurse: bool = True) -> "_Fused":
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.bias.dtype != _sum_type(self.weight):
+            self.bias = bias.to(self.bias.device, _sum_type(self.weight))
+        self._packed = {}
+        return self
+
+    def _packed_weight(self, dtype: torch.dtype, input_precision: str) -> torch.Tensor:
+        weight = self.weight
+        version = 0 if weight.is_inference() else weight._version
+        key = (dtype, input_precision, weight.device)
+        source, packed_version, packed = self._packed.get(key, (None, None, None))
+        if source is None or source.data_ptr() != weight.data_ptr() or packed_version != version:
+            filters = weight if weight.dim() == 4 else weight[:, :, None, None]
+            packed = pack_weight(filters.to(dtype), input_precision)
+            # The detached source keeps its memory from being given to another weight, at the same address.
+            self._packed[key] = weight.detach(), version, packed
+        return packed
+
+    def _reason_to_fall_back_types(self, x: torch.Tensor) -> str | None:
+        """x as autocast has it."""
+        if x.dtype == self.weight.dtype or x.dtype == autocast(self.weight[:0])[0].dtype:
+            return None
+        return "input and parameters of several types"
+
+    def _finish(self, y: torch.Tensor, residual: object) -> torch.Tensor:
+        """What an epilogue does, with PyTorch's operations."""
+        if self.sums == "into residual":
+            y = residual.clone().add_(y)
+        elif self.sums is not None:
+            y = y.add_(residual) if self.sums == "into y" else y + residual
+        return y.relu() if self.relu else y
+
+    def _reason_to_add_apart(self, x: torch.Tensor, shape: tuple[int, ...], residual: object) -> str | None:
+        if not isinstance(residual, torch.Tensor):
+            return "the residual is no tensor"
+        if residual.shape != shape:
+            return "the residual is broadcast"
+        if residual.dtype != x.dtype or residual.device != x.device or residual.layout != torch.strided:
+            return "the residual is of another type or device"
+        return None
+
+
+class FusedConv2d(_Fused):
+    """y = relu(conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
+
+    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], bias [K], float32 or, for a float64 weight,
+    float64; residual and y [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type is
+    added by PyTorch, and so are inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        sums: str | None = None,
+        relu: bool = False,
+    ) -> None:
+        super().__init__(weight, bias, sums, relu)
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        (x,) = autocast(input)
+        reason = self._reason_to_fall_back(x)
+        if reason is not None:
+            return self._fall_back(reason, self._with_pytorch, input, residual)
+        image = x if x.dim() == 4 else x.unsqueeze(0)
+        K, channels, R, S = self.weight.shape
+        geometry = ((R, S), self.stride, self.padding, self.dilation, self.groups)
+        input_precision = convolution_input_precision(x, channels * R * S)
+        packed = self._packed_weight(x.dtype, input_precision)
+        if self.sums is None:
+            y = conv2d_fused(image, packed, self.bias, None, self.relu, *geometry, input_precision)
+            return y if x.dim() == 4 else y.squeeze(0)
+        sizes = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(x.shape[-2:], (R, S), self.stride, self.padding, self.dilation)
+        ]
+        reason = self._reason_to_add_apart(x, (*x.shape[:-3], K, *sizes), residual)
+        if reason is not None:
+            self.fallbacks[reason] += 1
+            y = conv2d_fused(image, packed, self.bias, None, False, *geometry, input_precision)
+            return self._finish(y if x.dim() == 4 else y.squeeze(0), residual)
+        images = residual if x.dim() == 4 else residual.unsqueeze(0)
+        y = conv2d_fused(image, packed, self.bias, images, self.relu, *geometry, input_precision)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def _reason_to_fall_back(self, x: torch.Tensor) -> str | None:
+        reason = reason_to_fall_back_image(x, self.weight) or self._reason_to_fall_back_types(x)
+        if reason is None and x.shape[-3] != self.weight.shape[1] * self.groups:
+            reason = f"{x.shape[-3]} input channels"
+        if reason is None and not windows_fit(x, self.weight.shape[2:], self.stride, self.padding, self.dilation):
+            reason = "no output, or arguments that PyTorch refuses"
+        return reason
+
+    def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        y = F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return self._finish(y, residual)
+
+
+class FusedLinear(_Fused):
+    """y = relu(linear(x, weight) + bias + residual): a 1x1 convolution of images of one pixel.
+
+    Shapes: x [*, C], weight [K, C], bias [K], float32 or, for a float64 weight, float64; residual and y [*, K].
+    Otherwise as FusedConv2d.
+    """
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        (x,) = autocast(input)
+        reason = reason_to_fall_back(x, self.weight) or self._reason_to_fall_back_types(x)
+        if reason is None and (x.dim() == 0 or x.shape[-1] != self.weight.shape[1]):
+            reason = "input features"
+        if reason is not None:
+            return self._fall_back(reason, self._with_pytorch, input, residual)
+        *leading, C = x.shape
+        K, rows = self.weight.shape[0], torch.Size(leading).numel()
+        input_precision = matmul_input_precision(x, C)
+        packed = self._packed_weight(x.dtype, input_precision)
+        apart = self._reason_to_add_apart(x, (*leading, K), residual) if self.sums else None
+        fused = self.sums is not None and apart is None
+        y = conv2d_fused(
+            x.reshape(rows, C, 1, 1),
+            packed,
+            self.bias,
+            residual.reshape(rows, K, 1, 1) if fused else None,
+            self.relu and apart is None,
+            (1, 1),
+            (1, 1),
+            (0, 0),
+            (1, 1),
+            1,
+            input_precision,
+        ).view(*leading, K)
+        if apart is None:
+            return y
+        self.fallbacks[apart] += 1
+        return self._finish(y, residual)
+
+    def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        return self._finish(F.linear(x, self.weight, bias), residual)
+
+
+def _sum_type(weight: torch.Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def fold_batch_norm(
+    weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.BatchNorm2d
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight [K, ...] and bias [K], float64, of a convolution that includes the batch norm after it, in eval mode."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return weight.double() * scale.view(-1, *[1] * (weight.dim() - 1)), shift
