@@ -26,7 +26,7 @@ from benchmarks.layers import LAYER_PEERS, layer_peers_of, layers_result, unavai
 from benchmarks.measure import Say, network_result, peers_of
 from benchmarks.networks import cudnn_benchmark
 from benchmarks.peers import PEERS
-from benchmarks.results import Results, save
+from benchmarks.results import Results, load, save
 from benchmarks.timing import DeviceLost, ceilings, failure
 from lit_modules.command_line import UserError, user_errors_in_one_line
 from lit_modules.environment import environment
@@ -72,6 +72,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--all", action="store_true", help="every case rather than the most important ones")
     add("--minutes", type=minutes, default=8.0, help="start no case that would last longer (default: %(default)s)")
     add("--output", type=Path, help="folder; default: benchmarks/results/<GPU>/compare")
+    add(
+        "--report", type=Path, metavar="JSON", help="only write page and pictures of an earlier run, beside its results"
+    )
     add("--list", action="store_true", help="print the names of the cases, in order, and end")
     args = parser.parse_args(arguments)
     try:
@@ -163,9 +166,27 @@ def write(results: Results, folder: Path, pictures: list[str]) -> None:
     (folder / "README.md").write_text(report.markdown(results, pictures))
 
 
+def report_again(path: Path) -> None:
+    try:
+        results = load(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--report: {path}: {error}") from error
+    write(results, path.parent, plots.save_plots(results, path.parent))
+
+
 def described(device: torch.device) -> dict[str, str]:
-    command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
-    return environment(device) | {"command": command}
+    return environment(device) | {"command": command(sys.argv[1:])}
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Without the output folder, which has nothing to do with the measurement."""
+    words, rest = [], iter(arguments)
+    for word in rest:
+        if word == "--output":
+            next(rest, None)
+        elif not word.startswith("--output="):
+            words.append(word)
+    return shlex.join(["python", "benchmarks/compare.py", *words])
 
 
 def settings(device: torch.device) -> dict[str, str]:
@@ -188,6 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args = parse(arguments)
         if args.list:
             print("\n".join(case.name for case in args.selected))
+            return
+        if args.report:
+            report_again(args.report)
             return
         alive = compare(args, console)
     sys.exit(0 if alive else 1)

@@ -172,10 +172,10 @@ class Rotating:
     The result is that of the first input. Without a graph, and with a `note`, where the layer cannot be captured.
     """
 
-    def __init__(self, layer: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> None:
+    def __init__(self, layer: Callable[[Tensor], Tensor], inputs: list[Tensor], graph: bool) -> None:
         self.layer, self.inputs, self.note = layer, inputs, ""
         self.calls = len(inputs)
-        if inputs[0].device.type != "cuda":
+        if not graph:
             self._run = self._eagerly
             return
         try:
@@ -220,7 +220,7 @@ def rotating(builder: Callable, layer: nn.Module, inputs: list[Tensor], layout: 
     if inputs[0].dim() == 4:
         layer = copy.deepcopy(layer).to(memory_format=memory_format)
         inputs = [x.contiguous(memory_format=memory_format) for x in inputs]
-    return Rotating(builder(layer), inputs)
+    return Rotating(builder(layer), inputs, graph=inputs[0].is_cuda)
 
 
 def measure_layer(

@@ -10,7 +10,29 @@ from benchmarks.report import DTYPES, NETWORKS, floor_ms
 from benchmarks.results import LayersResult, NetworkResult, Results
 from tritonnn.latency import Timing
 
-COLOURS = matplotlib.colormaps["tab20"]
+PALETTE = matplotlib.colormaps["tab20"]  # in pairs, a full colour and a light one
+COLOURS = {
+    name: PALETTE(index)
+    for name, index in {
+        "eager-nchw": 1,
+        "eager-channels-last": 0,
+        "graph-nchw": 3,
+        "graph-channels-last": 2,
+        "compile-reduce-overhead": 5,
+        "compile-max-autotune": 4,
+        "cudnn-fused": 14,
+        "swapped": 9,
+        "swapped-graph": 8,
+        "fused": 7,
+        "fused-graph": 6,
+        "pytorch-nchw": 1,
+        "pytorch-channels-last": 0,
+        "triton-nchw": 7,
+        "triton-channels-last": 6,
+        "flag-gems": 14,
+        "attorch": 12,
+    }.items()
+}
 
 
 def save_plots(results: Results, folder: Path) -> list[str]:
@@ -34,7 +56,7 @@ def networks_figure(networks: list[NetworkResult]) -> Figure:
     lines = {}
     for axis, (task, dtype) in zip(axes, panels):
         here = sorted((r for r in networks if (r.task, r.dtype) == (task, dtype)), key=lambda r: r.batch_size)
-        for index, name in enumerate(PEERS):
+        for name in PEERS:
             points: dict[int, Timing] = {}
             for result in here:
                 if name in result.peers and result.peers[name].timing:
@@ -47,12 +69,13 @@ def networks_figure(networks: list[NetworkResult]) -> Figure:
                 [t.p90 - t.median for t in points.values()],
             ]
             lines[name] = axis.errorbar(
-                list(points), medians, spread, marker="o", ms=4, color=COLOURS(index), label=name
+                list(points), medians, spread, marker="o", ms=4, color=COLOURS[name], label=name
             )
         axis.set(xscale="log", yscale="log", xlabel="batch size", title=f"{NETWORKS[task]}, {dtype}")
         sizes = sorted({r.batch_size for r in here})
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms a batch")
     figure.legend(lines.values(), lines, loc="outside right upper", fontsize=8)
@@ -69,18 +92,19 @@ def layers_figure(result: LayersResult, ceilings: dict[str, float]) -> Figure:
         times = [shape.peers[name].timing if name in shape.peers else None for shape in result.layers]
         positions = [i - 0.4 + (index + 0.5) * width for i in range(len(times))]
         heights = [timing.median * 1e3 if timing else 0 for timing in times]
-        axis.bar(positions, heights, width, color=COLOURS(2 * index), label=name)
+        axis.bar(positions, heights, width, color=COLOURS[name], label=name)
     for i, shape in enumerate(result.layers):
         floor = floor_ms(shape, ceilings, result.dtype)
         if floor:
             label = "roofline" if i == 0 else None
             axis.hlines(floor * 1e3, i - 0.4, i + 0.4, colors="black", linewidth=1.5, label=label)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylabel("us a call")
     axis.set_title(f"Layers of {NETWORKS[result.task]}, batch {result.batch_size}, {result.dtype}")
     axis.set_xticks(range(len(result.layers)), [shape.label for shape in result.layers], rotation=60, ha="right")
     axis.tick_params(axis="x", labelsize=8)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 

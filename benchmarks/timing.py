@@ -7,6 +7,7 @@ resolve. One call precedes them untimed: it refills the caches and has the GPU b
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -113,8 +114,13 @@ def capture(call: Callable[[], object]) -> tuple[Callable[[], None], object]:
     return graph.replay, result
 
 
-def ceilings(device: torch.device, flags: Callable) -> dict[str, float]:
-    """Of the GPU, now: TFLOP/s of an 8192x8192x8192 product of random numbers by type, GB/s of a copy (both ways)."""
+def ceilings(
+    device: torch.device, flags: Callable[[str], AbstractContextManager], n: int = 8192, copied: int = 2**29
+) -> dict[str, float]:
+    """Of the GPU, now: TFLOP/s of an n x n x n product of random numbers by type, GB/s read and written by a copy.
+
+    `flags` sets PyTorch's switches for a type; `copied` numbers of 4 bytes are copied.
+    """
     generator = torch.Generator(device).manual_seed(0)
     found = {}
     for dtype, torch_dtype in (
@@ -123,13 +129,12 @@ def ceilings(device: torch.device, flags: Callable) -> dict[str, float]:
         ("tf32", torch.float32),
         ("fp32", torch.float32),
     ):
-        n = 8192
         a, b = (torch.randn(n, n, generator=generator, device=device).to(torch_dtype) for _ in range(2))
         with flags(dtype):
             found[f"{dtype} TFLOP/s"] = 2 * n**3 / _median_ms(lambda a=a, b=b: a @ b, device) / 1e9
     # With PyTorch's default flags: the convolutions are what counts, and they use TF32.
     found["default TFLOP/s"] = found["tf32 TFLOP/s"]
-    source = torch.randn(2**29, generator=generator, device=device)  # 2 GiB
+    source = torch.randn(copied, generator=generator, device=device)
     target = torch.empty_like(source)
     found["copy GB/s"] = 2 * source.nbytes / _median_ms(lambda: target.copy_(source), device) / 1e6
     return found

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import compare, layers, measure, peers, plots, report
-from benchmarks.cases import BATCH_SIZES, DEFAULT_CASES, Case, affordable, every_case, flags, select
+from benchmarks.cases import BATCH_SIZES, DEFAULT_CASES, DTYPES, Case, affordable, every_case, flags, select
 from benchmarks.networks import Setup, errors, spread
 from benchmarks.results import (
     FAILED,
@@ -28,7 +28,7 @@ from benchmarks.results import (
     load,
     save,
 )
-from benchmarks.timing import MIN_ROUNDS, alternate, clock, repeats_for, summarize
+from benchmarks.timing import MIN_ROUNDS, DeviceLost, alternate, ceilings, clock, repeats_for, summarize
 from lit_modules.command_line import UserError
 from lit_modules.report import rich_table, table_markdown
 from tritonnn.latency import Timing, record_calls
@@ -235,7 +235,8 @@ def test_the_network_for_cudnn_is_the_same_function(setup: Setup):
     assert errors(logits, setup.reference, 2)[1] < 1e-5
 
 
-def test_each_peer_is_described():
+def test_each_peer_is_described_and_has_a_colour():
+    assert set(plots.COLOURS) == {*peers.PEERS, *layers.LAYER_PEERS}
     assert list(peers.DESCRIPTIONS) == list(peers.PEERS)
     assert set(peers.MAX_AUTOTUNE_PEERS) <= set(peers.PEERS)
     assert "compile-max-autotune" not in measure.peers_of(TINY, None)
@@ -255,7 +256,7 @@ def test_right_peers_are_timed_and_the_others_say_why(setup: Setup):
 
     builders = {
         "right": lambda: partial(model, images),
-        "wrong": lambda: lambda: model(images) * 1.01,
+        "wrong": lambda: lambda: model(images) * 1.001,
         "unstable": lambda: lambda: model(images) * (1 if next(wrong_later, True) is False else 2),
         "missing": missing,
         "broken": broken,
@@ -304,6 +305,58 @@ def test_a_layers_case(monkeypatch: pytest.MonkeyPatch):
     assert all(found.timing for shape in result.layers for found in shape.peers.values())
     assert len(said) == len(result.layers) == 22
     assert set(report.kind_totals(result)) == {"conv2d", "batch_norm2d", "relu", "max_pool2d", "avg_pool2d", "linear"}
+
+
+def fake_capture(call):
+    """As `timing.capture`: the replay runs the call and overwrites the result."""
+    result = call()
+
+    def replay() -> None:
+        for old, new in zip(*[found if isinstance(found, list) else [found] for found in (result, call())]):
+            old.copy_(new)
+
+    return replay, result
+
+
+def test_a_graph_takes_turns_among_the_inputs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(layers, "capture", fake_capture)
+    monkeypatch.setattr(layers, "read_events", lambda call, repeats: 0.4)
+    seen = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return 2 * x
+
+    inputs = [torch.full((2,), float(i)) for i in range(1, 4)]
+    run = layers.Rotating(layer, inputs, graph=True)
+    assert run.calls == 9 and run.note == ""
+    seen.clear()
+    assert run().tolist() == [2.0, 2.0]
+    assert [x[0].item() for x in seen] == [1, 2, 3] * 3
+
+
+def test_a_layer_that_cannot_be_captured_is_run_without_a_graph(monkeypatch: pytest.MonkeyPatch):
+    def capture(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(layers, "capture", capture)
+    run = layers.Rotating(torch.relu, [torch.ones(2)], graph=True)
+    assert run().tolist() == [1.0, 1.0] and run.calls == 1
+    assert run.note == "not in a CUDA graph: RuntimeError: operation not permitted when stream is capturing"
+
+
+def test_a_captured_network_reads_its_images_at_every_call(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "capture", fake_capture)
+    images = torch.ones(3)
+    call = peers.replayed(lambda x: 2 * x, images)
+    images.fill_(5)
+    assert call().tolist() == [10.0] * 3
+
+
+def test_ceilings_are_per_second():
+    found = ceilings(CPU, flags, n=32, copied=2**12)
+    assert set(found) == {f"{dtype} TFLOP/s" for dtype in DTYPES} | {"copy GB/s"}
+    assert all(rate > 0 for rate in found.values()) and found["copy GB/s"] < 5000
 
 
 def test_operations_and_bytes_of_a_layer():
@@ -436,6 +489,25 @@ def test_without_a_gpu_the_command_says_so_in_one_line(monkeypatch: pytest.Monke
     assert capsys.readouterr().err == "error: no CUDA GPU: times on anything else say nothing about the kernels\n"
 
 
+def test_the_page_of_an_earlier_run_is_written_again(tmp_path: Path):
+    save(made_up(), tmp_path / "results.json")
+    compare.main(["--report", str(tmp_path / "results.json")])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.json",
+        "README.md",
+        "networks.png",
+        "layers-bf16-1024.png",
+    }
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="results.json"):
+        compare.report_again(tmp_path / "results.json")
+
+
+def test_the_command_is_recorded_without_the_folder():
+    arguments = ["--dtypes", "bf16", "--output", "/somewhere", "--output=else", "--all"]
+    assert compare.command(arguments) == "python benchmarks/compare.py --dtypes bf16 --all"
+
+
 def test_the_script_runs_from_anywhere(tmp_path: Path):
     command = [sys.executable, ROOT / "benchmarks/compare.py", "--list", "--dtypes", "bf16", "--batch-sizes", "8"]
     listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
@@ -467,6 +539,46 @@ def test_a_run_writes_after_each_case_and_goes_on_after_a_failure(monkeypatch: p
     assert [network.batch_size for network in written.networks] == [1024, 128, 1]
     assert "cifar-bf16-8 failed: RuntimeError: out of memory" in results.notes
     assert (tmp_path / "README.md").exists()
+
+
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, made: Results) -> None:
+    for name, value in {"is_available": True, "current_device": 0, "get_device_name": "NVIDIA H200"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for name, value in {"ceilings": made.ceilings, "described": made.environment, "settings": made.settings}.items():
+        monkeypatch.setattr(compare, name, lambda *_, value=value: value)
+
+
+def test_the_whole_command_but_for_the_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    made = made_up()
+    pretend_a_gpu(monkeypatch, made)
+    monkeypatch.setattr(compare, "network_result", lambda case, *_: made.networks[0])
+    monkeypatch.setattr(compare, "layers_result", lambda case, *_: made.layers[0])
+    folder = tmp_path / "new" / "compare"
+    with pytest.raises(SystemExit) as ended:
+        compare.main(["--dtypes", "bf16", "--batch-sizes", "1", "--output", str(folder)])
+    assert ended.value.code == 0
+    found = load(folder / "results.json")
+    assert (found.networks, found.layers) == (made.networks[:1], made.layers)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".md", ".png"}
+    assert "The fastest of each side" in capsys.readouterr().out
+
+
+def test_a_lost_gpu_ends_the_run_and_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    made = made_up()
+
+    def network_result(case: Case, *_) -> NetworkResult:
+        if case.batch_size == 1:
+            raise DeviceLost("an illegal memory access was encountered")
+        return made.networks[1]
+
+    pretend_a_gpu(monkeypatch, made)
+    monkeypatch.setattr(compare, "network_result", network_result)
+    with pytest.raises(SystemExit) as ended:
+        compare.main(["--cases", "cifar-bf16-128", "cifar-bf16-1", "--output", str(tmp_path)])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: the GPU was lost: an illegal memory access was encountered\n"
+    found = load(tmp_path / "results.json")
+    assert found.networks == [made.networks[1]] and "The GPU was lost" in found.notes[-1]
 
 
 @pytest.mark.gpu
