@@ -1,5 +1,6 @@
 """What is measured: the cases by importance, those that a user selects, and PyTorch's flags for each."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,10 +119,19 @@ def select(
 
 
 def affordable(cases: Sequence[Case], budget_s: float, now: Callable[[], float]) -> Iterator[tuple[Case, bool]]:
-    """Each case in turn and whether its estimate still fits the budget, which starts now; the first always does."""
-    start = now()
+    """Each case in turn and whether it still fits the budget, which starts now; the first always does.
+
+    A case is expected to last its estimate or as long as those of its task did so far, whichever is longer.
+    """
+    start, durations = now(), defaultdict(list)
     for index, case in enumerate(cases):
-        yield case, index == 0 or now() - start + case.estimate_s <= budget_s
+        before = durations[case.task]
+        expected = max(case.estimate_s, sum(before) / len(before) if before else 0)
+        began = now()
+        fits = index == 0 or began - start + expected <= budget_s
+        yield case, fits
+        if fits and not case.max_autotune:
+            before.append(now() - began)
 
 
 @contextmanager

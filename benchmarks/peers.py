@@ -89,7 +89,9 @@ def cudnn_fused(setup: Setup) -> Call:
 
 
 def swapped(setup: Setup) -> Call:
-    return Swapped(*setup.in_layout(setup.case.layout))
+    model, images = setup.in_layout(setup.case.layout)
+    model = twin(model)
+    return Ours(model, images, tritonnn.swap(model))
 
 
 def swapped_graph(setup: Setup) -> Call:
@@ -103,7 +105,8 @@ def fused(setup: Setup, **options: bool) -> Call:
     if not hasattr(tritonnn, "fuse"):
         raise Unavailable("tritonnn has no fuse")
     model, images = setup.in_layout(setup.case.layout)
-    return partial(tritonnn.fuse(model, **options), images)
+    network = tritonnn.fuse(model, **options)
+    return Ours(network, images, network.report)
 
 
 def replayed(model: Callable[[Tensor], Tensor], images: Tensor) -> Call:
@@ -120,12 +123,11 @@ def replayed(model: Callable[[Tensor], Tensor], images: Tensor) -> Call:
     return call
 
 
-class Swapped:
-    """A call of a network of Triton layers; `note` names those that ran PyTorch's own operation."""
+class Ours:
+    """A call of a network of Triton layers; `note` names those that ran PyTorch's own operation, by its report."""
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self.model, self.images = twin(model), images
-        self.report = tritonnn.swap(self.model)
+    def __init__(self, model: nn.Module, images: Tensor, report: object) -> None:
+        self.model, self.images, self.report = model, images, report
 
     def __call__(self) -> Tensor:
         return self.model(self.images)
@@ -148,6 +150,7 @@ PEERS: dict[str, Callable[[Setup], Call]] = {
     "swapped-graph": swapped_graph,
     "fused": fused,
     "fused-graph": partial(fused, cuda_graph=True),
+    "fused-graph-in-place": partial(fused, cuda_graph=True, copy_output=False),
 }
 MAX_AUTOTUNE_PEERS = (
     "eager-channels-last",
@@ -155,7 +158,7 @@ MAX_AUTOTUNE_PEERS = (
     "compile-reduce-overhead",
     "compile-max-autotune",
     "cudnn-fused",
-    "fused-graph",
+    "fused-graph-in-place",
 )
 DESCRIPTIONS = {
     "eager-nchw": "PyTorch, images and weights NCHW",
@@ -168,5 +171,6 @@ DESCRIPTIONS = {
     "swapped": "tritonnn.swap(model): every layer a Triton layer",
     "swapped-graph": "swapped in a CUDA graph",
     "fused": "tritonnn.fuse(model)",
-    "fused-graph": "tritonnn.fuse(model, cuda_graph=True)",
+    "fused-graph": "tritonnn.fuse(model, cuda_graph=True): returns a copy of the logits",
+    "fused-graph-in-place": "the same with copy_output=False: as with the other graphs, the next call overwrites them",
 }

@@ -25,12 +25,13 @@ COLOURS = {
         "swapped-graph": 8,
         "fused": 7,
         "fused-graph": 6,
+        "fused-graph-in-place": 12,
         "pytorch-nchw": 1,
         "pytorch-channels-last": 0,
         "triton-nchw": 7,
         "triton-channels-last": 6,
         "flag-gems": 14,
-        "attorch": 12,
+        "attorch": 10,
     }.items()
 }
 

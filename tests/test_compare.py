@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import tritonnn
 from benchmarks import compare, layers, measure, peers, plots, report
 from benchmarks.cases import BATCH_SIZES, DEFAULT_CASES, DTYPES, Case, affordable, every_case, flags, select
 from benchmarks.networks import Setup, errors, spread
@@ -170,6 +171,15 @@ def test_cases_that_no_longer_fit_are_skipped_and_shorter_ones_still_run():
     assert run == [True, False, True]
 
 
+def test_a_case_is_expected_to_last_as_long_as_those_before_it():
+    fake = FakeTime()
+    run = []
+    for _, fits in affordable([Case("cifar", "bf16", n) for n in (1024, 128, 1)], 250, fake.now):
+        run.append(fits)
+        fake.seconds += 100 * fits
+    assert run == [True, True, False]
+
+
 def test_the_first_case_runs_whatever_the_budget():
     assert [fits for _, fits in affordable(DEFAULT_CASES[:2], 1, lambda: 0.0)] == [True, False]
 
@@ -284,12 +294,23 @@ def test_a_network_case_of_peers_that_run_without_a_gpu():
 
 
 def test_swapped_networks_tell_what_fell_back(setup: Setup):
-    model, images = setup.in_layout("channels-last")
-    call = peers.Swapped(model, images)
+    call = peers.swapped(setup)
+    model, _ = setup.in_layout("channels-last")
     assert type(call.model.stem.conv).__name__ == "TritonConv2d" and type(model.stem.conv) is nn.Conv2d
     assert call.note == ""
     call.model.stem.conv.fallbacks["dtype"] += 1
     assert call.note == "fell back to PyTorch: stem.conv"
+
+
+@pytest.mark.parametrize("name", ["fused", "fused-graph-in-place"])
+def test_fused_networks_are_right_or_not_there(setup: Setup, name: str):
+    def check(y: torch.Tensor) -> Measured:
+        return measure.checked(y, setup.reference, 2, 1e-4)
+
+    with torch.no_grad():
+        found, _ = measure.prepared(partial(peers.PEERS[name], setup), check, CPU)
+    assert found.status == (OK if hasattr(tritonnn, "fuse") else MISSING)
+    assert found.note == ("" if found.status == OK else "tritonnn has no fuse")
 
 
 # Layers
