@@ -78,17 +78,13 @@ def every_case(batch_sizes: Sequence[int] = BATCH_SIZES, dtypes: Sequence[str] =
     cases = {Case(task, dtype, n) for task, dtype, n in product(("cifar", "layers"), dtypes, batch_sizes)}
     if IMAGENET_BATCH_SIZE in batch_sizes:
         cases |= {Case("imagenet", dtype, IMAGENET_BATCH_SIZE) for dtype in dtypes}
-    cases |= {Case(case.task, case.dtype, case.batch_size, True) for case in cases if _worth_tuning(case)}
+    cases |= {Case(case.task, case.dtype, case.batch_size, True) for case in cases if case.task != "layers"}
 
     def importance(case: Case) -> tuple:
         default = DEFAULT_CASES.index(case) if case in DEFAULT_CASES else len(DEFAULT_CASES)
         return default, case.max_autotune, TASKS.index(case.task), -case.batch_size, list(DTYPES).index(case.dtype)
 
     return sorted(cases, key=importance)
-
-
-def _worth_tuning(case: Case) -> bool:
-    return case.task == "imagenet" or (case.task == "cifar" and case.batch_size >= 128)
 
 
 def select(

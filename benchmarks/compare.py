@@ -23,7 +23,7 @@ from rich.console import Console
 from benchmarks import plots, report
 from benchmarks.cases import BATCH_SIZES, DTYPES, Case, affordable, flags, select
 from benchmarks.layers import LAYER_PEERS, layer_peers_of, layers_result, unavailable
-from benchmarks.measure import Say, network_result, peers_of
+from benchmarks.measure import Say, network_result, peers_of, release
 from benchmarks.networks import cudnn_benchmark
 from benchmarks.peers import PEERS
 from benchmarks.results import Results, load, save
@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=(*PEERS, *LAYER_PEERS),
         metavar="PEER",
-        help=f"{', '.join((*PEERS, *LAYER_PEERS))}",
+        help=f"networks: {', '.join(PEERS)}; layers: {', '.join(LAYER_PEERS)}",
     )
     add("--all", action="store_true", help="every case rather than the most important ones")
     add("--minutes", type=minutes, default=8.0, help="start no case that would last longer (default: %(default)s)")
@@ -83,7 +83,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--cases: {error}") from error
     args.selected = [case for case in args.selected if names_of(case, args.peers)]
     if not args.selected:
-        raise UserError("no case is left: --peers of a network do not occur in layers-* cases, nor the other way round")
+        raise UserError(
+            "no case is left that has one of --peers: see --help for which are networks and which are layers"
+        )
     return args
 
 
@@ -147,9 +149,10 @@ def run(
         except Exception as error:
             results.notes.append(f"{case.name} failed: {failure(error, device)}")
             say(results.notes[-1])
-            continue
-        console.print(rich_table(table))
-        write(results, folder, [])
+        else:
+            console.print(rich_table(table))
+            write(results, folder, [])
+        release(device)
 
 
 def measured(case: Case, device: torch.device, peers: Sequence[str] | None, results: Results, say: Say) -> Table:

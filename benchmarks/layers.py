@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import tritonnn
 from benchmarks.cases import Case
-from benchmarks.measure import Say, checked, prepared, release, time_right_ones
+from benchmarks.measure import Say, checked, prepared, time_right_ones
 from benchmarks.networks import LAYER_LIMITS, MEMORY_FORMATS, Setup, cudnn_benchmark, spread
 from benchmarks.peers import Unavailable
 from benchmarks.results import OK, LayerShape, LayersResult, Measured
@@ -145,15 +145,12 @@ def layers_result(
     start = time.perf_counter()
     names = [name for name in layer_peers_of(wanted) if name not in unavailable(LAYER_PEERS)]
     result = LayersResult(case.name, "cifar", case.dtype, case.batch_size, [])
-    try:
-        with torch.no_grad():
-            model, images = Setup(Case("cifar", case.dtype, case.batch_size), device, width).in_layout("nchw")
-            for call, count in distinct(model, record_calls(model, images)):
-                shape = measure_layer(model.get_submodule(call.name), call, count, case.dtype, names, budget_s)
-                result.layers.append(shape)
-                say(f"  {shape.label}: " + ", ".join(f"{name} {_brief(found)}" for name, found in shape.peers.items()))
-    finally:
-        release(device)
+    with torch.no_grad():
+        model, images = Setup(Case("cifar", case.dtype, case.batch_size), device, width).in_layout("nchw")
+        for call, count in distinct(model, record_calls(model, images)):
+            shape = measure_layer(model.get_submodule(call.name), call, count, case.dtype, names, budget_s)
+            result.layers.append(shape)
+            say(f"  {shape.label}: " + ", ".join(f"{name} {_brief(found)}" for name, found in shape.peers.items()))
     result.seconds = time.perf_counter() - start
     return result
 

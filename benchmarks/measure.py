@@ -20,12 +20,12 @@ Say = Callable[[str], None]
 
 
 def peers_of(case: Case, wanted: Iterable[str] | None) -> list[str]:
-    """The peers to run in a network's case: those that are wanted, or by default all but what compiles for minutes."""
+    """The peers to run in a network's case; "max-autotune" compiles for minutes and so only where the case is of it."""
+    slow = "compile-max-autotune"
     if case.max_autotune:
-        default = set(MAX_AUTOTUNE_PEERS)
-    else:
-        default = set(PEERS) - {"compile-max-autotune"}
-    return [name for name in PEERS if name in (default if wanted is None else set(wanted))]
+        names = set(MAX_AUTOTUNE_PEERS if wanted is None else wanted)
+        return [name for name in PEERS if name in names and slow in names]
+    return [name for name in PEERS if name != slow and (wanted is None or name in wanted)]
 
 
 def network_result(
@@ -38,13 +38,10 @@ def network_result(
 ) -> NetworkResult:
     """`say` is told of each peer as it gets ready."""
     start = time.perf_counter()
-    try:
-        with torch.no_grad():
-            setup = Setup(case, device, width)
-            builders = {name: partial(PEERS[name], setup) for name in peers_of(case, wanted)}
-            peers = measure(builders, setup, say, budget_s)
-    finally:
-        release(device)
+    with torch.no_grad():
+        setup = Setup(case, device, width)
+        builders = {name: partial(PEERS[name], setup) for name in peers_of(case, wanted)}
+        peers = measure(builders, setup, say, budget_s)
     seconds = time.perf_counter() - start
     return NetworkResult(case.name, case.task, case.dtype, case.batch_size, case.layout, peers, seconds)
 

@@ -20,7 +20,7 @@ def network_table(result: NetworkResult) -> Table:
     eager = result.peers.get(f"eager-{result.layout}")
     rows = [_network_cells(name, found, eager, result.batch_size) for name, found in result.peers.items()]
     columns = ["", "ms", "p10-p90", "samples", "images/s", f"x eager-{result.layout}", "rms error", "max error", ""]
-    title = f"{NETWORKS[result.task]}, batch {result.batch_size}, {DTYPES[result.dtype]}, images {result.layout}"
+    title = f"{result.case}: {NETWORKS[result.task]}, {DTYPES[result.dtype]}, images {result.layout}"
     return Table(title, columns, rows, [])
 
 

@@ -249,8 +249,17 @@ def test_each_peer_is_described_and_has_a_colour():
     assert set(plots.COLOURS) == {*peers.PEERS, *layers.LAYER_PEERS}
     assert list(peers.DESCRIPTIONS) == list(peers.PEERS)
     assert set(peers.MAX_AUTOTUNE_PEERS) <= set(peers.PEERS)
+
+
+def test_max_autotune_runs_only_in_cases_of_its_own():
+    wanted = ["fused", "eager-nchw"]
     assert "compile-max-autotune" not in measure.peers_of(TINY, None)
-    assert measure.peers_of(TINY, ["fused", "eager-nchw"]) == ["eager-nchw", "fused"]
+    assert measure.peers_of(TINY, [*wanted, "compile-max-autotune"]) == ["eager-nchw", "fused"]
+    tuned = Case("cifar", "fp32", 2, max_autotune=True)
+    assert measure.peers_of(tuned, None) == [name for name in peers.PEERS if name in peers.MAX_AUTOTUNE_PEERS]
+    assert measure.peers_of(tuned, wanted) == []
+    args = compare.parse(["--batch-sizes", "1", "--dtypes", "bf16", "--peers", "compile-max-autotune"])
+    assert [case.name for case in args.selected] == ["cifar-bf16-1-max-autotune"]
 
 
 def test_right_peers_are_timed_and_the_others_say_why(setup: Setup):
@@ -532,7 +541,7 @@ def test_the_command_is_recorded_without_the_folder():
 def test_the_script_runs_from_anywhere(tmp_path: Path):
     command = [sys.executable, ROOT / "benchmarks/compare.py", "--list", "--dtypes", "bf16", "--batch-sizes", "8"]
     listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
-    assert listed == ["cifar-bf16-8", "layers-bf16-8"]
+    assert listed == ["cifar-bf16-8", "layers-bf16-8", "cifar-bf16-8-max-autotune"]
 
 
 @pytest.mark.parametrize(
@@ -576,7 +585,7 @@ def test_the_whole_command_but_for_the_measurements(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compare, "layers_result", lambda case, *_: made.layers[0])
     folder = tmp_path / "new" / "compare"
     with pytest.raises(SystemExit) as ended:
-        compare.main(["--dtypes", "bf16", "--batch-sizes", "1", "--output", str(folder)])
+        compare.main(["--cases", "cifar-bf16-1", "layers-bf16-1", "--output", str(folder)])
     assert ended.value.code == 0
     found = load(folder / "results.json")
     assert (found.networks, found.layers) == (made.networks[:1], made.layers)
@@ -604,9 +613,10 @@ def test_a_lost_gpu_ends_the_run_and_keeps_what_was_measured(monkeypatch: pytest
 
 @pytest.mark.gpu
 class TestOnAGpu:
-    def test_every_peer_but_the_slowest_to_compile(self):
+    def test_the_peers_that_compile_in_seconds(self):
+        names = [name for name in peers.PEERS if not name.startswith("compile")]
         with flags("bf16"):
-            result = measure.network_result(Case("cifar", "bf16", 8), torch.device("cuda"), None, print, budget_s=0.2)
+            result = measure.network_result(Case("cifar", "bf16", 8), torch.device("cuda"), names, print, budget_s=0.2)
         assert {found.status for found in result.peers.values()} <= {OK, MISSING}
         assert all(found.timing for found in result.peers.values() if found.status == OK)
 
