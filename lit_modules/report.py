@@ -137,7 +137,7 @@ def swap_notes(proof: Proof, stayed: bool) -> list[str]:
 
 def print_to(console: Console, result: EvaluationResult) -> None:
     for table in tables(result):
-        console.print(_rich(table))
+        console.print(rich_table(table))
         console.print(f"{table.note}\n", markup=False, highlight=False)
     for line in swap_notes(result.proof, stayed=False):
         console.print(line, markup=False, highlight=False)
@@ -161,7 +161,8 @@ def table_markdown(table: Table) -> str:
     return "\n\n".join(part for part in (f"## {table.title}", body, note) if part)
 
 
-def _rich(table: Table) -> RichTable:
+def rich_table(table: Table) -> RichTable:
+    """For a terminal: without the columns that are details."""
     shown = len(table.columns) - table.details
     rich = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     rich.show_header = any(table.columns)

@@ -1,0 +1,1 @@
+"""Side-by-side measurements against PyTorch and peers: `python benchmarks/compare.py`."""
