@@ -88,6 +88,7 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
             modules[node.target].to(memory_format=torch.channels_last)
         elif node.op == "get_attr":
             modules[node.target] = operator.attrgetter(node.target)(root)
+    _round_ahead(graph, modules)
     return fx.GraphModule(modules, graph, type(root).__name__).eval()
 
 
@@ -257,6 +258,31 @@ def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
     return FusedConv2d(
         weight, bias, pair(layer.stride), _padding(layer), pair(layer.dilation), layer.groups, **epilogue
     )
+
+
+def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Marks convolutions that only convolutions read: in TF32 they round their result, so that readers need not."""
+
+    def fused(node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(modules[node.target], FusedConv2d)
+
+    def selects(node: fx.Node) -> bool:
+        """Its results are among its inputs, or zero."""
+        return node.op == "call_module" and kind_of(modules[node.target]) in ("max_pool2d", "relu")
+
+    only_convolved: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.users and all(fused(user) or user in only_convolved for user in node.users):
+            if fused(node) or selects(node):
+                only_convolved.add(node)
+    for node in graph.nodes:
+        if not fused(node):
+            continue
+        source = node.args[0]
+        while selects(source):
+            source = source.all_input_nodes[0]
+        modules[node.target].rounded_input = fused(source) and source in only_convolved
+        modules[node.target].round_output = node in only_convolved
 
 
 def _describe(chain: _Chain, traced: PureGraph) -> str:

@@ -28,6 +28,11 @@ def convolution_input_precision(x: torch.Tensor, reduction: int) -> str:
     return _input_precision(x, reduction, torch.backends.cudnn.conv.fp32_precision == "tf32")
 
 
+def convolution_allows_tf32(x: torch.Tensor) -> bool:
+    """Whether a convolution of x with large filters would use TF32."""
+    return convolution_input_precision(x, SHORT_REDUCTION + 1) == "tf32"
+
+
 def matmul_input_precision(x: torch.Tensor, reduction: int) -> str:
     """For a matrix product of x along `reduction` elements, as `torch.backends.cuda.matmul` says."""
     return _input_precision(x, reduction, torch.backends.cuda.matmul.fp32_precision == "tf32")

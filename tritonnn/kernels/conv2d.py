@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..precision import convolution_input_precision
-from .arithmetic import accumulator, index_type, round_to
+from .arithmetic import accumulator, index_type, round_to, round_to_tf32
 from .block_sizes import descriptor_blocks, pixel_blocks, split_blocks
 from .channels_last import channels_last, pack_weight
 from .descriptor_gemm import descriptor_gemm, fits_descriptors
@@ -55,6 +55,7 @@ def conv2d_depthwise_forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
+    ROUND_Y: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -95,6 +96,8 @@ def conv2d_depthwise_forward_kernel(
         acc += tl.load(residual_ptr + offs_y, mask=mask_y, other=0.0).to(ACC)
     if RELU:
         acc = tl.maximum(acc, 0, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND_Y:
+        acc = round_to_tf32(acc)
     tl.store(y_ptr + offs_y, round_to(acc, y_ptr.dtype.element_ty), mask=mask_y)
 
 
@@ -121,22 +124,35 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     bias = None if bias is None else bias.contiguous()
     if weight.shape[1] == 1 and groups > 1:
         y_strides = pixel_strides(y, channels_last_y)
-        _launch_depthwise(x, weight.contiguous(), bias, None, y, y_strides, stride, padding, dilation, False)
+        _launch_depthwise(x, weight.contiguous(), bias, None, y, y_strides, stride, padding, dilation)
         return y
     input_precision = convolution_input_precision(x, weight[0].numel())
     packed = pack_weight(weight, input_precision)
-    _launch_gemm(x, packed, bias, None, y, channels_last_y, stride, padding, dilation, groups, input_precision)
+    round_x = input_precision == "tf32"
+    _launch_gemm(x, packed, bias, None, y, channels_last_y, stride, padding, dilation, groups, input_precision, round_x)
     return y
 
 
 def _launch_gemm(
-    x, packed, bias, residual, y, channels_last_y, stride, padding, dilation, groups, input_precision, relu=False
+    x,
+    packed,
+    bias,
+    residual,
+    y,
+    channels_last_y,
+    stride,
+    padding,
+    dilation,
+    groups,
+    input_precision,
+    round_x,
+    relu=False,
+    round_y=False,
 ) -> None:
     """Picks the form of the product: split among warps for few pixels, over descriptors, or by pointers."""
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
     R, S = packed.shape[1:3]
-    round_x, round_y = input_precision == "tf32", False
     window = stride, padding, dilation
     y_strides = pixel_strides(y, channels_last_y)
     blocks = split_blocks(N * P * Q, K, C, R * S, x.element_size()) if groups == 1 else None
@@ -160,7 +176,9 @@ def _launch_gemm(
     implicit_gemm(x, packed, bias, residual, y, y_strides, *window, groups, input_precision, round_x, relu, round_y)
 
 
-def _launch_depthwise(x, weight, bias, residual, y, y_strides, stride, padding, dilation, relu) -> None:
+def _launch_depthwise(
+    x, weight, bias, residual, y, y_strides, stride, padding, dilation, relu=False, round_y=False
+) -> None:
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
     M = N * P * Q
@@ -188,6 +206,7 @@ def _launch_depthwise(x, weight, bias, residual, y, y_strides, stride, padding, 
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         RELU=relu,
+        ROUND_Y=round_y,
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         **blocks._asdict(),
@@ -229,7 +248,7 @@ conv2d = register(
 
 
 def _fused_output(
-    x, packed, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision
+    x, packed, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision, rounded_x, round_y
 ) -> torch.Tensor:
     K = packed.shape[0] // (3 if input_precision == "tf32x3" else 1)
     P, Q = (output_size(*sizes) for sizes in zip(x.shape[2:], kernel_size, stride, padding, dilation))
@@ -237,9 +256,12 @@ def _fused_output(
 
 
 def _launch_fused(
-    x, packed, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision
+    x, packed, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision, rounded_x, round_y
 ) -> torch.Tensor:
-    y = _fused_output(x, packed, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision)
+    window = stride, padding, dilation
+    y = _fused_output(
+        x, packed, bias, residual, relu, kernel_size, *window, groups, input_precision, rounded_x, round_y
+    )
     if y.numel() == 0:
         return y
     if residual is not None:
@@ -247,20 +269,22 @@ def _launch_fused(
     if packed.shape[3] == 1 and groups > 1:
         weight = packed[-y.shape[1] :].view(y.shape[1], 1, *kernel_size)
         y_strides = pixel_strides(y, True)
-        _launch_depthwise(x, weight, bias, residual, y, y_strides, stride, padding, dilation, relu)
+        _launch_depthwise(x, weight, bias, residual, y, y_strides, *window, relu, round_y)
         return y
-    _launch_gemm(x, packed, bias, residual, y, True, stride, padding, dilation, groups, input_precision, relu)
+    round_x = input_precision == "tf32" and not rounded_x
+    _launch_gemm(x, packed, bias, residual, y, True, *window, groups, input_precision, round_x, relu, round_y)
     return y
 
 
 conv2d_fused = register(
     "conv2d_fused(Tensor x, Tensor packed_weight, Tensor? bias, Tensor? residual, bool relu, int[2] kernel_size, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, str input_precision) -> Tensor",
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str input_precision, bool rounded_x, bool round_y) "
+    "-> Tensor",
     _launch_fused,
     _fused_output,
 )
 """relu(conv2d(x, weight) + bias + residual), channels_last, for inference.
 
 `packed_weight` is `pack_weight(weight, input_precision)`; bias [K] is float32 (float64 for float64) or of the type of
-x; the residual has the shape and type of y.
+x; the residual has the shape and type of y. `rounded_x`: x has been rounded to TF32; `round_y`: y is to be.
 """

@@ -5,7 +5,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..kernels.conv2d import conv2d_fused, pack_weight
-from ..precision import autocast, convolution_input_precision, matmul_input_precision
+from ..precision import (
+    autocast,
+    convolution_allows_tf32,
+    convolution_input_precision,
+    matmul_input_precision,
+)
 from .layer import TritonLayer, reason_to_fall_back, reason_to_fall_back_image, windows_fit
 
 
@@ -84,6 +89,8 @@ class FusedConv2d(_Fused):
     Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], bias [K], float32 or, for a float64 weight,
     float64; residual and y [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type is
     added by PyTorch, and so are inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
+
+    Where convolutions use TF32, `round_output` rounds y to it, and `rounded_input` says that x has been.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class FusedConv2d(_Fused):
     ) -> None:
         super().__init__(weight, bias, sums, relu)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.rounded_input = self.round_output = False
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         (x,) = autocast(input)
@@ -110,8 +118,9 @@ class FusedConv2d(_Fused):
         geometry = ((R, S), self.stride, self.padding, self.dilation, self.groups)
         input_precision = convolution_input_precision(x, channels * R * S)
         packed = self._packed_weight(x.dtype, input_precision)
+        rounding = input_precision, self.rounded_input, self.round_output and convolution_allows_tf32(x)
         if self.sums is None:
-            y = conv2d_fused(image, packed, self.bias, None, self.relu, *geometry, input_precision)
+            y = conv2d_fused(image, packed, self.bias, None, self.relu, *geometry, *rounding)
             return y if x.dim() == 4 else y.squeeze(0)
         sizes = [
             (size + 2 * p - d * (k - 1) - 1) // s + 1
@@ -120,10 +129,12 @@ class FusedConv2d(_Fused):
         reason = self._reason_to_add_apart(x, (*x.shape[:-3], K, *sizes), residual)
         if reason is not None:
             self.fallbacks[reason] += 1
-            y = conv2d_fused(image, packed, self.bias, None, False, *geometry, input_precision)
+            y = conv2d_fused(
+                image, packed, self.bias, None, False, *geometry, input_precision, self.rounded_input, False
+            )
             return self._finish(y if x.dim() == 4 else y.squeeze(0), residual)
         images = residual if x.dim() == 4 else residual.unsqueeze(0)
-        y = conv2d_fused(image, packed, self.bias, images, self.relu, *geometry, input_precision)
+        y = conv2d_fused(image, packed, self.bias, images, self.relu, *geometry, *rounding)
         return y if x.dim() == 4 else y.squeeze(0)
 
     def _reason_to_fall_back(self, x: torch.Tensor) -> str | None:
@@ -172,6 +183,8 @@ class FusedLinear(_Fused):
             (1, 1),
             1,
             input_precision,
+            False,
+            False,
         ).view(*leading, K)
         if apart is None:
             return y
