@@ -130,6 +130,11 @@ FUSED = [
     pytest.param(conv_before_its_input_is_overwritten, [CONV, CONV], id="input overwritten before the sum"),
     pytest.param(overwritten_through_a_view, [CONV], id="overwritten through a view"),
     pytest.param(preactivation, [CONV, f"{CONV} + residual"], id="residual overwritten by ReLU"),
+    pytest.param(
+        lambda n, x: (lambda y: F.hardtanh(y, inplace=True).reshape(y.shape[0], -1))(n.norm(n.a(x))),
+        [NORM],
+        id="overwritten, its shape read",
+    ),
     pytest.param(input_overwritten, [f"{CONV} + relu"], id="the model overwrites its input"),
     pytest.param(list_of_results, [CONV, CONV], id="list"),
     pytest.param(lambda n, x: n.a(x).view(x.shape[0], -1), [CONV], id="view of an image"),
@@ -445,6 +450,26 @@ def test_a_part_that_cannot_be_traced():
     assert list(fused.report.untraced) == ["2"]
     assert fused.report.fused["0"] == "conv2d + relu" and fused.report.fused["3"] == "linear + relu"
     assert fused.report.fused["2.features.0"] == "conv2d + batch_norm2d + relu"
+
+
+def test_autocast_in_the_model_itself():
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                return self.layer(x)
+
+    model, x = trained(nn.Sequential(nn.Conv2d(4, 4, 1), Casting()), torch.float32), image(2, 4, 3, 3)
+    fused = tritonnn.fuse(model)
+    assert fused.report.untraced == {"1": "RuntimeError: it sets autocast itself"}
+    assert fused.report.fused == {"0": "conv2d", "1.layer.0": "conv2d + relu"}
+    actual = fused(x)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, model(x).detach(), rtol=0.02, atol=0.05)
 
 
 def test_an_optional_argument():

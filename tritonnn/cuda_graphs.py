@@ -141,7 +141,7 @@ def _key(leaves: list, spec: TreeSpec) -> tuple:
         (leaf.shape, leaf.dtype, leaf.device, is_channels_last(leaf)) if isinstance(leaf, Tensor) else repr(leaf)
         for leaf in leaves
     ]
-    return (str(spec), autocast, flags, *inputs)
+    return (spec, autocast, flags, *inputs)
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[tuple[dict, str], Tensor]]:

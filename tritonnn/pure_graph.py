@@ -39,9 +39,11 @@ FRESH = (
     F.max_pool2d,
     F.relu,
     "add",
+    "dim",
     "mean",
     "mul",
     "relu",
+    "size",
     "sub",
 )
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -114,6 +116,12 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.opaque: dict[str, str] = {}
+        self.autocast = _autocast_state()
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        if _autocast_state() != self.autocast:  # a graph would not say so
+            raise RuntimeError("it sets autocast itself")
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -140,6 +148,10 @@ class _Tracer(fx.Tracer):
                 self.module_stack.popitem()
             self.opaque[name] = describe(error)
         return super().call_module(m, forward, args, kwargs)
+
+
+def _autocast_state() -> list[tuple[bool, torch.dtype]]:
+    return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
 
 
 def describe(error: Exception) -> str:
@@ -264,6 +276,8 @@ def _is_fresh(node: fx.Node, traced: PureGraph) -> bool:
         return True
     if node.op == "call_module":
         return kind_of(traced.module(node)) is not None
+    if node.target is getattr:
+        return node.args[1] in ("shape", "dtype", "device", "ndim")
     return node.op in ("call_function", "call_method") and node.target in FRESH
 
 
