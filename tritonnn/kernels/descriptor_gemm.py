@@ -152,7 +152,7 @@ def fits_descriptors(x: torch.Tensor, out_channels: int, stride: tuple[int, int]
     _, C, H, W = x.shape
     size = x.element_size()
     even = H % 2 == 0 and W % 2 == 0
-    strided = stride == (1, 1) or (stride == (2, 2) and even)
+    strided = stride[0] == stride[1] and (stride[0] == 1 or (stride[0] == 2 and even))
     return strided and C * size % 128 == 0 and out_channels * size % 16 == 0
 
 
@@ -180,7 +180,7 @@ def descriptor_gemm(
     K, P, Q = y.shape[1:]
     R, S = weight.shape[1:3]
     tile_n, tile_p, tile_q, block_n, block_k = blocks[:5]
-    if stride == (1, 1):
+    if stride[0] == 1:
         x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, tile_q, block_k])
     else:
         x = x.view(N, H // 2, 2, W // 2, 2 * C)
