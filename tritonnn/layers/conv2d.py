@@ -47,6 +47,8 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
             reason = "input and parameters of several types"
         if reason is None and x.shape[-3] != weight.shape[1] * self.groups:
             reason = f"{x.shape[-3]} input channels"
+        if reason is None and weight.numel() == 0:
+            reason = f"weight of shape {list(weight.shape)}"
         if reason is None and bias is not None and bias.shape != weight.shape[:1]:
             reason = f"bias of shape {list(bias.shape)}"
         return reason
