@@ -31,8 +31,15 @@ def _run(x: torch.Tensor, y: torch.Tensor) -> None:
         relu_forward_kernel[(triton.cdiv(x.numel(), block),)](x, y, x.numel(), ACC=accumulator(x.dtype), BLOCK=block)
 
 
+def _output(x) -> torch.Tensor:
+    for memory_format in (torch.contiguous_format, torch.channels_last):  # whatever the strides where size is 0 or 1
+        if x.is_contiguous(memory_format=memory_format):
+            return torch.empty_like(x, memory_format=memory_format)
+    return torch.empty_like(x)
+
+
 def _launch(x) -> torch.Tensor:
-    y = torch.empty_like(x)
+    y = _output(x)
     if y.stride() != x.stride():  # x has gaps or repeats: a dense copy, then in place
         x = y.copy_(x)
     _run(x, y)
@@ -52,7 +59,7 @@ def _backward(ctx, grad_y):
     return torch.ops.aten.threshold_backward(grad_y, y, 0)
 
 
-relu = register("relu(Tensor x) -> Tensor", _launch, torch.empty_like, _setup_context, _backward)
+relu = register("relu(Tensor x) -> Tensor", _launch, _output, _setup_context, _backward)
 relu_ = register("relu_(Tensor(a!) x) -> ()", _launch_in_place, lambda x: None)
 
 
