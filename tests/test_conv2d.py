@@ -77,8 +77,11 @@ def test_channels_last_weight_gives_channels_last_output():
     assert_same_layer(layer, image(2, 16, 6, 6))
 
 
-def test_empty_batch():
-    assert_same_layer(nn.Conv2d(16, 8, 3), image(0, 16, 6, 6))
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last weight"])
+def test_empty_batch(channels_last):
+    layer = nn.Conv2d(16, 8, 3)
+    layer = layer.to(memory_format=torch.channels_last) if channels_last else layer
+    assert_same_layer(layer, image(0, 16, 6, 6))
 
 
 @pytest.mark.parametrize(

@@ -155,9 +155,16 @@ def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _is_channels_last(x: torch.Tensor) -> bool:
+    """Whether PyTorch's output is channels_last: of a tensor that fits both formats it is contiguous on a CPU."""
+    if x.device.type != "cpu":
+        return is_channels_last(x)
+    return not x.is_contiguous() and (x.is_contiguous(memory_format=torch.channels_last) or is_channels_last(x))
+
+
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """x itself if its memory is that of a contiguous or channels_last tensor, otherwise such a copy."""
-    return x.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+    return x.contiguous(memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
 
 
 def _contiguous(*parameters: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
@@ -166,11 +173,11 @@ def _contiguous(*parameters: torch.Tensor | None) -> Iterator[torch.Tensor | Non
 
 
 def _output(x, *_) -> torch.Tensor:
-    return empty_image(x.shape, x, is_channels_last(x))
+    return empty_image(x.shape, x, _is_channels_last(x))
 
 
 def _normalize(x, weight, bias, mean, var, eps) -> torch.Tensor:
-    channels_last = is_channels_last(x)
+    channels_last = _is_channels_last(x)
     x, y = _dense(x), _output(x)
     if y.numel() == 0:
         return y
@@ -201,7 +208,7 @@ def _normalize(x, weight, bias, mean, var, eps) -> torch.Tensor:
 
 
 def _statistics(x) -> tuple[torch.Tensor, torch.Tensor]:
-    channels_last = is_channels_last(x)
+    channels_last = _is_channels_last(x)
     x = _dense(x)
     N, C, H, W = x.shape
     M = N * H * W

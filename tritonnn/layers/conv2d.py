@@ -18,6 +18,8 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if input.numel() == 0 or weight.numel() == 0:  # nothing to compute but PyTorch's strides and errors
+            return super()._conv_forward(input, weight, bias)
         x, w, b = autocast(input, weight, bias)
         stride, dilation = pair(self.stride), pair(self.dilation)
         reason = self._reason_to_fall_back(x, w, b)
@@ -47,8 +49,6 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
             reason = "input and parameters of several types"
         if reason is None and x.shape[-3] != weight.shape[1] * self.groups:
             reason = f"{x.shape[-3]} input channels"
-        if reason is None and weight.numel() == 0:
-            reason = f"weight of shape {list(weight.shape)}"
         if reason is None and bias is not None and bias.shape != weight.shape[:1]:
             reason = f"bias of shape {list(bias.shape)}"
         return reason
