@@ -112,15 +112,22 @@ def test_type_without_a_kernel_falls_back_and_is_counted():
         layer(x)
 
 
-def test_padding_meets_infinite_weight():
-    layer = nn.Conv2d(16, 8, 3, padding=1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "channels, groups",
+    [(16, 1), (3, 1), (16, 2), (16, 16)],
+    ids=["16 channels", "3 channels", "two groups", "depthwise"],
+)
+def test_padding_meets_infinite_weight(channels, groups, dtype):
+    layer = nn.Conv2d(channels, 16, 3, padding=1, groups=groups, dtype=dtype, device=DEVICE)
     with torch.no_grad():
-        layer.weight[0, 0, 0, 0] = torch.inf
-    x = image(1, 16, 4, 4)
-    y = tritonnn.TritonConv2d(16, 8, 3, padding=1).to(DEVICE)
-    y.load_state_dict(layer.state_dict())
-    assert torch.equal(y(x).isnan(), layer.to(DEVICE)(x).isnan())
-    assert y(x).isnan().any()
+        layer.weight[3, 0, 0, 0] = torch.inf
+    x = image(1, channels, 4, 4, dtype=dtype)
+    expected = copy.deepcopy(layer).cpu().double()(x.cpu().double())
+    tritonnn.swap(layer, strict=True)
+    y = layer(x).cpu()
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+    assert y[0, 3, 0].isnan().all() and y[0, 3, 1:, 1:].isinf().all() and y[0, 2].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

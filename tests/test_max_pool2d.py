@@ -61,11 +61,14 @@ def test_any_strides():
 def test_which_of_a_window_wins(values, dtype, channels_last):
     x = torch.tensor(values, device=DEVICE, dtype=dtype).view(1, 1, 2, 2).repeat(2, 3, 2, 2)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
+    x.requires_grad_()
     for arguments in (dict(kernel_size=2), dict(kernel_size=3, stride=1, padding=1)):
         layer = nn.MaxPool2d(**arguments, return_indices=True)
         expected = layer(x)
         tritonnn.swap(layer, strict=True)
         actual = layer(x)
+        gradients = [torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (actual[0], expected[0])]
+        assert torch.equal(*gradients)
         assert_identical(actual[0], expected[0])
         assert torch.equal(actual[1], expected[1])
 
