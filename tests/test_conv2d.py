@@ -31,6 +31,10 @@ CASES = {
         dict(in_channels=4, out_channels=8, kernel_size=4, padding="same", padding_mode="circular"),
         (2, 4, 7, 8),
     ),
+    "circular, valid": (
+        dict(in_channels=3, out_channels=2, kernel_size=2, stride=3, padding="valid", padding_mode="circular"),
+        (2, 3, 4, 3),
+    ),
     "groups": (dict(in_channels=32, out_channels=48, kernel_size=3, padding=1, groups=2), (2, 32, 6, 7)),
     "small groups": (dict(in_channels=12, out_channels=8, kernel_size=3, padding=1, groups=4), (2, 12, 6, 7)),
     "depthwise": (dict(in_channels=24, out_channels=24, kernel_size=3, padding=1, groups=24), (2, 24, 6, 7)),

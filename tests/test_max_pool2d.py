@@ -77,6 +77,7 @@ def test_which_of_a_window_wins(values, dtype, channels_last):
     "arguments, x",
     [
         (dict(kernel_size=2, padding=2), torch.zeros(1, 1, 4, 4)),
+        (dict(kernel_size=3, padding=2, dilation=2), torch.zeros(1, 1, 8, 8)),
         (dict(kernel_size=5), torch.zeros(1, 1, 4, 4)),
         (dict(kernel_size=2), torch.zeros(4, 4)),
         (dict(kernel_size=2, dilation=0), torch.zeros(1, 1, 4, 4)),
@@ -87,6 +88,7 @@ def test_which_of_a_window_wins(values, dtype, channels_last):
     ],
     ids=[
         "padding over half a window",
+        "padding over half a window without dilation",
         "no window",
         "two dimensions",
         "no dilation",
