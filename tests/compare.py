@@ -39,6 +39,17 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+def assert_identical(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """The same type, shape and bits, signs of zeros included; NaN equals NaN."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    if expected.is_complex():
+        actual, expected = torch.view_as_real(actual), torch.view_as_real(expected)
+    nan = expected.isnan()
+    assert torch.equal(actual.isnan(), nan)
+    assert torch.equal(actual[~nan], expected[~nan])
+    assert torch.equal(actual[~nan].signbit(), expected[~nan].signbit())
+
+
 def assert_same_layer(layer: nn.Module, x: torch.Tensor, gradients: bool = True) -> None:
     """The Triton version of `layer` gives PyTorch's values, type and strides for x, from a kernel, and its gradients.
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from compare import DEVICE, DTYPES, assert_same_layer, image
+from compare import DEVICE, DTYPES, assert_close, assert_identical, assert_same_layer, image
 from torch import nn
 
 import tritonnn
@@ -19,6 +19,7 @@ CASES = {
     "divisor": (dict(kernel_size=3, divisor_override=-7), (2, 5, 8, 10)),
     "unbatched": (dict(kernel_size=2), (5, 6, 7)),
     "empty batch": (dict(kernel_size=2), (0, 5, 6, 7)),
+    "window larger than the image": (dict(kernel_size=5, stride=1, padding=2), (2, 5, 3, 2)),
 }
 SIZES = {
     "1": (1, (2, 5, 7, 6)),
@@ -64,7 +65,28 @@ def test_any_strides():
 def test_nan_and_infinity_stay_in_their_windows():
     x = image(1, 1, 6, 6)
     x[0, 0, 0, 0], x[0, 0, 5, 5] = float("nan"), float("inf")
+    x[0, 0, 2, 2], x[0, 0, 2, 3] = float("inf"), -float("inf")  # their sum is NaN
     assert_same_layer(nn.AvgPool2d(2), x, gradients=False)
+    assert_same_layer(nn.AvgPool2d(3, 1, 1), x, gradients=False)
+    assert_same_layer(nn.AdaptiveAvgPool2d(4), x, gradients=False)
+
+
+@pytest.mark.parametrize("layer", [nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)], ids=["avg pool", "adaptive"])
+@pytest.mark.parametrize("zero", [0.0, -0.0], ids=["0.0", "-0.0"])
+def test_sign_of_a_zero(layer, zero):
+    x = torch.full((1, 2, 4, 4), zero, device=DEVICE)
+    expected = layer(x)
+    with tritonnn.swapped(layer, strict=True):
+        assert_identical(layer(x), expected)
+
+
+@pytest.mark.parametrize("size, shape", [((40000, 1), (1, 1, 65536, 1)), ((1, 40000), (1, 1, 1, 65536))], ids=str)
+def test_adaptive_products_of_sizes_past_int32(size, shape):
+    x = image(*shape)
+    layer = nn.AdaptiveAvgPool2d(size)
+    expected = layer(x.cpu().double())
+    tritonnn.swap(layer, strict=True)
+    assert_close(layer(x).cpu(), expected, x.dtype)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +99,22 @@ def test_nan_and_infinity_stay_in_their_windows():
         (nn.AdaptiveAvgPool2d(2), torch.zeros(4, 4)),
         (nn.AdaptiveAvgPool2d(-1), torch.zeros(1, 1, 4, 4)),
         (nn.AdaptiveAvgPool2d(2), torch.zeros(1, 1, 0, 4)),
+        (nn.AvgPool2d(1), torch.zeros(2, 3, 0, 4)),
+        (nn.AvgPool2d(2), torch.zeros(2, 0, 4, 4)),
+        (nn.AvgPool2d(2), torch.zeros(0, 4, 4)),
     ],
-    ids=["padding", "no window", "divisor 0", "two dimensions", "adaptive, two dimensions", "negative", "no rows"],
+    ids=[
+        "padding",
+        "no window",
+        "divisor 0",
+        "two dimensions",
+        "adaptive, two dimensions",
+        "negative",
+        "adaptive, no rows",
+        "no rows",
+        "no channels",
+        "no channels, unbatched",
+    ],
 )
 def test_errors_are_pytorchs(layer, x):
     with pytest.raises((RuntimeError, IndexError)) as expected:

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from compare import DEVICE, DTYPES, assert_close, assert_same_layer, image
+from compare import DEVICE, DTYPES, assert_close, assert_same_gradient, assert_same_layer, image
 from torch import nn
 
 import tritonnn
@@ -82,6 +82,48 @@ def test_any_strides():
     assert_same_layer(nn.BatchNorm2d(4), image(3, 8, 6, 6)[:, ::2, 1:, ::2])
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_parameters_and_statistics_may_be_views(training):
+    layer = trained(training)
+    layer.weight, layer.bias = nn.Parameter(torch.randn(5, 2)[:, 1]), nn.Parameter(torch.randn(1).expand(5))
+    layer.running_mean, layer.running_var = torch.randn(5, 3)[:, 0], torch.rand(10)[::2] + 0.5
+    layer = layer.to(DEVICE)
+    exact = copy.deepcopy(layer).double()
+    x = image(4, 5, 3, 6).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    expected = exact(exact_x)
+    tritonnn.swap(layer, strict=True)
+    y = layer(x)
+    assert not layer.weight.is_contiguous() and not layer.running_mean.is_contiguous()
+    assert_close(y, expected, x.dtype)
+    for actual, buffer in zip(layer.buffers(), exact.buffers()):
+        assert_close(actual, buffer.double(), x.dtype)
+    grad = image(*y.shape)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert_same_gradient(x, exact_x)
+    assert_same_gradient(layer.weight, exact.weight)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3), (2, 5, 3, 0)], ids=str)
+def test_nothing_to_normalize(shape, training):
+    layer, x = trained(training).to(DEVICE), image(*shape)
+    expected = copy.deepcopy(layer)
+    tritonnn.swap(layer)
+    try:
+        expected_y = expected(x)
+    except ValueError as error:
+        with pytest.raises(ValueError) as caught:
+            layer(x)
+        assert str(caught.value) == str(error)
+        return
+    y = layer(x)
+    assert (y.shape, y.stride()) == (expected_y.shape, expected_y.stride())
+    for actual, buffer in zip(layer.buffers(), expected.buffers()):
+        assert_close(actual, buffer.double(), x.dtype)
+
+
 def test_empty_batch():
     assert_same_layer(trained(False), image(0, 5, 3, 3))
     layer = tritonnn.TritonBatchNorm2d(5).to(DEVICE)
@@ -93,6 +135,27 @@ def test_nan_stays_in_its_channel():
     x[0, 1, 0, 0] = float("nan")
     layer = tritonnn.TritonBatchNorm2d(5).to(DEVICE)
     assert layer(x).isnan().any(dim=(0, 2, 3)).tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")], ids=str)
+def test_infinity_stays_in_its_channel(value, training):
+    x = image(2, 5, 3, 3)
+    x[0, 1, 0, 0] = value
+    layer = trained(training).to(DEVICE)
+    expected = copy.deepcopy(layer)
+    tritonnn.swap(layer, strict=True)
+    expected_y, y = expected(x), layer(x)
+    assert torch.equal(y.isnan(), expected_y.isnan())
+    assert torch.equal(y.isfinite(), expected_y.isfinite())
+    for actual, buffer in zip(layer.buffers(), expected.buffers()):
+        assert torch.equal(actual.isfinite(), buffer.isfinite())
+
+
+def test_running_variance_of_zero_below_it_infinite_and_nan():
+    layer = trained(False)
+    layer.running_var.copy_(torch.tensor([0.0, -1.0, float("inf"), float("nan"), 1e-40]))
+    assert_same_layer(layer, image(2, 5, 3, 3), gradients=False)
 
 
 def test_update_counts_as_a_change_of_the_buffers():

@@ -1,6 +1,8 @@
+import copy
+
 import pytest
 import torch
-from compare import DEVICE, DTYPES, assert_close, assert_same_layer, image
+from compare import DEVICE, DTYPES, assert_close, assert_identical, assert_same_layer, image
 from torch import nn
 
 import tritonnn
@@ -29,6 +31,10 @@ CASES = {
         dict(in_channels=4, out_channels=8, kernel_size=4, padding="same", padding_mode="circular"),
         (2, 4, 7, 8),
     ),
+    "circular, valid": (
+        dict(in_channels=3, out_channels=2, kernel_size=2, stride=3, padding="valid", padding_mode="circular"),
+        (2, 3, 4, 3),
+    ),
     "groups": (dict(in_channels=32, out_channels=48, kernel_size=3, padding=1, groups=2), (2, 32, 6, 7)),
     "small groups": (dict(in_channels=12, out_channels=8, kernel_size=3, padding=1, groups=4), (2, 12, 6, 7)),
     "depthwise": (dict(in_channels=24, out_channels=24, kernel_size=3, padding=1, groups=24), (2, 24, 6, 7)),
@@ -37,6 +43,7 @@ CASES = {
         (2, 12, 9, 9),
     ),
     "unbatched": (dict(in_channels=16, out_channels=8, kernel_size=3), (16, 6, 7)),
+    "kernel larger than the image": (dict(in_channels=16, out_channels=8, kernel_size=5, padding=2), (2, 16, 3, 2)),
     "more channels than a block": (dict(in_channels=200, out_channels=150, kernel_size=3, padding=1), (2, 200, 4, 4)),
 }
 
@@ -74,8 +81,11 @@ def test_channels_last_weight_gives_channels_last_output():
     assert_same_layer(layer, image(2, 16, 6, 6))
 
 
-def test_empty_batch():
-    assert_same_layer(nn.Conv2d(16, 8, 3), image(0, 16, 6, 6))
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last weight"])
+def test_empty_batch(channels_last):
+    layer = nn.Conv2d(16, 8, 3)
+    layer = layer.to(memory_format=torch.channels_last) if channels_last else layer
+    assert_same_layer(layer, image(0, 16, 6, 6))
 
 
 @pytest.mark.parametrize(
@@ -106,15 +116,67 @@ def test_type_without_a_kernel_falls_back_and_is_counted():
         layer(x)
 
 
-def test_padding_meets_infinite_weight():
-    layer = nn.Conv2d(16, 8, 3, padding=1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "channels, groups",
+    [(16, 1), (3, 1), (16, 2), (16, 16)],
+    ids=["16 channels", "3 channels", "two groups", "depthwise"],
+)
+def test_padding_meets_infinite_weight(channels, groups, dtype):
+    layer = nn.Conv2d(channels, 16, 3, padding=1, groups=groups, dtype=dtype, device=DEVICE)
     with torch.no_grad():
-        layer.weight[0, 0, 0, 0] = torch.inf
-    x = image(1, 16, 4, 4)
-    y = tritonnn.TritonConv2d(16, 8, 3, padding=1).to(DEVICE)
-    y.load_state_dict(layer.state_dict())
-    assert torch.equal(y(x).isnan(), layer.to(DEVICE)(x).isnan())
-    assert y(x).isnan().any()
+        layer.weight[3, 0, 0, 0] = torch.inf
+    x = image(1, channels, 4, 4, dtype=dtype)
+    expected = copy.deepcopy(layer).cpu().double()(x.cpu().double())
+    tritonnn.swap(layer, strict=True)
+    y = layer(x).cpu()
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+    assert y[0, 3, 0].isnan().all() and y[0, 3, 1:, 1:].isinf().all() and y[0, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 16], ids=["one group", "two groups", "depthwise"])
+def test_nan_and_infinity_reach_what_their_filter_covers(groups, dtype):
+    layer = nn.Conv2d(16, 16, 3, padding=1, groups=groups, dtype=dtype, device=DEVICE)
+    with torch.no_grad():
+        layer.weight[:, 0, 1, 1] = 0  # times infinity is NaN
+    x = image(2, 16, 5, 5, dtype=dtype)
+    x[0, 5, 0, 1], x[1, 0, 4, 4], x[1, 5, 1, 1] = float("nan"), float("inf"), -float("inf")
+    expected = copy.deepcopy(layer).cpu().double()(x.cpu().double())
+    tritonnn.swap(layer, strict=True)
+    y = layer(x).cpu()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
+    assert y.isfinite().any() and not y.isfinite().all()
+
+
+def test_sign_of_a_zero():
+    layer = nn.Conv2d(16, 8, 1, bias=False, device=DEVICE)
+    x = torch.full((1, 16, 2, 2), -0.0, device=DEVICE)
+    expected = layer(x)
+    tritonnn.swap(layer, strict=True)
+    assert_identical(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    "channels, x",
+    [((0, 4), (2, 0, 5, 5)), ((0, 4), (0, 5, 5)), ((3, 0), (2, 3, 5, 5))],
+    ids=["no input channels", "no input channels, unbatched", "no output channels"],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_no_channels(channels, x):
+    layer, x = nn.Conv2d(*channels, 3, device=DEVICE), image(*x)
+    try:
+        expected = layer(x)
+    except RuntimeError as error:
+        tritonnn.swap(layer)
+        with pytest.raises(RuntimeError) as caught:
+            layer(x)
+        assert str(caught.value) == str(error)
+        return
+    tritonnn.swap(layer)
+    y = layer(x)
+    assert (y.shape, y.stride()) == (expected.shape, expected.stride())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -129,13 +191,3 @@ def test_autocast(dtype):
     assert_close(actual, expected.double(), dtype)
     with torch.autocast(DEVICE.type, dtype):
         assert layer.double()(x.double()).dtype == torch.float64
-
-
-@pytest.mark.gpu
-def test_image_larger_than_int32_offsets():
-    layer = nn.Conv2d(8, 8, 1, bias=False, device="cuda", dtype=torch.float16)
-    x = torch.zeros(1, 8, 16400, 16400, device="cuda", dtype=torch.float16)  # 2^31 elements and more
-    x[:, :, -1, -1] = 1
-    expected = layer(x[:, :, -1:, -1:])
-    tritonnn.swap(layer, strict=True)
-    torch.testing.assert_close(layer(x)[:, :, -1:, -1:], expected)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from compare import DEVICE, DTYPES, assert_close, assert_same_layer, image
@@ -29,9 +31,25 @@ def test_any_strides():
     assert_same_layer(nn.Linear(20, 10), image(1, 20).expand(4, 20))
 
 
-def test_error_is_pytorchs():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_stay_in_their_row(dtype):
+    layer = nn.Linear(40, 10, dtype=dtype, device=DEVICE)
+    with torch.no_grad():
+        layer.weight[3, 7] = 0  # times infinity is NaN
+    x = image(6, 40, dtype=dtype)
+    x[1, 7], x[2, 7], x[4, 9] = float("nan"), float("inf"), -float("inf")
+    expected = copy.deepcopy(layer).cpu().double()(x.cpu().double())
+    tritonnn.swap(layer, strict=True)
+    y = layer(x).cpu()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
+    assert y.isfinite().any() and not y.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (0, 9), ()], ids=["features", "features, no rows", "no dimensions"])
+def test_error_is_pytorchs(shape):
     layer = nn.Linear(8, 4).to(DEVICE)
-    x = image(2, 9)
+    x = image(*shape)
     with pytest.raises(RuntimeError) as expected:
         layer(x)
     tritonnn.swap(layer)

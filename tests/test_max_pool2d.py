@@ -1,6 +1,6 @@
 import pytest
 import torch
-from compare import DEVICE, DTYPES, assert_same_layer, image
+from compare import DEVICE, DTYPES, assert_identical, assert_same_layer, image
 from torch import nn
 
 import tritonnn
@@ -15,6 +15,7 @@ CASES = {
     "ceil_mode, last window dropped": (dict(kernel_size=2, stride=3, padding=1, ceil_mode=True), (2, 5, 6, 7)),
     "unbatched": (dict(kernel_size=2), (5, 6, 7)),
     "empty batch": (dict(kernel_size=2), (0, 5, 6, 7)),
+    "window larger than the image": (dict(kernel_size=5, stride=1, padding=2), (2, 5, 3, 2)),
     "many channels": (dict(kernel_size=2), (1, 300, 4, 4)),
 }
 
@@ -44,7 +45,8 @@ def test_any_strides():
     assert_same_layer(nn.MaxPool2d(2), image(2, 1, 6, 6).expand(2, 3, 6, 6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "values",
     {
@@ -56,14 +58,18 @@ def test_any_strides():
     }.values(),
     ids=["ties", "NaN", "-inf", "inf and NaN", "zeros of both signs"],
 )
-def test_which_of_a_window_wins(values, dtype):
-    x = torch.tensor(values, device=DEVICE, dtype=dtype).view(1, 1, 2, 2).repeat(1, 1, 2, 2)
+def test_which_of_a_window_wins(values, dtype, channels_last):
+    x = torch.tensor(values, device=DEVICE, dtype=dtype).view(1, 1, 2, 2).repeat(2, 3, 2, 2)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    x.requires_grad_()
     for arguments in (dict(kernel_size=2), dict(kernel_size=3, stride=1, padding=1)):
         layer = nn.MaxPool2d(**arguments, return_indices=True)
         expected = layer(x)
         tritonnn.swap(layer, strict=True)
         actual = layer(x)
-        torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=0, equal_nan=True)
+        gradients = [torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (actual[0], expected[0])]
+        assert torch.equal(*gradients)
+        assert_identical(actual[0], expected[0])
         assert torch.equal(actual[1], expected[1])
 
 
@@ -71,11 +77,26 @@ def test_which_of_a_window_wins(values, dtype):
     "arguments, x",
     [
         (dict(kernel_size=2, padding=2), torch.zeros(1, 1, 4, 4)),
+        (dict(kernel_size=3, padding=2, dilation=2), torch.zeros(1, 1, 8, 8)),
         (dict(kernel_size=5), torch.zeros(1, 1, 4, 4)),
         (dict(kernel_size=2), torch.zeros(4, 4)),
         (dict(kernel_size=2, dilation=0), torch.zeros(1, 1, 4, 4)),
+        (dict(kernel_size=2), torch.zeros(2, 0, 4, 4)),
+        (dict(kernel_size=2), torch.zeros(0, 4, 4)),
+        (dict(kernel_size=1), torch.zeros(2, 3, 0, 4)),
+        (dict(kernel_size=1), torch.zeros(2, 3, 4, 0)),
     ],
-    ids=["padding over half a window", "no window", "two dimensions", "no dilation"],
+    ids=[
+        "padding over half a window",
+        "padding over half a window without dilation",
+        "no window",
+        "two dimensions",
+        "no dilation",
+        "no channels",
+        "no channels, unbatched",
+        "no rows",
+        "no columns",
+    ],
 )
 def test_errors_are_pytorchs(arguments, x):
     with pytest.raises(RuntimeError) as expected:

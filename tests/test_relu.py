@@ -1,6 +1,6 @@
 import pytest
 import torch
-from compare import DEVICE, DTYPES, assert_same_layer, image
+from compare import DEVICE, DTYPES, assert_identical, assert_same_layer, image
 from torch import nn
 
 import tritonnn
@@ -28,24 +28,46 @@ def test_any_shape_and_strides(make):
     assert_same_layer(nn.ReLU(), make())
 
 
-def test_special_values():
-    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1e-40, -1e-40], device=DEVICE)
-    torch.testing.assert_close(tritonnn.TritonReLU()(x), torch.relu(x), rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("inplace", [False, True], ids=["beside", "inplace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_infinity_and_zeros_of_both_signs(dtype, inplace):
+    info = torch.finfo(dtype)
+    values = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, info.max, info.min, info.tiny, -info.tiny]
+    x = torch.tensor(values, device=DEVICE, dtype=dtype).repeat(7)
+    expected = torch.relu(x)
+    assert_identical(tritonnn.TritonReLU(inplace)(x), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64], ids=str)
-def test_integers(dtype):
-    x = torch.tensor([-3, 0, 5], device=DEVICE).to(dtype)
-    assert torch.equal(tritonnn.TritonReLU()(x), torch.relu(x))
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,  # the interpreter's bfloat16 has no denormals
+)
+def test_denormals(dtype):
+    x = torch.tensor([1, -1, 2], device=DEVICE, dtype=dtype) * (torch.finfo(dtype).smallest_normal / 4)
+    assert x.all()
+    assert_identical(tritonnn.TritonReLU()(x), torch.relu(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64], ids=str)
-def test_errors_are_pytorchs(dtype):
+@pytest.mark.parametrize("inplace", [False, True], ids=["beside", "inplace"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_integers(dtype, inplace):
+    info = torch.iinfo(dtype)
+    x = torch.tensor([info.min, info.min // 2 + 1, 0, 5, info.max], device=DEVICE, dtype=dtype)
+    expected = torch.relu(x)
+    layer = tritonnn.TritonReLU(inplace)
+    assert_identical(layer(x), expected)
+    assert not layer.fallbacks
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["beside", "inplace"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.complex128], ids=str)
+def test_errors_are_pytorchs(dtype, inplace):
     x = torch.ones(3, device=DEVICE).to(dtype)
     with pytest.raises(RuntimeError) as expected:
-        nn.ReLU()(x)
+        nn.ReLU(inplace)(x)
     with pytest.raises(RuntimeError) as actual:
-        tritonnn.TritonReLU()(x)
+        tritonnn.TritonReLU(inplace)(x)
     assert str(actual.value) == str(expected.value)
 
 
@@ -68,8 +90,11 @@ def test_inplace_gradient():
 
 def test_inplace_errors():
     layer = tritonnn.TritonReLU(inplace=True)
+    x = image(1, 3).expand(2, 3)
+    before = x.clone()
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
-        layer(image(1, 3).expand(2, 3))
+        layer(x)
+    assert torch.equal(x, before)
     with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
         layer(image(3).requires_grad_())
 

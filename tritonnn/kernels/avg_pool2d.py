@@ -26,6 +26,7 @@ def avg_pool2d_forward_kernel(
     W,
     P,
     Q,
+    PIXELS,
     x_stride_n,
     x_stride_c,
     x_stride_h,
@@ -47,7 +48,7 @@ def avg_pool2d_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns BLOCK_M of M = N * P * Q output pixels x BLOCK_C channels.
+    """One program owns BLOCK_M of M = N * PIXELS output pixels x BLOCK_C channels; PIXELS = P * Q.
 
     ADAPTIVE windows differ in size; R x S is the largest.
     """
@@ -55,8 +56,8 @@ def avg_pool2d_forward_kernel(
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     mask_m = offs_m < M
-    n = (offs_m // (P * Q)).to(tl.int64)
-    pixel = offs_m % (P * Q)
+    n = (offs_m // PIXELS).to(tl.int64)
+    pixel = offs_m % PIXELS
     p = pixel // Q
     q = pixel % Q
     c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
@@ -67,20 +68,20 @@ def avg_pool2d_forward_kernel(
         w_first = q * W // Q
         h_end = ((p + 1) * H + P - 1) // P
         w_end = ((q + 1) * W + Q - 1) // Q
-        divisor = (h_end - h_first) * (w_end - w_first)
+        divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
     else:
         h_first = p * STRIDE_H - PADDING_H
         w_first = q * STRIDE_W - PADDING_W
         h_end = tl.minimum(h_first + R, H + PADDING_H)  # a ceil_mode window ends with the padding
         w_end = tl.minimum(w_first + S, W + PADDING_W)
         if DIVISOR_OVERRIDE != 0:
-            divisor = tl.full((BLOCK_M,), DIVISOR_OVERRIDE, INDEX)
+            divisor = tl.full((BLOCK_M,), DIVISOR_OVERRIDE, ACC)
         elif COUNT_INCLUDE_PAD:
-            divisor = (h_end - h_first) * (w_end - w_first)
+            divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
         else:
             rows = tl.minimum(h_end, H) - tl.maximum(h_first, 0)
             columns = tl.minimum(w_end, W) - tl.maximum(w_first, 0)
-            divisor = rows * columns
+            divisor = rows.to(ACC) * columns.to(ACC)
         h_end = tl.minimum(h_end, H)
         w_end = tl.minimum(w_end, W)
 
@@ -96,7 +97,7 @@ def avg_pool2d_forward_kernel(
             row += tl.load(x_ptrs + offs_x, mask=inside, other=0.0).to(ACC)
         total += row
 
-    y = total / divisor.to(ACC)[:, None]
+    y = total / divisor[:, None]
     y_ptrs = y_ptr + (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (c * y_stride_c)[None, :]
     tl.store(y_ptrs, round_to(y, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
@@ -109,6 +110,9 @@ def _run(x, y, kernel_size, stride, padding, adaptive, count_include_pad, diviso
     channels_last = is_channels_last(x)
     M = N * P * Q
     blocks = pixel_blocks(M, P * Q, C, channels_last)
+    largest_index = M + blocks.BLOCK_M
+    if adaptive:  # windows begin at p * H // P
+        largest_index = max(largest_index, (P + 1) * H, (Q + 1) * W)
     grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(C, blocks.BLOCK_C),)
     avg_pool2d_forward_kernel[grid](
         x,
@@ -119,6 +123,7 @@ def _run(x, y, kernel_size, stride, padding, adaptive, count_include_pad, diviso
         W,
         P,
         Q,
+        P * Q,
         *x.stride(),
         *pixel_strides(y, channels_last),
         *kernel_size,
@@ -128,7 +133,7 @@ def _run(x, y, kernel_size, stride, padding, adaptive, count_include_pad, diviso
         COUNT_INCLUDE_PAD=count_include_pad,
         DIVISOR_OVERRIDE=divisor_override or 0,
         ACC=accumulator(x.dtype),
-        INDEX=index_type(M + blocks.BLOCK_M),
+        INDEX=index_type(largest_index),
         **blocks._asdict(),
     )
     return y

@@ -5,6 +5,8 @@ the running statistics; training takes them (the biased variance) from the batch
 each lane, then Chan et al.'s combination, so that a large mean costs no digits.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -153,20 +155,33 @@ def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _is_channels_last(x: torch.Tensor) -> bool:
+    """Whether PyTorch's output is channels_last: of a tensor that fits both formats it is contiguous on a CPU."""
+    if x.device.type != "cpu":
+        return is_channels_last(x)
+    return not x.is_contiguous() and (x.is_contiguous(memory_format=torch.channels_last) or is_channels_last(x))
+
+
 def _dense(x: torch.Tensor) -> torch.Tensor:
     """x itself if its memory is that of a contiguous or channels_last tensor, otherwise such a copy."""
-    return x.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+    return x.contiguous(memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
+
+
+def _contiguous(*parameters: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
+    """Parameters as the kernels index them; those of a layer may be views with strides."""
+    return (t if t is None else t.contiguous() for t in parameters)
 
 
 def _output(x, *_) -> torch.Tensor:
-    return empty_image(x.shape, x, is_channels_last(x))
+    return empty_image(x.shape, x, _is_channels_last(x))
 
 
 def _normalize(x, weight, bias, mean, var, eps) -> torch.Tensor:
-    channels_last = is_channels_last(x)
+    channels_last = _is_channels_last(x)
     x, y = _dense(x), _output(x)
     if y.numel() == 0:
         return y
+    weight, bias, mean, var = _contiguous(weight, bias, mean, var)
     N, C, H, W = x.shape
     M = N * H * W
     blocks = pixel_blocks(M, H * W, C, channels_last)
@@ -193,7 +208,7 @@ def _normalize(x, weight, bias, mean, var, eps) -> torch.Tensor:
 
 
 def _statistics(x) -> tuple[torch.Tensor, torch.Tensor]:
-    channels_last = is_channels_last(x)
+    channels_last = _is_channels_last(x)
     x = _dense(x)
     N, C, H, W = x.shape
     M = N * H * W
@@ -239,6 +254,12 @@ def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor,
 
 def _launch_update(mean, var, running_mean, running_var, momentum, count) -> None:
     C = mean.numel()
+    if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        copies = running_mean.contiguous(), running_var.contiguous()
+        _launch_update(mean, var, *copies, momentum, count)
+        running_mean.copy_(copies[0])
+        running_var.copy_(copies[1])
+        return
     block = 1024 if triton.knobs.runtime.interpret else 128
     batch_norm2d_update_kernel[(triton.cdiv(C, block),)](
         mean, var, running_mean, running_var, C, momentum, count / (count - 1), BLOCK_C=block
@@ -254,6 +275,7 @@ def _setup_context_training(ctx, inputs, output) -> None:
 
 def _backward_training(ctx, grad_y, *_):
     x, weight, mean, var = ctx.saved_tensors
+    (weight,) = _contiguous(weight)
     grads = torch.ops.aten.native_batch_norm_backward(
         grad_y, x, weight, None, None, mean, torch.rsqrt(var + ctx.eps), True, ctx.eps, ctx.needs_input_grad[:3]
     )
@@ -266,7 +288,8 @@ def _setup_context_inference(ctx, inputs, output) -> None:
 
 
 def _backward_inference(ctx, grad_y):
-    x, weight, mean, var = ctx.saved_tensors
+    x, *parameters = ctx.saved_tensors
+    weight, mean, var = _contiguous(*parameters)
     dtype = _statistics_dtype(x)
     # On a GPU the formula for channels_last takes these in place of the running statistics.
     saved = mean.to(dtype), torch.rsqrt(var.to(dtype) + ctx.eps)

@@ -76,7 +76,7 @@ def implicit_gemm_forward_kernel(
     EVEN_K: tl.constexpr = R * S * C % BLOCK_K == 0 if SPAN_TAPS else C % BLOCK_K == 0
 
     # Programs that run together share GROUP_M blocks of pixels, so that these and the weights are read from L2.
-    blocks_m = (M + BLOCK_M - 1) // BLOCK_M
+    blocks_m = (M - 1) // BLOCK_M + 1  # M + BLOCK_M may exceed int32
     pid = tl.program_id(0)
     group = pid // (blocks_m * BLOCKS_N)
     pid = pid % (blocks_m * BLOCKS_N)

@@ -45,6 +45,7 @@ def max_pool2d_forward_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     RETURN_INDICES: tl.constexpr,
+    INDEX_0_OF_INFINITIES: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -64,7 +65,9 @@ def max_pool2d_forward_kernel(
     x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (c * x_stride_c)[None, :]
 
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), ACC)
-    if RETURN_INDICES:  # of a window of -inf: its first pixel inside the image
+    if INDEX_0_OF_INFINITIES:
+        best_index = tl.full((BLOCK_M, BLOCK_C), 0, tl.int64)
+    elif RETURN_INDICES:  # of a window of -inf: its first pixel inside the image
         h = tl.where(h_first < 0, h_first + (DILATION_H - 1 - h_first) // DILATION_H * DILATION_H, h_first)
         w = tl.where(w_first < 0, w_first + (DILATION_W - 1 - w_first) // DILATION_W * DILATION_W, w_first)
         best_index = tl.broadcast_to((h.to(tl.int64) * W + w)[:, None], (BLOCK_M, BLOCK_C))
@@ -127,6 +130,7 @@ def _launch(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         *padding,
         *dilation,
         RETURN_INDICES=return_indices,
+        INDEX_0_OF_INFINITIES=return_indices and channels_last and x.device.type == "cuda",  # as PyTorch's kernel there
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         **blocks._asdict(),

@@ -1,10 +1,13 @@
-"""ReLU: y = max(x, 0), element-wise; NaN stays NaN. Any shape; y has the strides of a dense x."""
+"""ReLU: y = max(x, 0), element-wise; NaN stays NaN. Any shape; y has the strides of a dense x.
+
+As in PyTorch -0.0 stays -0.0 on a CPU and becomes 0.0 on a GPU.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import accumulator
+from .arithmetic import INTERPRET, accumulator
 from .block_sizes import elementwise_block
 from .operator import LIBRARY, register
 
@@ -15,7 +18,11 @@ def relu_forward_kernel(x_ptr, y_ptr, numel, ACC: tl.constexpr, BLOCK: tl.conste
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
     x = tl.load(x_ptr + offs, mask=mask).to(ACC)
-    tl.store(y_ptr + offs, tl.maximum(x, 0, propagate_nan=tl.PropagateNan.ALL).to(y_ptr.dtype.element_ty), mask=mask)
+    if INTERPRET:
+        y = tl.where(x < 0, tl.zeros_like(x), x)
+    else:
+        y = tl.maximum(x, 0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _run(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -24,8 +31,15 @@ def _run(x: torch.Tensor, y: torch.Tensor) -> None:
         relu_forward_kernel[(triton.cdiv(x.numel(), block),)](x, y, x.numel(), ACC=accumulator(x.dtype), BLOCK=block)
 
 
+def _output(x) -> torch.Tensor:
+    for memory_format in (torch.contiguous_format, torch.channels_last):  # whatever the strides where size is 0 or 1
+        if x.is_contiguous(memory_format=memory_format):
+            return torch.empty_like(x, memory_format=memory_format)
+    return torch.empty_like(x)
+
+
 def _launch(x) -> torch.Tensor:
-    y = torch.empty_like(x)
+    y = _output(x)
     if y.stride() != x.stride():  # x has gaps or repeats: a dense copy, then in place
         x = y.copy_(x)
     _run(x, y)
@@ -45,7 +59,7 @@ def _backward(ctx, grad_y):
     return torch.ops.aten.threshold_backward(grad_y, y, 0)
 
 
-relu = register("relu(Tensor x) -> Tensor", _launch, torch.empty_like, _setup_context, _backward)
+relu = register("relu(Tensor x) -> Tensor", _launch, _output, _setup_context, _backward)
 relu_ = register("relu_(Tensor(a!) x) -> ()", _launch_in_place, lambda x: None)
 
 

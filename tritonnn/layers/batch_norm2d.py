@@ -53,6 +53,8 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
             return "input and parameters of several types"
         if (self.running_mean is None) != (self.running_var is None):
             return "one of two running statistics"
+        if self.eps <= 0:
+            return f"eps {self.eps}"
         if from_batch and x.numel() // max(x.shape[1], 1) <= 1:
             return "no more than one value per channel"
         return None

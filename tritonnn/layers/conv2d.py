@@ -18,6 +18,8 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if input.numel() == 0 or weight.numel() == 0:  # nothing to compute but PyTorch's strides and errors
+            return super()._conv_forward(input, weight, bias)
         x, w, b = autocast(input, weight, bias)
         stride, dilation = pair(self.stride), pair(self.dilation)
         reason = self._reason_to_fall_back(x, w, b)
@@ -31,15 +33,16 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
 
     def _padded(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int] | None]:
         """x and the (rows, columns) of zeros that the kernel adds on either side; what it cannot add, x already has."""
+        if self.padding_mode != "zeros":
+            return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         if self.padding == "valid":
             return x, (0, 0)
-        if self.padding_mode == "zeros" and self.padding != "same":
+        if self.padding != "same":
             return x, pair(self.padding)
         left, right, top, bottom = self._reversed_padding_repeated_twice
-        if self.padding_mode == "zeros" and (top, left) == (bottom, right):
+        if (top, left) == (bottom, right):
             return x, (top, left)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
+        return F.pad(x, self._reversed_padding_repeated_twice), (0, 0)
 
     def _reason_to_fall_back(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
         reason = reason_to_fall_back_image(x, weight, bias)

@@ -36,7 +36,6 @@ def pools(
     dilation: tuple[int, int] | None,
     ceil_mode: bool,
 ) -> bool:
-    """Whether PyTorch pools an image [(N,) C, H, W] so: the windows fit, and the padding is at most half of one."""
-    return windows_fit(x, kernel_size, stride, padding, dilation, ceil_mode) and all(
-        2 * p <= d * (k - 1) + 1 for k, p, d in zip(kernel_size, padding, dilation)
-    )
+    """Whether PyTorch pools an image [(N,) C, H, W] so: C > 0, the windows fit, the padding is at most half of one."""
+    fit = x.shape[-3] > 0 and windows_fit(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return fit and all(2 * p <= k for k, p in zip(kernel_size, padding))
