@@ -12,7 +12,7 @@ import triton.language as tl
 from .arithmetic import accumulator, index_type, round_to
 from .block_sizes import PixelBlocks, pixel_blocks
 from .memory_format import empty_image, is_channels_last, pixel_strides
-from .operator import register
+from .operator import LIBRARY, each_example, register
 
 
 @triton.jit
@@ -167,6 +167,7 @@ def _normalize(x, weight, bias, mean, var, eps) -> torch.Tensor:
     x, y = _dense(x), _output(x)
     if y.numel() == 0:
         return y
+    weight, bias, mean, var = (t if t is None else t.contiguous() for t in (weight, bias, mean, var))
     N, C, H, W = x.shape
     M = N * H * W
     blocks = pixel_blocks(M, H * W, C, channels_last)
@@ -238,6 +239,13 @@ def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def _launch_update(mean, var, running_mean, running_var, momentum, count) -> None:
+    if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        updated = running_mean.contiguous(), running_var.contiguous()
+        _launch_update(mean, var, *updated, momentum, count)
+        running_mean.copy_(updated[0])
+        running_var.copy_(updated[1])
+        return
+    mean, var = mean.contiguous(), var.contiguous()
     C = mean.numel()
     block = 1024 if triton.knobs.runtime.interpret else 128
     batch_norm2d_update_kernel[(triton.cdiv(C, block),)](
@@ -296,3 +304,13 @@ batch_norm2d_update_ = register(
     _launch_update,
     lambda *_: None,
 )
+
+
+@torch.library.register_vmap("tritonnn::batch_norm2d_update_", lib=LIBRARY)
+def _update_each_example(info, in_dims, mean, var, running_mean, running_var, *args):
+    if None in in_dims[2:4]:
+        raise RuntimeError(
+            "Batch norm got a batched tensor as input while the running_mean or running_var, which will be updated in "
+            "place, were not batched."
+        )
+    return each_example(batch_norm2d_update_)(info, in_dims, mean, var, running_mean, running_var, *args)
