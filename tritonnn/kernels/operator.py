@@ -1,12 +1,14 @@
 """Registers launchers as PyTorch operators, `torch.ops.tritonnn.<name>`, so that autograd and compilers see them."""
 
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
 import triton
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
+INTERPRETER = threading.RLock()  # Triton's interpreter replaces the functions of triton.language while a kernel runs
 
 
 def _on_current_device(launch: Callable) -> Callable:
@@ -32,7 +34,8 @@ def _in_interpreter(launch: Callable) -> Callable:
                 "tritonnn: CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before tritonnn is imported, "
                 "or move the module and its input to a GPU"
             )
-        return launch(x, *args)
+        with INTERPRETER:
+            return launch(x, *args)
 
     return checked
 
