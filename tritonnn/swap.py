@@ -102,7 +102,9 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
             module.__dict__.update(_swapped=True, strict=strict, __module__="torch.nn")
             report.modules[name] = module
             report.swapped[name] = kind_of(module)
-        elif not isinstance(module, TritonLayer) and (not any(module.children()) or isinstance(module, tuple(_TRITON))):
+        elif not isinstance(module, (TritonLayer, nn.Sequential)) and (
+            not any(module.children()) or isinstance(module, tuple(_TRITON))
+        ):
             report.stayed[name] = _reason_to_stay(module, requested)
     return report
 
