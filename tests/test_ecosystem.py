@@ -12,10 +12,13 @@ import torch
 from compare import DEVICE, assert_close, image, network
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module, distribute_tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
 
 import tritonnn
 from lit_modules.resnet import ResNet18
@@ -211,15 +214,16 @@ def test_in_place_relu_under_a_full_backward_hook_is_pytorchs_error():
 
 
 def test_a_fallback_compiles_without_graph_breaks_and_is_reported():
-    layer = nn.MaxPool2d(2)
+    layer = nn.Conv2d(2, 2, 1, dtype=torch.complex64, device=DEVICE)
+    x = torch.randn(1, 2, 4, 4, dtype=torch.complex64, device=DEVICE)
+    expected = layer(x)
     report = tritonnn.swap(layer)
-    x = torch.arange(32, device=DEVICE).view(1, 2, 4, 4)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
-            assert torch.equal(compiled(x), nn.functional.max_pool2d(x, 2))
-    assert report.fallbacks == {"": {"dtype torch.int64": 1}}
+            torch.testing.assert_close(compiled(x), expected)
+    assert report.fallbacks == {"": {"dtype torch.complex64": 1}}
 
 
 @pytest.mark.gpu
@@ -479,6 +483,118 @@ def test_autocast_trains_with_a_gradient_scaler():
         gradients.append([p.grad for p in model.parameters()])
     assert all(g.dtype == torch.float32 for g in gradients[1])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-2, atol=5e-3)
+
+
+# Tensors that are more than strided memory
+
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=layout, device=DEVICE)
+
+
+SPECIAL_TENSORS = {
+    "nested": (lambda: nn.ReLU(), lambda: nested(torch.strided), "nested tensor"),
+    "nested, jagged": (lambda: nn.Linear(3, 2), lambda: nested(torch.jagged), "tensor of type NestedTensor"),
+    "sparse": (lambda: nn.ReLU(), lambda: (-torch.eye(3, device=DEVICE)).to_sparse(), "layout torch.sparse_coo"),
+    "complex, conv2d": (
+        lambda: nn.Conv2d(2, 3, 1, dtype=torch.complex64),
+        lambda: torch.randn(1, 2, 4, 4, dtype=torch.complex64, device=DEVICE),
+        "dtype torch.complex64",
+    ),
+    "complex, linear": (
+        lambda: nn.Linear(3, 2, dtype=torch.complex64),
+        lambda: torch.randn(4, 3, dtype=torch.complex64, device=DEVICE),
+        "dtype torch.complex64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPECIAL_TENSORS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_other_tensors_fall_back(case):
+    make, tensor, reason = SPECIAL_TENSORS[case]
+    layer, x = make().to(DEVICE), tensor()
+    expected = layer(x)
+    report = tritonnn.swap(layer)
+    actual = layer(x)
+    assert type(actual) is type(expected) and actual.layout == expected.layout
+    components = (t.unbind() if t.is_nested else (t.to_dense(),) for t in (actual, expected))
+    for a, e in zip(*components, strict=True):
+        torch.testing.assert_close(a, e)
+    assert report.fallbacks == {"": {reason: 1}}
+
+
+INTEGERS = {
+    "max_pool2d": lambda: nn.MaxPool2d(2),
+    "avg_pool2d": lambda: nn.AvgPool2d(2),
+    "adaptive_avg_pool2d": lambda: nn.AdaptiveAvgPool2d(2),
+    "batch_norm2d": lambda: nn.BatchNorm2d(2),
+}
+
+
+@pytest.mark.parametrize("case", INTEGERS)
+def test_integers_fall_back_or_are_pytorchs_error(case):
+    """PyTorch pools integers on a CPU, not on a GPU."""
+    x = torch.arange(32, device=DEVICE).view(1, 2, 4, 4)
+    layer = INTEGERS[case]().to(DEVICE)
+    twin = copy.deepcopy(layer)
+    report = tritonnn.swap(twin)
+    try:
+        expected = layer(x)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError) as caught:
+            twin(x)
+        assert str(caught.value) == str(error)
+    else:
+        assert torch.equal(twin(x), expected)
+        assert report.fallbacks == {"": {"dtype torch.int64": 1}}
+
+
+class Named(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("make", [Named, tv_tensors.Image], ids=["subclass", "tv_tensors.Image"])
+def test_subclasses_of_tensor(make):
+    pytorch, swapped = twins()
+    x = images()
+    x = x.as_subclass(Named) if make is Named else make(x)
+    expected, actual = pytorch(x), swapped(x)
+    assert type(actual) is type(expected)
+    assert_same(actual.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
+    assert not any(m.fallbacks for m in swapped if hasattr(m, "fallbacks"))
+
+
+def test_distributed_tensors_fall_back():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        layer = nn.Linear(3, 2)
+        x = torch.randn(4, 3)
+        expected = layer(x)
+        report = tritonnn.swap(distribute_module(layer, mesh))
+        assert_same(layer(distribute_tensor(x, mesh)).full_tensor(), expected)
+        assert report.fallbacks == {"": {"tensor of type DTensor": 1}}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def with_gaps() -> nn.BatchNorm2d:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(4)
+    layer.weight, layer.bias = (nn.Parameter(image(8, dtype=torch.float64)[::2]) for _ in range(2))
+    layer.running_mean, layer.running_var = (image(8, dtype=torch.float64).square()[::2] for _ in range(2))
+    return layer.to(DEVICE)
+
+
+def test_parameters_and_statistics_with_gaps():
+    pytorch, swapped = with_gaps(), with_gaps()
+    tritonnn.swap(swapped, strict=True)
+    assert not swapped.running_mean.is_contiguous() and not swapped.weight.is_contiguous()
+    x = image(3, 4, 5, 5, dtype=torch.float64)
+    for training in (True, False):
+        assert_same(swapped.train(training)(x), pytorch.train(training)(x))
+        assert_same(list(swapped.buffers()), list(pytorch.buffers()))
 
 
 # Modes of autograd, threads, processes, devices, streams

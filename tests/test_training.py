@@ -107,40 +107,40 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast"])
 def test_resnet18_trains_like_pytorch(precision):
-    """100 steps of the full ResNet18: no farther from PyTorch's curve than PyTorch's own curves from each other.
+    """100 steps of the full ResNet18: as far from float64's curve as PyTorch's own.
 
-    Those differ by nothing but rounding: the memory format, and the order of the images in a batch.
+    Those are four that differ by nothing but rounding, in the memory format and the order of the images in a batch.
+    Training amplifies a rounding exponentially, hence the factor of two over the largest of the four distances.
     """
     images, labels = digits()
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randperm(len(images), generator=generator)[:128].to(DEVICE) for _ in range(100)]
     start = ResNet18(in_channels=1).to(DEVICE)
 
-    def curve(swap: bool = False, channels_last: bool = False, reverse: bool = False) -> torch.Tensor:
-        model = copy.deepcopy(start)
+    def curve(swap: bool = False, channels_last: bool = False, reverse: bool = False, dtype=torch.float32):
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        model = copy.deepcopy(start).to(dtype=dtype, memory_format=memory_format)
         if swap:
             tritonnn.swap(model, strict=True)
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        model = model.to(memory_format=memory_format)
 
         def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
             chosen = batches[step].flip(0) if reverse else batches[step]
-            return images[chosen].contiguous(memory_format=memory_format), labels[chosen]
+            return images[chosen].to(dtype=dtype, memory_format=memory_format), labels[chosen]
 
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision != "float32"):
-            return loss_curve(model, batch, len(batches), 0.02)
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision != "float32" and dtype != torch.float64):
+            return loss_curve(model, batch, len(batches), lr=0.01)
 
-    pytorch = [curve(), curve(channels_last=True), curve(reverse=True), curve(channels_last=True, reverse=True)]
-    triton = [curve(swap=True), curve(swap=True, channels_last=True)]
-
-    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((a - b).abs().mean())
-
-    noise = max(distance(a, b) for i, a in enumerate(pytorch) for b in pytorch[:i])
-    assert pytorch[0][-10:].mean() < 0.2 * pytorch[0][:5].mean()
+    exact = curve(dtype=torch.float64)
+    layouts = [(last, reverse) for last in (False, True) for reverse in (False, True)]
+    noise = max(distance(curve(channels_last=last, reverse=reverse), exact) for last, reverse in layouts)
+    assert exact[-10:].mean() < 0.5 * exact[:5].mean()
     assert noise > 0
-    for swapped in triton:
-        assert min(distance(swapped, other) for other in pytorch) <= noise
-        assert distance(swapped, torch.stack(pytorch).mean(0)) <= 1.5 * noise
-        first = {"float32": 1e-4, "bfloat16 autocast": 2e-2}[precision]
-        torch.testing.assert_close(swapped[:3], pytorch[0][:3], rtol=first, atol=0)
+    first = {"float32": 1e-4, "bfloat16 autocast": 2e-2}[precision]
+    for channels_last in (False, True):
+        swapped = curve(swap=True, channels_last=channels_last)
+        assert distance(swapped, exact) <= 2 * noise
+        torch.testing.assert_close(swapped[:3], exact[:3], rtol=first, atol=0)
+
+
+def distance(curve: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((curve - exact).abs().mean())

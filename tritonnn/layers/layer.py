@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from ..kernels.window import output_size
 
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
 class TritonLayer:
@@ -37,23 +38,22 @@ class TritonLayer:
         return y
 
 
-def reason_to_fall_back_transform() -> str | None:
-    """Why no kernel takes any tensor now, or None: the derivatives that the kernels' operators do not have."""
+def reason_to_fall_back(
+    x: torch.Tensor, *parameters: torch.Tensor | None, dtypes: Sequence[torch.dtype] = FLOATING_POINT
+) -> str | None:
+    """Why no kernel takes these tensors now, or None: strided tensors of one device, x of a type in `dtypes`."""
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling():
         return "torch.func inside torch.compile"
-    return None
-
-
-def reason_to_fall_back(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:
-    """Why no kernel takes these tensors, or None: strided tensors of one device, x of a floating-point type."""
-    reason = reason_to_fall_back_transform()
-    if reason is not None:
-        return reason
+    for t in (x, *parameters):
+        if type(t) not in PLAIN and hasattr(t, "__tensor_flatten__"):  # such as DTensor: made of other tensors
+            return f"tensor of type {type(t).__name__}"
+    if x.is_nested:
+        return "nested tensor"
     if x.layout != torch.strided:
         return f"layout {x.layout}"
-    if x.dtype not in FLOATING_POINT:
+    if x.dtype not in dtypes:
         return f"dtype {x.dtype}"
     if any(p is not None and p.device != x.device for p in parameters):
         return "tensors on several devices"

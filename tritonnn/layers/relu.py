@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..kernels.relu import relu, relu_
-from .layer import FLOATING_POINT, TritonLayer, reason_to_fall_back_transform, recorded
+from .layer import FLOATING_POINT, TritonLayer, reason_to_fall_back, recorded
 
 SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -18,9 +18,7 @@ class TritonReLU(TritonLayer, nn.ReLU):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        reason = reason_to_fall_back_transform()
-        if reason is None and (input.layout != torch.strided or input.dtype not in SUPPORTED):
-            reason = f"layout {input.layout}, dtype {input.dtype}"
+        reason = reason_to_fall_back(input, dtypes=SUPPORTED)
         if reason is not None:
             return self._fall_back(reason, super().forward, input)
         if not self.inplace:
