@@ -17,6 +17,7 @@ from torch.distributed.tensor import distribute_module, distribute_tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
@@ -475,7 +476,7 @@ def test_autocast_trains_with_a_gradient_scaler():
     pytorch, swapped = twins(training=True, dtype=torch.float32)
     x, gradients = image(4, 3, 8, 8), []
     for model in (pytorch, swapped):
-        scaler = torch.amp.GradScaler(DEVICE.type)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
         with torch.autocast(DEVICE.type, torch.float16):
             y = model(x)
         scaler.scale(y.float().square().mean()).backward()
@@ -566,7 +567,7 @@ def test_subclasses_of_tensor(make):
 
 
 def test_distributed_tensors_fall_back():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         layer = nn.Linear(3, 2)
@@ -740,8 +741,9 @@ def test_side_stream():
     pytorch, swapped = twins(dtype=torch.float32)
     stream = torch.cuda.Stream()
     x = image(64, 3, 32, 32)
-    expected = pytorch[:7](x)
-    swapped[:7](x)
+    with torch.no_grad():
+        expected = pytorch[:7](x)
+        swapped[:7](x)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream), torch.no_grad():
         torch.cuda._sleep(500_000_000)  # some 0.3 s: kernels on another stream would run before the input is there
