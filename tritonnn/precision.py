@@ -44,7 +44,7 @@ def matmul_input_precision(x: torch.Tensor, reduction: int) -> str:
 def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers."""
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return x, *others
     dtype = torch.get_autocast_dtype(device_type)
 

@@ -98,19 +98,31 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
     for name, module in model.named_modules():
         if type(module) in _TRITON and kind_of(module) in requested:
             module.__class__ = _TRITON[type(module)]
-            module.__dict__.update(_swapped=True, strict=strict)
+            # Modules of "torch.nn" are nodes of the graphs of torch.fx, which cannot see through ours.
+            module.__dict__.update(_swapped=True, strict=strict, __module__="torch.nn")
             report.modules[name] = module
             report.swapped[name] = kind_of(module)
-        elif not isinstance(module, TritonLayer) and (not any(module.children()) or isinstance(module, tuple(_TRITON))):
+        elif not isinstance(module, (TritonLayer, nn.Sequential)) and (
+            not any(module.children()) or isinstance(module, tuple(_TRITON))
+        ):
             report.stayed[name] = _reason_to_stay(module, requested)
     return report
 
 
 def _restore(module: nn.Module) -> None:
     if module.__dict__.pop("_swapped", False):
-        module.__class__ = _TORCH[type(module)]
-        for attribute in ("strict", "_fallbacks"):
+        module.__class__ = _torch_class(type(module))
+        for attribute in ("strict", "_fallbacks", "__module__"):
             module.__dict__.pop(attribute, None)
+
+
+def _torch_class(cls: type[TritonLayer]) -> type[nn.Module]:
+    if cls in _TORCH:
+        return _TORCH[cls]
+    # Something like torch.nn.utils.parametrize has since derived a class for the module: derive it from PyTorch's.
+    bases = tuple(_torch_class(base) if issubclass(base, TritonLayer) else base for base in cls.__bases__)
+    attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__.replace("Triton", ""), bases, attributes)
 
 
 def restore(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from .arithmetic import accumulator, index_type, round_to
 from .block_sizes import PixelBlocks, pixel_blocks
 from .memory_format import empty_image, is_channels_last, pixel_strides
-from .operator import register
+from .operator import LIBRARY, each_example, register
 
 
 @triton.jit
@@ -253,6 +253,7 @@ def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def _launch_update(mean, var, running_mean, running_var, momentum, count) -> None:
+    mean, var = mean.contiguous(), var.contiguous()
     C = mean.numel()
     if not (running_mean.is_contiguous() and running_var.is_contiguous()):
         copies = running_mean.contiguous(), running_var.contiguous()
@@ -319,3 +320,13 @@ batch_norm2d_update_ = register(
     _launch_update,
     lambda *_: None,
 )
+
+
+@torch.library.register_vmap("tritonnn::batch_norm2d_update_", lib=LIBRARY)
+def _update_each_example(info, in_dims, mean, var, running_mean, running_var, *args):
+    if None in in_dims[2:4]:
+        raise RuntimeError(
+            "Batch norm got a batched tensor as input while the running_mean or running_var, which will be updated in "
+            "place, were not batched."
+        )
+    return each_example(batch_norm2d_update_)(info, in_dims, mean, var, running_mean, running_var, *args)

@@ -1,12 +1,14 @@
 """Registers launchers as PyTorch operators, `torch.ops.tritonnn.<name>`, so that autograd and compilers see them."""
 
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
 import triton
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
+INTERPRETER = threading.RLock()  # Triton's interpreter replaces the functions of triton.language while a kernel runs
 
 
 def _on_current_device(launch: Callable) -> Callable:
@@ -32,9 +34,43 @@ def _in_interpreter(launch: Callable) -> Callable:
                 "tritonnn: CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before tritonnn is imported, "
                 "or move the module and its input to a GPU"
             )
-        return launch(x, *args)
+        with INTERPRETER:
+            return launch(x, *args)
 
     return checked
+
+
+def each_example(op: Callable) -> Callable:
+    """The rule of torch.vmap for op: one call an example."""
+
+    def rule(info, in_dims, *args):
+        examples = [
+            op(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        if examples[0] is None:  # an operator in place
+            return None, None
+        if not isinstance(examples[0], tuple):
+            return torch.stack(examples), 0
+        return tuple(torch.stack(outputs) for outputs in zip(*examples)), (0,) * len(examples[0])
+
+    return rule
+
+
+def _differentiable_by_transforms(op: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """op, also under the transforms of torch.func, which do not see what `register_autograd` registers."""
+
+    class Transformable(torch.autograd.Function):
+        generate_vmap_rule = True
+
+    Transformable.forward = staticmethod(lambda *args: op(*args))
+    Transformable.setup_context = staticmethod(setup_context)
+    Transformable.backward = staticmethod(backward)
+
+    def call(*args):
+        return Transformable.apply(*args) if torch._C._are_functorch_transforms_active() else op(*args)
+
+    return call
 
 
 def register(
@@ -47,13 +83,16 @@ def register(
     """Defines the operator `schema` and returns what calls it.
 
     `launch` computes it with a Triton kernel, `fake` allocates its outputs only; `setup_context` and `backward` are
-    those of `torch.library.register_autograd`.
+    those of `torch.library.register_autograd`, which are also those of a `torch.autograd.Function`.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, _on_current_device(launch), "CUDA")
     LIBRARY.impl(name, _in_interpreter(launch), "CPU")
     torch.library.register_fake(f"tritonnn::{name}", fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"tritonnn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.tritonnn, name).default
+    op = getattr(torch.ops.tritonnn, name).default
+    if backward is None:
+        return op
+    torch.library.register_vmap(f"tritonnn::{name}", each_example(op), lib=LIBRARY)
+    torch.library.register_autograd(f"tritonnn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    return _differentiable_by_transforms(op, setup_context, backward)

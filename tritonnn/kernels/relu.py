@@ -65,5 +65,5 @@ relu_ = register("relu_(Tensor(a!) x) -> ()", _launch_in_place, lambda x: None)
 
 @torch.library.register_vmap("tritonnn::relu_", lib=LIBRARY)
 def _relu_in_place_batched(info, in_dims, x) -> tuple[None, None]:
-    x.copy_(relu(x))  # the batch may have gaps or repeats that an example does not show
+    x.copy_(torch.ops.tritonnn.relu(x))  # the batch may have gaps or repeats that an example does not show
     return None, None

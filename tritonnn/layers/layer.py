@@ -4,38 +4,56 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from ..kernels.window import output_size
 
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
 class TritonLayer:
     """Mixed into a torch.nn class. `strict`: an error where the layer would fall back to PyTorch's op.
 
-    `fallbacks` counts the calls that did, by reason.
+    `fallbacks` counts the calls that did, by reason; those in compiled code once.
     """
 
     strict: bool = False
 
     @property
     def fallbacks(self) -> Counter[str]:
-        return self.__dict__.setdefault("_fallbacks", Counter())
+        if "_fallbacks" not in self.__dict__:
+            self._fallbacks = Counter()
+        return self._fallbacks
 
     def _fall_back(self, reason: str, op: Callable, *args) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """op(*args), PyTorch's own, which also raises PyTorch's own error where the input is at fault."""
         y = op(*args)
         if self.strict:
             raise RuntimeError(f"{type(self).__name__}(strict=True) has no kernel for this call: {reason}")
-        self.fallbacks[reason] += 1
+        if torch.compiler.is_compiling():  # a number that changes with every call would be compiled anew every time
+            self.fallbacks.setdefault(reason, 1)
+        else:
+            self.fallbacks[reason] += 1
         return y
 
 
-def reason_to_fall_back(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:
-    """Why no kernel takes these tensors, or None: strided tensors of one device, x of a floating-point type."""
+def reason_to_fall_back(
+    x: torch.Tensor, *parameters: torch.Tensor | None, dtypes: Sequence[torch.dtype] = FLOATING_POINT
+) -> str | None:
+    """Why no kernel takes these tensors now, or None: strided tensors of one device, x of a type in `dtypes`."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling():
+        return "torch.func inside torch.compile"
+    for t in (x, *parameters):
+        if type(t) not in PLAIN and hasattr(t, "__tensor_flatten__"):  # such as DTensor: made of other tensors
+            return f"tensor of type {type(t).__name__}"
+    if x.is_nested:
+        return "nested tensor"
     if x.layout != torch.strided:
         return f"layout {x.layout}"
-    if x.dtype not in FLOATING_POINT:
+    if x.dtype not in dtypes:
         return f"dtype {x.dtype}"
     if any(p is not None and p.device != x.device for p in parameters):
         return "tensors on several devices"
@@ -47,6 +65,11 @@ def reason_to_fall_back_image(x: torch.Tensor, *parameters: torch.Tensor | None)
     if x.dim() not in (3, 4):
         return f"{x.dim()} dimensions"
     return reason_to_fall_back(x, *parameters)
+
+
+def recorded(x: torch.Tensor) -> bool:
+    """Whether autograd records what is computed from x; for `torch.jit.trace` always: a trace serves both cases."""
+    return (torch.is_grad_enabled() and x.requires_grad) or torch.jit.is_tracing()
 
 
 def pair(sizes: int | Sequence[int]) -> tuple[int, int] | None:

@@ -1,5 +1,7 @@
 """torch.nn.Linear on Triton."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -26,4 +28,4 @@ class TritonLinear(TritonLayer, nn.Linear):
         if reason is not None:
             return self._fall_back(reason, super().forward, input)
         *leading, features = x.shape
-        return linear(x.reshape(torch.Size(leading).numel(), features), weight, bias).view(*leading, weight.shape[0])
+        return linear(x.reshape(math.prod(leading), features), weight, bias).view(*leading, weight.shape[0])

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..kernels.max_pool2d import max_pool2d
-from .layer import TritonLayer, batched, pair, reason_to_fall_back_image, windows_fit
+from .layer import TritonLayer, batched, pair, reason_to_fall_back_image, recorded, windows_fit
 
 
 class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
@@ -23,7 +23,7 @@ class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
         if reason is not None:
             return self._fall_back(reason, super().forward, input)
         x = input if input.dim() == 4 else input.contiguous()
-        wants_indices = self.return_indices or (torch.is_grad_enabled() and x.requires_grad)
+        wants_indices = self.return_indices or recorded(x)
         y, indices = batched(max_pool2d, x, kernel_size, stride, padding, dilation, self.ceil_mode, wants_indices)
         return (y, indices) if self.return_indices else y
 

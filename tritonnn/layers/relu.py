@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..kernels.relu import relu, relu_
-from .layer import FLOATING_POINT, TritonLayer
+from .layer import FLOATING_POINT, TritonLayer, reason_to_fall_back, recorded
 
 SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -18,12 +18,12 @@ class TritonReLU(TritonLayer, nn.ReLU):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.layout != torch.strided or input.dtype not in SUPPORTED:
-            return self._fall_back(f"layout {input.layout}, dtype {input.dtype}", super().forward, input)
+        reason = reason_to_fall_back(input, dtypes=SUPPORTED)
+        if reason is not None:
+            return self._fall_back(reason, super().forward, input)
         if not self.inplace:
             return relu(input)
-        recorded = torch.is_grad_enabled() and input.requires_grad
-        if recorded or not _is_dense(input):
+        if recorded(input) or not _is_dense(input):
             return input.copy_(relu(input))
         relu_(input)
         if not input.is_inference():
