@@ -336,6 +336,8 @@ SECTIONS: dict[str, list[Row]] = {
             f"{ECOSYSTEM}::test_symbolic_trace_keeps_the_layers_as_nodes",
             note="of swapped layers; layers built as Triton layers need a Tracer whose leaves they are",
         ),
+        row("torchvision's `create_feature_extractor`", YES, f"{ECOSYSTEM}::test_feature_extractor_of_torchvision"),
+        row("`FlopCounterMode`", YES, f"{ECOSYSTEM}::test_flop_counter"),
         row("`torch.jit.trace`", YES, f"{ECOSYSTEM}::test_jit_trace"),
         row("`torch.jit.script`", NO, f"{ECOSYSTEM}::test_jit_script_needs_pytorchs_layers", note="restore first"),
         row("`torch.library.opcheck` of every operator", YES, f"{OPERATORS}::test_opcheck"),

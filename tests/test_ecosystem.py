@@ -19,7 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import tritonnn
 from lit_modules.resnet import ResNet18
@@ -321,6 +323,24 @@ def test_jit_script_needs_pytorchs_layers():
     tritonnn.restore(swapped)
     x = images()
     assert_same(torch.jit.script(swapped)(x), pytorch(x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_flop_counter(training):
+    flops = []
+    for model in twins(training):
+        with FlopCounterMode(display=False) as counter:
+            model(images()).sum().backward()
+        flops.append(counter.get_flop_counts()["Global"].values())
+    assert sum(flops[0]) > 0
+    assert sorted(flops[1]) == sorted(flops[0])
+
+
+def test_feature_extractor_of_torchvision():
+    pytorch, swapped = twins()
+    x = images()
+    expected, actual = (create_feature_extractor(model, ["0", "3", "7"])(x) for model in (pytorch, swapped))
+    assert_same(actual, expected)
 
 
 # Transforms of torch.func, forward mode
