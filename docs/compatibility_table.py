@@ -22,6 +22,7 @@ def row(feature: str, status: str, *tests: str, note: str = "") -> Row:
 CONV, NORM, LINEAR, RELU = "test_conv2d", "test_batch_norm2d", "test_linear", "test_relu"
 MAX, AVG, SUITES, OPERATORS = "test_max_pool2d", "test_avg_pool2d", "test_pytorch_suites", "test_operators"
 SWAP, ECOSYSTEM, TRAINING, NETWORKS = "test_swap", "test_ecosystem", "test_training", "test_networks"
+LARGE, PRECISION, FORMS, FUSION = "test_large_tensors", "test_precision", "test_conv2d_forms", "test_fusion"
 
 SECTIONS: dict[str, list[Row]] = {
     "Conv2d": [
@@ -61,8 +62,12 @@ SECTIONS: dict[str, list[Row]] = {
         row("float16, bfloat16, float32, float64", YES, f"{CONV}::test_types"),
         row("complex", FALLS_BACK, f"{ECOSYSTEM}::test_other_tensors_fall_back[complex, conv2d]"),
         row("padding times an infinite weight is NaN", YES, f"{CONV}::test_padding_meets_infinite_weight"),
-        row("more than 2^31 elements", YES, f"{CONV}::test_image_larger_than_int32_offsets"),
-        row("errors", YES, f"{CONV}::test_errors_are_pytorchs", f"{SUITES}::test_error_inputs[nn.functional.conv2d]"),
+        row(
+            "errors",
+            YES,
+            f"{CONV}::test_errors_are_pytorchs",
+            f"{SUITES}::test_function_error_inputs[nn.functional.conv2d]",
+        ),
         row(
             "PyTorch's own samples",
             YES,
@@ -98,7 +103,10 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         row("a large mean loses no digits", YES, f"{NORM}::test_large_mean_loses_no_digits"),
         row(
-            "errors", YES, f"{NORM}::test_errors_are_pytorchs", f"{SUITES}::test_error_inputs[nn.functional.batch_norm]"
+            "errors",
+            YES,
+            f"{NORM}::test_errors_are_pytorchs",
+            f"{SUITES}::test_function_error_inputs[nn.functional.batch_norm]",
         ),
         row(
             "PyTorch's own samples",
@@ -114,7 +122,12 @@ SECTIONS: dict[str, list[Row]] = {
         row("any strides", YES, f"{LINEAR}::test_any_strides"),
         row("float16, bfloat16, float32, float64", YES, f"{LINEAR}::test_types"),
         row("complex", FALLS_BACK, f"{ECOSYSTEM}::test_other_tensors_fall_back[complex, linear]"),
-        row("errors", YES, f"{LINEAR}::test_error_is_pytorchs", f"{SUITES}::test_error_inputs[nn.functional.linear]"),
+        row(
+            "errors",
+            YES,
+            f"{LINEAR}::test_error_is_pytorchs",
+            f"{SUITES}::test_function_error_inputs[nn.functional.linear]",
+        ),
         row(
             "PyTorch's own samples",
             YES,
@@ -152,7 +165,10 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         row("ties, NaN, infinities", YES, f"{MAX}::test_which_of_a_window_wins"),
         row(
-            "errors", YES, f"{MAX}::test_errors_are_pytorchs", f"{SUITES}::test_error_inputs[nn.functional.max_pool2d]"
+            "errors",
+            YES,
+            f"{MAX}::test_errors_are_pytorchs",
+            f"{SUITES}::test_function_error_inputs[nn.functional.max_pool2d]",
         ),
         row(
             "PyTorch's own samples",
@@ -201,7 +217,10 @@ SECTIONS: dict[str, list[Row]] = {
         ),
         row("NaN and infinity stay in their windows", YES, f"{AVG}::test_nan_and_infinity_stay_in_their_windows"),
         row(
-            "errors", YES, f"{AVG}::test_errors_are_pytorchs", f"{SUITES}::test_error_inputs[nn.functional.avg_pool2d]"
+            "errors",
+            YES,
+            f"{AVG}::test_errors_are_pytorchs",
+            f"{SUITES}::test_function_error_inputs[nn.functional.avg_pool2d]",
         ),
         row(
             "PyTorch's own samples",
@@ -219,7 +238,12 @@ SECTIONS: dict[str, list[Row]] = {
         row("any shape and strides", YES, f"{RELU}::test_any_shape_and_strides"),
         row("float16, bfloat16, float32, float64", YES, f"{RELU}::test_types"),
         row("integers", YES, f"{RELU}::test_integers"),
-        row("NaN, infinities, denormals", YES, f"{RELU}::test_special_values"),
+        row(
+            "NaN, infinities, denormals",
+            YES,
+            f"{RELU}::test_nan_infinity_and_zeros_of_both_signs",
+            f"{RELU}::test_denormals",
+        ),
         row("a result saved for backward is protected", YES, f"{RELU}::test_saved_tensor_is_protected_from_inplace"),
         row("errors: bool, complex", YES, f"{RELU}::test_errors_are_pytorchs"),
         row(
@@ -227,6 +251,39 @@ SECTIONS: dict[str, list[Row]] = {
             YES,
             f"{SUITES}::test_module_samples[ReLU]",
             f"{SUITES}::test_function_samples[nn.functional.relu]",
+        ),
+    ],
+    "Large tensors": [
+        row(
+            "more than 2^31 elements in and out",
+            YES,
+            f"{LARGE}::test_batch_of_more_than_int32_elements",
+            f"{LARGE}::test_image_of_more_than_int32_pixels",
+            f"{LARGE}::test_linear_of_more_than_int32_elements",
+        ),
+        row(
+            "offsets beyond 2^31 by stride or storage alone",
+            YES,
+            f"{LARGE}::test_strides_past_int32",
+            f"{LARGE}::test_storage_offset_past_int32",
+        ),
+        row("more than 65,535 images, rows, columns, channels", YES, f"{LARGE}::test_more_than_65535"),
+    ],
+    "Precision": [
+        row("no larger an error than PyTorch's", YES, f"{PRECISION}::test_no_less_precise_than_pytorch"),
+        row("every form of the convolution, every image", YES, f"{FORMS}::test_every_image"),
+        row("the same bits every time", YES, f"{FORMS}::test_every_image"),
+        row(
+            "infinity, NaN and huge operands in strict float32",
+            YES,
+            f"{PRECISION}::test_strict_float32_keeps_special_values",
+            f"{PRECISION}::test_strict_float32_sums_of_infinities",
+        ),
+        row(
+            "TF32 rounds to nearest, without a bias",
+            YES,
+            f"{PRECISION}::test_tf32_rounds_to_nearest",
+            f"{PRECISION}::test_tf32_is_unbiased",
         ),
     ],
     "Swapping": [

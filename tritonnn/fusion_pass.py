@@ -89,6 +89,7 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
         elif node.op == "get_attr":
             modules[node.target] = operator.attrgetter(node.target)(root)
     _round_ahead(graph, modules)
+    _drop_signs_of_zeros(graph, modules)
     return fx.GraphModule(modules, graph, type(root).__name__).eval()
 
 
@@ -283,6 +284,18 @@ def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
             source = source.all_input_nodes[0]
         modules[node.target].rounded_input = fused(source) and source in only_convolved
         modules[node.target].round_output = node in only_convolved
+
+
+def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Max pools whose every input comes out of a ReLU see no -0.0."""
+
+    def after_relu(node: fx.Node) -> bool:
+        source = modules.get(node.all_input_nodes[0].target) if node.all_input_nodes[0].op == "call_module" else None
+        return getattr(source, "relu", False) is True or kind_of(source) == "relu"
+
+    pools = [n for n in graph.nodes if n.op == "call_module" and kind_of(modules[n.target]) == "max_pool2d"]
+    for node in pools:
+        modules[node.target].signed_zeros = not all(after_relu(n) for n in pools if n.target == node.target)
 
 
 def _describe(chain: _Chain, traced: PureGraph) -> str:

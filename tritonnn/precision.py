@@ -16,8 +16,7 @@ def _input_precision(x: torch.Tensor, reduction: int, allow_tf32: bool) -> str:
     half the time of cuDNN's float32 and mostly a third of its error. Short sums wait for memory rather than for the
     tensor cores, and cuDNN often computes them in float32 although TF32 is allowed: they never use it here.
 
-    Infinities and NaN come out as in float32. An operand beyond +-2^128 (1 - 2^-12), the last 4,096th of the range,
-    rounds to an infinite TF32, so that its products are infinite or NaN; one below 2^-126 may count as zero.
+    Infinities, NaN and huge operands come out as in float32; an operand below 2^-126 may count as zero.
     """
     if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip:
         return "ieee"

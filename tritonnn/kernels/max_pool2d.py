@@ -4,7 +4,8 @@
         x[n, c, p*stride_h + r*dilation_h - padding_h, q*stride_w + s*dilation_w - padding_w]
 
 x: [N, C, H, W], any strides; y and, where asked for, int64 indices h*W + w: [N, C, P, Q], channels_last where x is. As
-in PyTorch the first of equal maxima wins, and a NaN, the last one, wins over everything.
+in PyTorch the first of equal maxima wins, and a NaN, the last one, wins over everything. Without `signed_zeros` a zero
+may come out with the sign of another zero of its window, which is faster.
 """
 
 import torch
@@ -45,6 +46,7 @@ def max_pool2d_forward_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     RETURN_INDICES: tl.constexpr,
+    SIGNED_ZEROS: tl.constexpr,
     INDEX_0_OF_INFINITIES: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
@@ -71,7 +73,7 @@ def max_pool2d_forward_kernel(
         h = tl.where(h_first < 0, h_first + (DILATION_H - 1 - h_first) // DILATION_H * DILATION_H, h_first)
         w = tl.where(w_first < 0, w_first + (DILATION_W - 1 - w_first) // DILATION_W * DILATION_W, w_first)
         best_index = tl.broadcast_to((h.to(tl.int64) * W + w)[:, None], (BLOCK_M, BLOCK_C))
-    for tap in range(R * S):
+    for tap in tl.range(R * S, loop_unroll_factor=R * S if R * S <= 16 else 1):  # unrolled, loads do not wait
         h = h_first + tap // S * DILATION_H
         w = w_first + tap % S * DILATION_W
         inside = (mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & mask_c[None, :]
@@ -80,8 +82,11 @@ def max_pool2d_forward_kernel(
             mask=inside,
             other=float("-inf"),
         ).to(ACC)
-        better = (x > best) | (x != x)
-        best = tl.where(better, x, best)
+        if RETURN_INDICES or SIGNED_ZEROS:
+            better = (x > best) | (x != x)
+            best = tl.where(better, x, best)
+        else:
+            best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
         if RETURN_INDICES:
             best_index = tl.where(better, (h.to(tl.int64) * W + w)[:, None], best_index)
 
@@ -92,7 +97,9 @@ def max_pool2d_forward_kernel(
         tl.store(indices_ptr + y_offs, best_index, mask=mask)
 
 
-def _outputs(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(
+    x, kernel_size, stride, padding, dilation, ceil_mode, return_indices, signed_zeros=True
+) -> tuple[torch.Tensor, torch.Tensor]:
     N, C, H, W = x.shape
     P = output_size(H, kernel_size[0], stride[0], padding[0], dilation[0], ceil_mode)
     Q = output_size(W, kernel_size[1], stride[1], padding[1], dilation[1], ceil_mode)
@@ -103,7 +110,9 @@ def _outputs(x, kernel_size, stride, padding, dilation, ceil_mode, return_indice
     return y, empty_image((N, C, P, Q), x, channels_last, torch.int64)
 
 
-def _launch(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices) -> tuple[torch.Tensor, torch.Tensor]:
+def _launch(
+    x, kernel_size, stride, padding, dilation, ceil_mode, return_indices, signed_zeros=True
+) -> tuple[torch.Tensor, torch.Tensor]:
     y, indices = _outputs(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     if y.numel() == 0:
         return y, indices
@@ -130,6 +139,7 @@ def _launch(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         *padding,
         *dilation,
         RETURN_INDICES=return_indices,
+        SIGNED_ZEROS=signed_zeros,
         INDEX_0_OF_INFINITIES=return_indices and channels_last and x.device.type == "cuda",  # as PyTorch's kernel there
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
@@ -139,7 +149,7 @@ def _launch(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, *ctx.arguments, return_indices = inputs
+    x, *ctx.arguments, return_indices, _ = inputs
     indices = output[1]
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(x, indices if return_indices else None)
@@ -150,12 +160,12 @@ def _backward(ctx, grad_y, _):
     if indices is None:
         indices = max_pool2d(x, *ctx.arguments, True)[1]
     grad_x = torch.ops.aten.max_pool2d_with_indices_backward(grad_y, x, *ctx.arguments, indices)
-    return grad_x, None, None, None, None, None, None
+    return grad_x, *[None] * 7
 
 
 max_pool2d = register(
     "max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, "
-    "bool return_indices) -> (Tensor, Tensor)",
+    "bool return_indices, bool signed_zeros=True) -> (Tensor, Tensor)",
     _launch,
     _outputs,
     _setup_context,

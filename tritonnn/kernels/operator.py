@@ -8,6 +8,7 @@ import torch
 import triton
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
+PLAIN = (torch.Tensor, torch.nn.Parameter, type(None), tuple, int, float, bool, str)
 INTERPRETER = threading.RLock()  # Triton's interpreter replaces the functions of triton.language while a kernel runs
 
 
@@ -58,7 +59,7 @@ def each_example(op: Callable) -> Callable:
 
 
 def _differentiable_by_transforms(op: Callable, setup_context: Callable, backward: Callable) -> Callable:
-    """op, also under the transforms of torch.func, which do not see what `register_autograd` registers."""
+    """op under the transforms of torch.func, which do not see what `register_autograd` registers."""
 
     class Transformable(torch.autograd.Function):
         generate_vmap_rule = True
@@ -66,9 +67,29 @@ def _differentiable_by_transforms(op: Callable, setup_context: Callable, backwar
     Transformable.forward = staticmethod(lambda *args: op(*args))
     Transformable.setup_context = staticmethod(setup_context)
     Transformable.backward = staticmethod(backward)
+    return Transformable.apply
 
-    def call(*args):
-        return Transformable.apply(*args) if torch._C._are_functorch_transforms_active() else op(*args)
+
+def _shortest_way(direct: dict[str, Callable], op: Callable, transformed: Callable) -> Callable:
+    """Calls `direct` where nobody watches, which saves the time of PyTorch's dispatcher; `op` where somebody may.
+
+    Watchers are autograd, compilers, tracers, the transforms of torch.func (which call `transformed`), and modes and
+    subclasses of tensors that see the operators called.
+    """
+
+    def call(x: torch.Tensor, *args):
+        if torch._C._are_functorch_transforms_active():
+            return transformed(x, *args)
+        watched = (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or torch.jit.is_tracing()
+            or x.device.type not in direct
+            or not all(type(t) in PLAIN for t in (x, *args))
+        )
+        return op(x, *args) if watched else direct[x.device.type](x, *args)
 
     return call
 
@@ -91,8 +112,11 @@ def register(
     LIBRARY.impl(name, _in_interpreter(launch), "CPU")
     torch.library.register_fake(f"tritonnn::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.tritonnn, name).default
-    if backward is None:
+    if "(a!" in schema:  # only the dispatcher counts that a tensor was overwritten
         return op
+    direct = {"cuda": _on_current_device(launch), "cpu": _in_interpreter(launch)}
+    if backward is None:
+        return _shortest_way(direct, op, op)
     torch.library.register_vmap(f"tritonnn::{name}", each_example(op), lib=LIBRARY)
     torch.library.register_autograd(f"tritonnn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return _differentiable_by_transforms(op, setup_context, backward)
+    return _shortest_way(direct, op, _differentiable_by_transforms(op, setup_context, backward))

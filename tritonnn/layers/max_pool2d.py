@@ -12,7 +12,11 @@ class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
 
     Shapes: [N, C, H, W] or [C, H, W] to [N, C, P, Q] or [C, P, Q]; floating-point types. Falls back to PyTorch for
     others. https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html
+
+    `signed_zeros` False, for inputs without -0.0, is faster.
     """
+
+    signed_zeros: bool = True
 
     def forward(self, input: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         kernel_size, stride = pair(self.kernel_size), pair(self.kernel_size if self.stride == () else self.stride)
@@ -24,7 +28,8 @@ class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
             return self._fall_back(reason, super().forward, input)
         x = input if input.dim() == 4 else input.contiguous()
         wants_indices = self.return_indices or recorded(x)
-        y, indices = batched(max_pool2d, x, kernel_size, stride, padding, dilation, self.ceil_mode, wants_indices)
+        window = kernel_size, stride, padding, dilation, self.ceil_mode
+        y, indices = batched(max_pool2d, x, *window, wants_indices, self.signed_zeros)
         return (y, indices) if self.return_indices else y
 
 
