@@ -311,6 +311,7 @@ def test_swapped_networks_tell_what_fell_back(setup: Setup):
     assert call.note == "fell back to PyTorch: stem.conv"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter, which a GPU excludes")
 @pytest.mark.parametrize("name", ["fused", "fused-graph-in-place"])
 def test_fused_networks_are_right_or_not_there(setup: Setup, name: str):
     def check(y: torch.Tensor) -> Measured:
@@ -617,7 +618,7 @@ class TestOnAGpu:
         names = [name for name in peers.PEERS if not name.startswith("compile")]
         with flags("bf16"):
             result = measure.network_result(Case("cifar", "bf16", 8), torch.device("cuda"), names, print, budget_s=0.2)
-        assert {found.status for found in result.peers.values()} <= {OK, MISSING}
+        assert {name: f.note for name, f in result.peers.items() if f.status not in (OK, MISSING)} == {}
         assert all(found.timing for found in result.peers.values() if found.status == OK)
 
     def test_layers(self):

@@ -600,24 +600,6 @@ def test_distributed_tensors_fall_back():
         torch.distributed.destroy_process_group()
 
 
-def with_gaps() -> nn.BatchNorm2d:
-    torch.manual_seed(0)
-    layer = nn.BatchNorm2d(4)
-    layer.weight, layer.bias = (nn.Parameter(image(8, dtype=torch.float64)[::2]) for _ in range(2))
-    layer.running_mean, layer.running_var = (image(8, dtype=torch.float64).square()[::2] for _ in range(2))
-    return layer.to(DEVICE)
-
-
-def test_parameters_and_statistics_with_gaps():
-    pytorch, swapped = with_gaps(), with_gaps()
-    tritonnn.swap(swapped, strict=True)
-    assert not swapped.running_mean.is_contiguous() and not swapped.weight.is_contiguous()
-    x = image(3, 4, 5, 5, dtype=torch.float64)
-    for training in (True, False):
-        assert_same(swapped.train(training)(x), pytorch.train(training)(x))
-        assert_same(list(swapped.buffers()), list(pytorch.buffers()))
-
-
 # Modes of autograd, threads, processes, devices, streams
 
 

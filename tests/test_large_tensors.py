@@ -98,6 +98,10 @@ def test_more_than_65535(name, case):
     # Float64, because the interpreter sums the 140,000 values of batch norm one after the other.
     x = image(*MANY_SHAPES[case], dtype=torch.float64)
     layer = LAYERS[name](x.shape[1]) if name != "adaptive_avg_pool2d" else nn.AdaptiveAvgPool2d((None, None))
+    if name == "adaptive_avg_pool2d":  # PyTorch 2.11 leaves most of so many rows or columns alone on a GPU
+        tritonnn.swap(layer, strict=True)
+        assert torch.equal(layer(x), x)
+        return
     assert_same_layer(layer, x, gradients=False)
 
 

@@ -72,4 +72,4 @@ def test_torchvision_network_in_small(name, training, size):
 
 def test_coverage_page_is_what_its_command_writes():
     docs = Path(__file__).parent.parent / "docs"
-    assert (docs / "coverage.md").read_text() == runpy.run_path(str(docs / "coverage.py"))["page"]()
+    assert (docs / "coverage.md").read_text() == runpy.run_path(str(docs / "network_coverage.py"))["page"]()

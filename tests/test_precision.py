@@ -206,7 +206,8 @@ def test_switches_for_convolution_and_matmul_are_two(flag, monkeypatch):
     expected = "tf32" if flag == "tf32" else "tf32x3"
     assert precision.convolution_input_precision(cuda, 576) == expected
     assert precision.matmul_input_precision(cuda, 576) == "tf32x3"
-    assert precision.convolution_input_precision(cuda, 27) == "tf32x3"
+    assert precision.convolution_input_precision(cuda, 64) == "tf32x3"
+    assert precision.convolution_input_precision(cuda, 27) == "ieee"
     assert precision.convolution_input_precision(x, 576) == "ieee"
     torch.backends.cuda.matmul.fp32_precision = flag
     assert precision.matmul_input_precision(cuda, 576) == expected

@@ -36,8 +36,10 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def start(*args: str) -> subprocess.Popen:
+    """train.py on CPUs, with kernels in Triton's interpreter."""
     command = [sys.executable, str(ROOT / "train.py"), *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def metrics(version: int = 0, data: str = "digits") -> list[dict[str, str]]:

@@ -132,14 +132,14 @@ def test_resnet18_trains_like_pytorch(precision):
 
     exact = curve(dtype=torch.float64)
     layouts = [(last, reverse) for last in (False, True) for reverse in (False, True)]
-    noise = max(distance(curve(channels_last=last, reverse=reverse), exact) for last, reverse in layouts)
+    curves = [curve(channels_last=last, reverse=reverse) for last, reverse in layouts]
+    noise, first_noise = (max(distance(c[:steps], exact[:steps]) for c in curves) for steps in (None, 3))
     assert exact[-10:].mean() < 0.5 * exact[:5].mean()
     assert noise > 0
-    first = {"float32": 1e-4, "bfloat16 autocast": 2e-2}[precision]
     for channels_last in (False, True):
         swapped = curve(swap=True, channels_last=channels_last)
         assert distance(swapped, exact) <= 2 * noise
-        torch.testing.assert_close(swapped[:3], exact[:3], rtol=first, atol=0)
+        assert distance(swapped[:3], exact[:3]) <= 2 * first_noise
 
 
 def distance(curve: torch.Tensor, exact: torch.Tensor) -> float:

@@ -34,15 +34,32 @@ def split_to_tf32(x):
 
 
 @triton.jit
-def dot_of_split(x, weight, rest):
-    """x @ weight.T in float32 accuracy, as three products in TF32; weight and rest are split, x [M, K] is not.
+def add(a, b):
+    """a + b in float32, which the compiler does not merge with the product that b comes from."""
+    return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float32, is_pure=True, pack=1)
 
-    The sums of a tensor core are truncated, not rounded: keep K short and add its results up outside.
+
+@triton.jit
+def add_rounded_dot(x, weight, acc):
+    """acc + x @ weight in TF32, x rounded in registers.
+
+    Triton 3.6 lets a product go on while the next step's x is loaded, into the registers that it reads if x was
+    computed there: silent errors of 1e-2 on an H200. An addition that it sees nothing of makes it wait.
+    """
+    return add(acc, tl.dot(round_to_tf32(x), weight, input_precision="tf32"))
+
+
+@triton.jit
+def add_split_dot(x, weight, rest, acc):
+    """acc + x @ weight in float32 accuracy, as three products in TF32; weight and rest are split, x [M, K] is not.
+
+    The sums of a tensor core are truncated, not rounded: K is to be short. The addition is outside also for the reason
+    of `add_rounded_dot`.
     """
     high, low = split_to_tf32(x)
-    products = tl.dot(low, weight.T, input_precision="tf32")
-    products = tl.dot(high, rest.T, products, input_precision="tf32")
-    return tl.dot(high, weight.T, products, input_precision="tf32")
+    products = tl.dot(low, weight, input_precision="tf32")
+    products = tl.dot(high, rest, products, input_precision="tf32")
+    return add(acc, tl.dot(high, weight, products, input_precision="tf32"))
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
     y[n, c, p, q] = (sum of x[n, c, h, w] over the window inside x) / divisor
 
-x: [N, C, H, W], any strides; y: [N, C, P, Q], channels_last where x is. Sums in float32 (float64 for float64).
+x: [N, C, H, W], any strides; y: [N, C, P, Q], channels_last where x is. Sums in float32 (float64 for float64 and
+for adaptive windows of float32, which may be large).
 """
 
 import torch
@@ -132,7 +133,7 @@ def _run(x, y, kernel_size, stride, padding, adaptive, count_include_pad, diviso
         ADAPTIVE=adaptive,
         COUNT_INCLUDE_PAD=count_include_pad,
         DIVISOR_OVERRIDE=divisor_override or 0,
-        ACC=accumulator(x.dtype),
+        ACC=tl.float64 if adaptive and x.dtype == torch.float32 else accumulator(x.dtype),
         INDEX=index_type(largest_index),
         **blocks._asdict(),
     )

@@ -87,7 +87,10 @@ def batch_norm2d_partial_statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns STEPS blocks of pixels x BLOCK_C channels; partial is [3, SPLITS, C]: count, mean, M2."""
+    """One program owns STEPS blocks of pixels x BLOCK_C channels; partial is [3, SPLITS, C]: count, mean, M2.
+
+    What many lanes contribute to is added up in float64.
+    """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     split = pid // blocks_c
@@ -106,7 +109,7 @@ def batch_norm2d_partial_statistics_kernel(
         delta = tl.where(mask, x - mean, 0)
         mean += delta / tl.maximum(count, 1)
         m2 += delta * (x - mean)
-    count, mean, m2 = combine(count, mean, m2)
+    count, mean, m2 = combine(count.to(tl.float64), mean.to(tl.float64), m2.to(tl.float64))
     tl.store(partial_ptr + split.to(tl.int64) * C + c, count, mask=mask_c)
     tl.store(partial_ptr + (SPLITS + split.to(tl.int64)) * C + c, mean, mask=mask_c)
     tl.store(partial_ptr + (2 * SPLITS + split.to(tl.int64)) * C + c, m2, mask=mask_c)
@@ -221,7 +224,7 @@ def _statistics(x) -> tuple[torch.Tensor, torch.Tensor]:
     splits = triton.cdiv(blocks_m, steps)
     acc = accumulator(x.dtype)
     dtype = _statistics_dtype(x)
-    partial = torch.empty(3, splits, C, dtype=dtype, device=x.device)
+    partial = torch.empty(3, splits, C, dtype=torch.float64, device=x.device)
     mean, var = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(2))
     batch_norm2d_partial_statistics_kernel[(splits * blocks_c,)](
         x,

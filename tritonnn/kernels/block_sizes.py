@@ -13,7 +13,7 @@ import triton
 INTERPRETER_TILE = 2**18
 MULTIPROCESSORS = 132
 FLUSH_STEPS = 8
-"""Steps of a float32 product whose results are added up apart before they join the sum (see `dot_of_split`)."""
+"""Steps of a float32 product whose results are added up apart before they join the sum (see `add_split_dot`)."""
 
 
 class PixelBlocks(NamedTuple):
@@ -96,19 +96,17 @@ def gemm_blocks(m: int, n: int, k: int, element_size: int, input_precision: str)
     block_k = _power_of_2(k, 16, 128 // element_size)  # 128 bytes: one line of shared memory
     if element_size == 8:
         return GemmBlocks(_power_of_2(m, 16, 64), _power_of_2(n, 16, 32), block_k, 4, 2)
-    block_m = _power_of_2(m, 16, 64 if input_precision == "tf32x3" else 128)
-    block_n = _power_of_2(n, 16, 128)
-    if input_precision == "tf32x3":
-        block_n = min(block_n, 64)
+    block_m = _power_of_2(m, 16, 128 if element_size == 2 else 64)
+    block_n = _power_of_2(n, 16, 128 if input_precision != "tf32x3" else 64)
     while block_m > 16 and triton.cdiv(m, block_m) * triton.cdiv(n, block_n) < 3 * MULTIPROCESSORS // 4:
         block_m //= 2
-    return GemmBlocks(block_m, block_n, block_k, 4, 4 if input_precision == "tf32" and block_n == 128 else 3)
+    return GemmBlocks(block_m, block_n, block_k, 4, 3)
 
 
 def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitBlocks | None:
     """For so few pixels that larger tiles would leave multiprocessors idle; None where there are enough of them."""
     block_k = math.gcd(c, 128 // element_size)
-    if triton.knobs.runtime.interpret or element_size == 8 or block_k * element_size < 32 or taps * c < 256:
+    if triton.knobs.runtime.interpret or element_size == 8 or block_k < 16 or taps * c < 256:
         return None
     if m * n > 2**17:
         return None
@@ -135,27 +133,23 @@ def tile(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
 
 @functools.lru_cache
 def descriptor_blocks(
-    n: int, p: int, q: int, k: int, reduction: int, element_size: int, split: bool, in_registers: bool
+    n: int, p: int, q: int, k: int, reduction: int, element_size: int, swapped: bool
 ) -> DescriptorBlocks:
-    """For y [n, p, q, k] as sums of `reduction` products, with x `split` into two TF32 numbers or rounded in registers.
+    """For y [n, p, q, k] as sums of `reduction` products, in the swapped or the natural form.
 
-    Measured on an H200 over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results). The natural form has
-    4 warps: with 8, 128 x 128 x 32 gave results that were off by 1e-3 without an error (triton 3.6).
+    Measured on an H200 over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results).
     """
     half = element_size == 2
-    swapped = not split and not in_registers and (k > 64 or not half)
-    if split:
-        shapes = [(64, 128, 4, 3)]
-    elif not swapped:
-        shapes = [(128, 128, 4, 3)]
+    if not swapped:
+        shapes = [(64, 128, 4, 3), (64, 64, 4, 3)]
+    elif k <= 64:
+        shapes = [(256, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)] if half else [(128, 64, 4, 4), (64, 64, 4, 4)]
     elif half and reduction <= 1152:
-        shapes = [(128, 128, 4, 3)]
+        shapes = [(128, 128, 4, 3), (64, 128, 4, 4), (64, 64, 4, 4)]
     else:
-        shapes = [(256, 128, 8, 3 if half else 4), (128, 128, 4, 4)]
-    shapes += [(64, 128, 4, 3 if split else 4)]
+        shapes = [(256, 128, 8, 3 if half else 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
     if k <= 64:
-        shapes = [(64, 64, 4, 3)] if split else [(128, 64, 4, 4 if swapped else 3)]
-    shapes += [(64, 64, 4, 3 if split else 4)]
+        shapes = [shape for shape in shapes if shape[1] <= 64]
     fills = (s for s in shapes if triton.cdiv(n * p * q, s[0]) * triton.cdiv(k, s[1]) >= 3 * MULTIPROCESSORS // 4)
     block_m, block_n, num_warps, num_stages = next(fills, shapes[-1])
     box = tile(n, p, q, block_m)

@@ -160,18 +160,17 @@ def _launch_gemm(
         weight = packed[2 * K :] if input_precision == "tf32x3" else packed
         split_gemm(x, weight, bias, residual, y, y_strides, *window, input_precision, round_x, relu, round_y, blocks)
         return
-    descriptors = fits_descriptors(x, K, stride, groups) and (x.stride(1) == 1 or R * S > 1)
+    on_tensor_cores = x.element_size() == 2 or input_precision != "ieee"
+    descriptors = on_tensor_cores and fits_descriptors(x, K, stride, groups) and (x.stride(1) == 1 or R * S > 1)
     gathers = R * S > 1 and not spans_taps(C // groups, R * S) and not triton.knobs.runtime.interpret
     # With NCHW each filter tap would read pixels apart: worth a copy (H200, bf16, 512 channels: 155 us for 449). Where
     # an element of x takes part in many products, rounding it first is worth one too (512 channels: 198 us for 236).
     if gathers and (x.stride(1) != 1 or (descriptors and round_x and K * R * S >= 2304 * stride[0] * stride[1])):
         x, round_x = channels_last(x, round_x).permute(0, 3, 1, 2), False
-    if descriptors and (image := x.permute(0, 2, 3, 1)).is_contiguous() and x.data_ptr() % 16 == 0:
-        split = input_precision == "tf32x3"
-        blocks = descriptor_blocks(N, P, Q, K, R * S * C, x.element_size(), split, round_x)
-        descriptor_gemm(
-            image, packed, bias, residual, y, channels_last_y, *window, input_precision, round_x, relu, round_y, blocks
-        )
+    if descriptors and x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0:
+        swapped = input_precision != "tf32x3" and not round_x
+        blocks = descriptor_blocks(N, P, Q, K, R * S * C, x.element_size(), swapped)
+        descriptor_gemm(x, packed, bias, residual, y, channels_last_y, *window, input_precision, relu, round_y, blocks)
         return
     implicit_gemm(x, packed, bias, residual, y, y_strides, *window, groups, input_precision, round_x, relu, round_y)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arithmetic import dot_of_split, round_to, round_to_tf32
+from .arithmetic import add_rounded_dot, add_split_dot, round_to, round_to_tf32
 from .block_sizes import FLUSH_STEPS, DescriptorBlocks
 
 
@@ -52,7 +52,6 @@ def descriptor_gemm_forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
-    ROUND_X: tl.constexpr,
     ROUND_Y: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -66,10 +65,10 @@ def descriptor_gemm_forward_kernel(
 ):
     """One program owns TILE_N x TILE_P x TILE_Q = BLOCK_M output pixels x BLOCK_N output channels.
 
-    Natural form: acc [pixels, channels] = x @ weight.T, with x in registers, where it can be rounded. SWAPPED:
-    acc [channels, pixels] = weight @ x.T, both in shared memory. "tf32x3": weight_desc holds the weights rounded to
-    TF32 and, K rows below, what that left of them; the sums of FLUSH steps are added up apart, so that few float32
-    additions follow each other. y_desc is a pointer unless y is CHANNELS_LAST.
+    SWAPPED: acc [channels, pixels] = weight @ x.T, both in shared memory. Natural form: acc [pixels, channels] =
+    x @ weight.T, with x in registers, where it is rounded to TF32 or, "tf32x3", split; then weight_desc holds the
+    weights rounded to TF32 and, K rows below, what that left of them. The natural form adds up the sums of FLUSH steps
+    apart: few float32 additions follow each other. y_desc is a pointer unless y is CHANNELS_LAST.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -95,23 +94,18 @@ def descriptor_gemm_forward_kernel(
         s = tap % S * DILATION_W - PADDING_W
         x = tl.reshape(load_box(x_desc, n, p, q, r, s, c, C, STRIDE), (BLOCK_M, BLOCK_K))
         weight = weight_desc.load([k, tap * C + c])  # [BLOCK_N, BLOCK_K]
-        if INPUT_PRECISION == "tf32x3":
-            rest = weight_desc.load([K + k, tap * C + c])
-            products = dot_of_split(x, weight, rest)
-            if FLUSH > 1:
-                part += products
-                if (step + 1) % FLUSH == 0:
-                    acc += part
-                    part = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
-            else:
-                acc += products
-        elif SWAPPED:
+        if SWAPPED:
             acc = tl.dot(weight, x.T, acc, input_precision=INPUT_PRECISION)
         else:
-            if ROUND_X:
-                x = round_to_tf32(x)
-            acc = tl.dot(x, weight.T, acc, input_precision=INPUT_PRECISION)
-    if FLUSH > 1 and STEPS % FLUSH != 0:
+            if INPUT_PRECISION == "tf32x3":
+                rest = weight_desc.load([K + k, tap * C + c])
+                part = add_split_dot(x, weight.T, rest.T, part)
+            else:
+                part = add_rounded_dot(x, weight.T, part)
+            if (step + 1) % FLUSH == 0:
+                acc += part
+                part = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
+    if not SWAPPED:
         acc += part
 
     if SWAPPED:
@@ -156,6 +150,12 @@ def fits_descriptors(x: torch.Tensor, out_channels: int, stride: tuple[int, int]
     return strided and C * size % 128 == 0 and out_channels * size % 16 == 0
 
 
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """x [N, C, H, W], channels_last, as [N, H, W, C] with the strides of these sizes, even where one is 1."""
+    N, C, H, W = x.shape
+    return x.as_strided((N, H, W, C), (H * W * C, W * C, C, 1))
+
+
 def descriptor_gemm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -167,28 +167,27 @@ def descriptor_gemm(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     input_precision: str,
-    round_x: bool,
     relu: bool,
     round_y: bool,
     blocks: DescriptorBlocks,
 ) -> None:
-    """Fills y [N, K, P, Q], `channels_last` or contiguous, from x [N, H, W, C], contiguous; see `implicit_gemm`.
+    """Fills y [N, K, P, Q], `channels_last` or contiguous, from x [N, C, H, W], channels_last; see `implicit_gemm`.
 
     A residual is channels_last, and then so is y.
     """
-    N, H, W, C = x.shape
+    N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
     R, S = weight.shape[1:3]
     tile_n, tile_p, tile_q, block_n, block_k = blocks[:5]
     if stride[0] == 1:
-        x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, tile_q, block_k])
+        x_desc = TensorDescriptor.from_tensor(_pixels(x), [tile_n, tile_p, tile_q, block_k])
     else:
-        x = x.view(N, H // 2, 2, W // 2, 2 * C)
-        x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k])
+        x = _pixels(x).view(N, H // 2, 2, W // 2, 2 * C)
+        x_desc = TensorDescriptor.from_tensor(_pixels(x), [tile_n, tile_p, 1, tile_q, block_k])
     weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
     y_box = [tile_n, tile_p, tile_q, block_n]
-    y_desc = TensorDescriptor.from_tensor(y.permute(0, 2, 3, 1), y_box) if channels_last else y
-    residual_desc = y_desc if residual is None else TensorDescriptor.from_tensor(residual.permute(0, 2, 3, 1), y_box)
+    y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if channels_last else y
+    residual_desc = y_desc if residual is None else TensorDescriptor.from_tensor(_pixels(residual), y_box)
     tiles_p, tiles_q = triton.cdiv(P, tile_p), triton.cdiv(Q, tile_q)
     tiles = triton.cdiv(N, tile_n) * tiles_p * tiles_q * triton.cdiv(K, block_n)
     descriptor_gemm_forward_kernel[(tiles,)](
@@ -212,10 +211,9 @@ def descriptor_gemm(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         RELU=relu,
-        ROUND_X=round_x,
         ROUND_Y=round_y,
         INPUT_PRECISION=input_precision,
         CHANNELS_LAST=channels_last,
-        FLUSH=FLUSH_STEPS if input_precision == "tf32x3" else 1,
+        FLUSH=FLUSH_STEPS,
         **blocks._asdict(),
     )

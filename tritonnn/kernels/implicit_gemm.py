@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import accumulator, dot, dot_of_split, index_type, round_to, round_to_tf32
+from .arithmetic import accumulator, add_rounded_dot, add_split_dot, dot, index_type, round_to, round_to_tf32
 from .block_sizes import FLUSH_STEPS, gemm_blocks
 
 
@@ -68,7 +68,8 @@ def implicit_gemm_forward_kernel(
     C and K count the channels of a group; weight is [GROUPS * K, R, S, C], contiguous, for "tf32x3" followed by what
     its rounding to TF32 left. A block of the reduction lies within one filter tap, whose mask and address are then a
     column each; with SPAN_TAPS (few channels) it runs over the whole filter. The residual has the strides of y. In
-    "tf32x3" the sums of FLUSH steps are added up apart, so that few float32 additions follow each other.
+    "tf32x3", and where ROUND_X rounds x to TF32, the sums of FLUSH steps are added up apart, so that few float32
+    additions follow each other.
     """
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
@@ -131,15 +132,16 @@ def implicit_gemm_forward_kernel(
         weight = tl.load(weight_ptrs + offs_k[:, None], mask=mask_weight, other=0.0)
         if INPUT_PRECISION == "tf32x3":
             rest = tl.load(weight_ptrs + (GROUPS * K * R * S * C + offs_k)[:, None], mask=mask_weight, other=0.0)
-            part += dot_of_split(x, weight.T, rest.T)
+            part = add_split_dot(x, weight, rest, part)
+        elif ROUND_X:
+            part = add_rounded_dot(x, weight, part)
+        else:
+            acc = dot(x, weight, acc, INPUT_PRECISION)
+        if INPUT_PRECISION == "tf32x3" or ROUND_X:
             if (step + 1) % FLUSH == 0:
                 acc += part
                 part = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
-        else:
-            if ROUND_X:
-                x = round_to_tf32(x)
-            acc = dot(x, weight, acc, INPUT_PRECISION)
-    if INPUT_PRECISION == "tf32x3":
+    if INPUT_PRECISION == "tf32x3" or ROUND_X:
         acc += part
 
     if HAS_BIAS:

@@ -1,6 +1,6 @@
 """Writes coverage.md: which layers of torchvision's classification networks a swap turns into Triton layers.
 
-    python docs/coverage.py
+    python docs/network_coverage.py
 
 The networks are built on the "meta" device: nothing is computed.
 """
@@ -76,7 +76,7 @@ def page() -> str:
     lines = [
         "# Coverage of torchvision's classification networks",
         "",
-        "One member of every family; `python docs/coverage.py` writes this page. A swap turns "
+        "One member of every family; `python docs/network_coverage.py` writes this page. A swap turns "
         f"{swapped_in_all:,} of the {modules_in_all:,} layers",
         "below into Triton layers, none of which falls back to PyTorch's op in eval mode in float32. Functions that a",
         "network calls itself are no modules: they stay PyTorch's.",
