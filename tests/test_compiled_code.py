@@ -15,12 +15,16 @@ from pathlib import Path
 import pytest
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
-GEMM = FILTER | dict(HAS_BIAS=False, bias_ptr=None, ROUND_X=False, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
+EPILOGUE = dict(HAS_BIAS=False, bias_ptr=None, HAS_RESIDUAL=False, residual_ptr=None, RELU=True, ROUND_Y=False)
+GEMM = FILTER | EPILOGUE | dict(ROUND_X=False, GROUPS=1, FLUSH=8, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
 GEMM |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
-DEPTHWISE = FILTER | dict(K=64, MULTIPLIER=1, HAS_BIAS=False, bias_ptr=None)
-MAX_POOL = FILTER | dict(RETURN_INDICES=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None)
+SPLIT = FILTER | EPILOGUE | dict(C=64, K=64, ROUND_X=False, SLICES=4, BLOCK_M=16, BLOCK_N=16, BLOCK_K=64)
+DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAPPED=True, FLUSH=8)
+DESCRIPTORS |= dict(HAS_RESIDUAL=True, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee")
+DEPTHWISE = FILTER | EPILOGUE | dict(K=64, MULTIPLIER=1)
+MAX_POOL = FILTER | dict(RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None)
 AVG_POOL = FILTER | dict(ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
-NORMALIZE = dict(HAS_WEIGHT=True, HAS_BIAS=True)
+NORMALIZE = dict(INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True)
 BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
 LAST, FIRST = "channels_last", "contiguous"
 
@@ -44,6 +48,26 @@ KERNELS = {
         FIRST,
         GEMM | dict(C=3, SPAN_TAPS=True),
     ),
+    "conv2d, few pixels": ("split_gemm.split_gemm_forward_kernel", "bf16", LAST, SPLIT | dict(INPUT_PRECISION="ieee")),
+    "conv2d, descriptors": ("descriptor_gemm.descriptor_gemm_forward_kernel", "bf16", LAST, DESCRIPTORS),
+    "conv2d, descriptors, TF32": (
+        "descriptor_gemm.descriptor_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32),
+    ),
+    "conv2d, descriptors, TF32, rounded": (
+        "descriptor_gemm.descriptor_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32, SWAPPED=False),
+    ),
+    "conv2d, descriptors, float32": (
+        "descriptor_gemm.descriptor_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        DESCRIPTORS | dict(INPUT_PRECISION="tf32x3", BLOCK_K=32, SWAPPED=False),
+    ),
     "conv2d, depthwise": ("conv2d.conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
     "max_pool2d": ("max_pool2d.max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
     "max_pool2d, contiguous": ("max_pool2d.max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
@@ -55,11 +79,14 @@ KERNELS = {
         "channels_last.channels_last_kernel",
         "fp32",
         FIRST,
-        dict(ROUND_TO_TF32=True, BLOCK_M=64, BLOCK_C=64),
+        dict(ROUND_TO_TF32=True, SPLIT=False, BLOCK_M=64, BLOCK_C=64),
     ),
     "relu": ("relu.relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
 }
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels"]
+BY_DESCRIPTORS = [name for name in KERNELS if "descriptors" in name]
+COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", *BY_DESCRIPTORS[2:]]
+"""Kernels that round or split x in registers, from which the tensor cores then read it."""
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last"]
 """Kernels that read neighbouring pixels, one by one."""
 
@@ -84,6 +111,13 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     constants = {name: 1 for name in names if name.endswith(ones)} | dict(ACC=tl.float32, INDEX=tl.int32) | constants
     constants = {name: value for name, value in constants.items() if name in names}
     types = {"eps": "fp64"} | {name: "*fp32" for name in ("mean_ptr", "var_ptr")}
+    if "TILE_N" in constants:
+        tile, n, k = (
+            [constants[size] for size in sizes]
+            for sizes in (("TILE_N", "TILE_P", "TILE_Q"), ("BLOCK_N",), ("BLOCK_K",))
+        )
+        boxes = {"x_desc": tile + k, "weight_desc": n + k, "residual_desc": tile + n, "y_desc": tile + n}
+        types |= {name: f"tensordesc<{dtype}{box}>" for name, box in boxes.items()}
     types |= {name: f"*{dtype}" for name in names if name.endswith("_ptr") and name not in types}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     attributes = {
@@ -111,17 +145,29 @@ def test_no_pairs_of_16_bit_integers(name, ptx):
     assert not re.search(r"\.[su]16x2", ptx[name])
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in [*BY_DESCRIPTORS, "conv2d, few pixels"]])
 def test_stores_take_16_bytes(name, ptx):
     assert re.search(r"st\.global\.v4\.b32", ptx[name])
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS + BY_DESCRIPTORS])
 def test_loads_take_16_bytes(name, ptx):
     assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
 
 
-@pytest.mark.parametrize("name", ON_TENSOR_CORES)
+@pytest.mark.parametrize("name", BY_DESCRIPTORS)
+def test_the_copy_engine_brings_the_tiles(name, ptx):
+    assert "cp.async.bulk.tensor.4d.shared" in ptx[name]
+    assert "cp.async.bulk.tensor.4d.global" in ptx[name]
+
+
+@pytest.mark.parametrize("name", COMPUTED_OPERANDS)
+def test_a_product_of_computed_operands_is_awaited(name, ptx):
+    """Otherwise the next step overwrites the registers that the tensor core still reads, as it did on an H200."""
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == {"0"}
+
+
+@pytest.mark.parametrize("name", ON_TENSOR_CORES + BY_DESCRIPTORS)
 def test_products_run_on_the_tensor_cores(name, ptx):
     assert "wgmma.mma_async" in ptx[name]
 

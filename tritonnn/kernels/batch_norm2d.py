@@ -32,6 +32,7 @@ def batch_norm2d_normalize_kernel(
     stride_n,
     stride_c,
     stride_pixel,
+    INVERTED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
@@ -39,7 +40,10 @@ def batch_norm2d_normalize_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels; x and y share their strides."""
+    """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels; x and y share their strides.
+
+    INVERTED: var_ptr is to 1 / sqrt(var + eps), computed before.
+    """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -50,7 +54,9 @@ def batch_norm2d_normalize_kernel(
     offs = offs[:, None] + (c * stride_c)[None, :]
 
     mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)
-    scale = 1 / tl.sqrt((tl.load(var_ptr + c, mask=mask_c, other=0.0).to(ACC) + eps).to(ACC))
+    scale = tl.load(var_ptr + c, mask=mask_c, other=0.0).to(ACC)
+    if not INVERTED:
+        scale = 1 / tl.sqrt((scale + eps).to(ACC))
     if HAS_WEIGHT:
         scale = scale * tl.load(weight_ptr + c, mask=mask_c, other=0.0).to(ACC)
     y = (tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC) - mean[None, :]) * scale[None, :]
@@ -117,9 +123,17 @@ def batch_norm2d_partial_statistics_kernel(
 
 @triton.jit
 def batch_norm2d_combine_statistics_kernel(
-    partial_ptr, mean_ptr, var_ptr, SPLITS, C, BLOCK_SPLITS: tl.constexpr, BLOCK_C: tl.constexpr
+    partial_ptr,
+    mean_ptr,
+    var_ptr,
+    inverse_ptr,
+    SPLITS,
+    C,
+    eps: tl.float64,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """One program owns BLOCK_C channels: mean and biased variance from partial [3, SPLITS, C]."""
+    """One program owns BLOCK_C channels: mean, biased variance and 1 / sqrt(var + eps) from partial [3, SPLITS, C]."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     split = tl.arange(0, BLOCK_SPLITS).to(tl.int64)[:, None]  # [BLOCK_SPLITS, 1]
     mask = (split < SPLITS) & (c < C)[None, :]
@@ -128,7 +142,9 @@ def batch_norm2d_combine_statistics_kernel(
     m2 = tl.load(partial_ptr + (2 * SPLITS + split) * C + c[None, :], mask=mask, other=0.0)
     count, mean, m2 = combine(count, mean, m2)
     tl.store(mean_ptr + c, mean, mask=c < C)
-    tl.store(var_ptr + c, m2 / tl.maximum(count, 1), mask=c < C)
+    var = m2 / tl.maximum(count, 1)
+    tl.store(var_ptr + c, var, mask=c < C)
+    tl.store(inverse_ptr + c, 1 / tl.sqrt(var + eps), mask=c < C)
 
 
 @triton.jit
@@ -179,7 +195,7 @@ def _output(x, *_) -> torch.Tensor:
     return empty_image(x.shape, x, _is_channels_last(x))
 
 
-def _normalize(x, weight, bias, mean, var, eps) -> torch.Tensor:
+def _normalize(x, weight, bias, mean, var, eps, inverted=False) -> torch.Tensor:
     channels_last = _is_channels_last(x)
     x, y = _dense(x), _output(x)
     if y.numel() == 0:
@@ -201,6 +217,7 @@ def _normalize(x, weight, bias, mean, var, eps) -> torch.Tensor:
         eps,
         H * W,
         *pixel_strides(y, channels_last),
+        INVERTED=inverted,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         ACC=accumulator(x.dtype),
@@ -210,7 +227,8 @@ def _normalize(x, weight, bias, mean, var, eps) -> torch.Tensor:
     return y
 
 
-def _statistics(x) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, biased variance and 1 / sqrt(var + eps) of each channel."""
     channels_last = _is_channels_last(x)
     x = _dense(x)
     N, C, H, W = x.shape
@@ -225,7 +243,7 @@ def _statistics(x) -> tuple[torch.Tensor, torch.Tensor]:
     acc = accumulator(x.dtype)
     dtype = _statistics_dtype(x)
     partial = torch.empty(3, splits, C, dtype=torch.float64, device=x.device)
-    mean, var = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(2))
+    mean, var, inverse = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(3))
     batch_norm2d_partial_statistics_kernel[(splits * blocks_c,)](
         x,
         partial,
@@ -240,14 +258,14 @@ def _statistics(x) -> tuple[torch.Tensor, torch.Tensor]:
         **blocks._asdict(),
     )
     batch_norm2d_combine_statistics_kernel[(triton.cdiv(C, 16),)](
-        partial, mean, var, splits, C, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_C=16
+        partial, mean, var, inverse, splits, C, eps, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_C=16
     )
-    return mean, var
+    return mean, var, inverse
 
 
 def _launch_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mean, var = _statistics(x)
-    return _normalize(x, weight, bias, mean, var, eps), mean, var
+    mean, var, inverse = _statistics(x, eps)
+    return _normalize(x, weight, bias, mean, inverse, eps, inverted=True), mean, var
 
 
 def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -183,7 +183,7 @@ def descriptor_gemm(
         x_desc = TensorDescriptor.from_tensor(_pixels(x), [tile_n, tile_p, tile_q, block_k])
     else:
         x = _pixels(x).view(N, H // 2, 2, W // 2, 2 * C)
-        x_desc = TensorDescriptor.from_tensor(_pixels(x), [tile_n, tile_p, 1, tile_q, block_k])
+        x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k])
     weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
     y_box = [tile_n, tile_p, tile_q, block_n]
     y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if channels_last else y
