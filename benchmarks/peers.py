@@ -120,6 +120,7 @@ def replayed(model: Callable[[Tensor], Tensor], images: Tensor) -> Call:
         replay()
         return logits
 
+    call.model = model  # a graph does not keep the weights that it reads
     return call
 
 
