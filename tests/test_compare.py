@@ -379,6 +379,8 @@ def test_a_layer_that_cannot_be_captured_is_run_without_a_graph(monkeypatch: pyt
 def test_a_captured_network_reads_its_images_at_every_call(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers, "capture", fake_capture)
     images = torch.ones(3)
+    network = nn.Linear(3, 3)
+    assert peers.replayed(network, images).model is network  # a graph does not keep the weights that it reads
     call = peers.replayed(lambda x: 2 * x, images)
     images.fill_(5)
     assert call().tolist() == [10.0] * 3

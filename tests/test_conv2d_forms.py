@@ -1,13 +1,18 @@
-"""The forms of the convolution on a GPU: whole outputs, each image by itself, against float64."""
+"""The forms of the convolution: which one a GPU runs, whole outputs against float64, and each in the interpreter."""
 
 import pytest
 import torch
 from compare import image
 from torch import nn
+from torch.nn import functional as F
 
 import tritonnn
+from tritonnn.kernels.block_sizes import DescriptorBlocks, SplitBlocks, tile
+from tritonnn.kernels.descriptor_gemm import descriptor_gemm
+from tritonnn.kernels.memory_format import pixel_strides
+from tritonnn.kernels.split_gemm import split_gemm
 
-pytestmark = pytest.mark.gpu
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
 SHAPES = {
     "64 channels": (dict(in_channels=64, out_channels=64, kernel_size=3, padding=1), (200, 64, 32, 32)),
@@ -68,6 +73,7 @@ def worst_image(y: torch.Tensor, exact: torch.Tensor) -> float:
     return float((errors / norms).max())
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -96,6 +102,7 @@ def test_every_image(shape, precision, channels_last):
             assert torch.equal(layer(x), first)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", ["64 channels", "512 channels", "one image, 128 channels", "3 channels", "groups"])
 def test_epilogue(shape, precision):
@@ -124,3 +131,72 @@ def test_epilogue(shape, precision):
         y = tritonnn.fuse(block)(x, residual)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert worst_image(y, exact) < LIMIT[precision]
+
+
+WINDOWS = {
+    "3x3": dict(x=(2, 32, 8, 8), k=48, kernel_size=(3, 3), padding=(1, 1)),
+    "stride 2": dict(x=(3, 64, 8, 12), k=40, kernel_size=(3, 3), stride=2, padding=(1, 1)),
+    "dilation": dict(x=(3, 64, 8, 12), k=40, kernel_size=(3, 5), padding=(2, 4), dilation=(2, 2)),
+    "1x1 of one pixel": dict(x=(5, 32, 1, 1), k=8, kernel_size=(1, 1)),
+    "sizes that no tile divides": dict(x=(3, 32, 7, 9), k=20, kernel_size=(3, 3), padding=(0, 2)),
+}
+
+
+def convolved(
+    x: torch.Tensor, k: int, kernel_size, stride: int, padding, dilation, channels_last: bool
+) -> tuple[tuple, tuple, torch.Tensor, torch.Tensor]:
+    """A form's operands (x, weight, bias, residual), its window, an empty y, and what is to be in it."""
+    weight, bias = image(k, x.shape[1], *kernel_size), image(k)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation)
+    residual = image(*exact.shape, channels_last=True) if channels_last else None
+    if residual is not None:
+        exact += residual
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    y = torch.full(exact.shape, float("nan")).contiguous(memory_format=memory_format)
+    window = (stride, stride), padding, dilation
+    return (x, weight.permute(0, 2, 3, 1).contiguous(), bias, residual), window, y, exact.relu()
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("case", WINDOWS)
+def test_descriptors(case, channels_last):
+    sizes = {"stride": 1, "padding": (0, 0), "dilation": (1, 1)} | WINDOWS[case]
+    x = image(*sizes.pop("x"), channels_last=True)
+    operands, window, y, exact = convolved(x, **sizes, channels_last=channels_last)
+    blocks = DescriptorBlocks(*tile(x.shape[0], *y.shape[2:], 64), 32, 32, True, 4, 1)
+    descriptor_gemm(*operands, y, channels_last, *window, "ieee", True, False, blocks)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("case", WINDOWS)
+def test_split_among_warps(case, channels_last):
+    sizes = {"stride": 1, "padding": (0, 0), "dilation": (1, 1)} | WINDOWS[case]
+    x = image(*sizes.pop("x"), channels_last=channels_last)
+    operands, window, y, exact = convolved(x, **sizes, channels_last=channels_last)
+    blocks = SplitBlocks(8, 16, 16, 32, 4, 1)
+    split_gemm(*operands, y, pixel_strides(y, channels_last), *window, "ieee", False, True, False, blocks)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "output, pixels, box",
+    [
+        ((1024, 32, 32), 128, (1, 4, 32)),
+        ((1024, 4, 4), 128, (8, 4, 4)),
+        ((16, 56, 56), 128, (2, 8, 8)),
+        ((256, 7, 7), 128, (128, 1, 1)),
+        ((1, 5, 3), 64, (1, 8, 8)),
+    ],
+    ids=str,
+)
+def test_tile_wastes_little(output, pixels, box):
+    covered = 1
+    for size, side in zip(output, tile(*output, pixels)):
+        covered *= -(-size // side) * side
+    expected = 1
+    for size, side in zip(output, box):
+        expected *= -(-size // side) * side
+    assert covered <= expected

@@ -502,6 +502,37 @@ def test_report_of_resnet18():
     ]
 
 
+def test_what_only_convolutions_read_is_rounded_once_in_tf32():
+    """Not what is read elsewhere too, or only added: the last result, and the summands of the shortcuts."""
+    network = tritonnn.fuse(trained(ResNet18(width=2))).network
+    convolutions = {name: m for name, m in network.named_modules() if isinstance(m, FusedConv2d)}
+    exact = {name for name, m in convolutions.items() if not m.round_output}
+    assert exact == {"stages.3.1.conv2", *(f"stages.{i}.0.conv2" for i in (1, 2, 3))}
+    assert [name for name, m in convolutions.items() if not m.rounded_input] == ["stem.conv"]
+
+
+def test_a_convolution_whose_result_leaves_the_network_is_not_rounded():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.a(x)
+            return y, self.b(y)
+
+    network = tritonnn.fuse(Both().eval()).network
+    assert not network.a.round_output and not network.b.rounded_input
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_signs_of_zeros_matter_to_a_pool_unless_it_follows_a_relu(relu):
+    layers = [nn.Conv2d(4, 4, 1), *[nn.ReLU()] * relu, nn.MaxPool2d(2)]
+    network = tritonnn.fuse(nn.Sequential(*layers).eval()).network
+    (pool,) = (m for m in network.modules() if isinstance(m, nn.MaxPool2d))
+    assert pool.signed_zeros is not relu
+
+
 def small_resnet() -> nn.Module:
     resnet = torchvision.models.resnet
     return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], 4, width_per_group=4)

@@ -262,7 +262,10 @@ def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
 
 
 def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Marks convolutions that only convolutions read: in TF32 they round their result, so that readers need not."""
+    """Marks convolutions that only convolutions read: in TF32 they round their result, so that readers need not.
+
+    A result that is only added, as a residual, needs no rounding.
+    """
 
     def fused(node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(modules[node.target], FusedConv2d)
@@ -273,8 +276,8 @@ def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 
     only_convolved: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.users and all(fused(user) or user in only_convolved for user in node.users):
-            if fused(node) or selects(node):
+        if (fused(node) or selects(node)) and all(fused(user) or user in only_convolved for user in node.users):
+            if any(user.args[0] is node for user in node.users):
                 only_convolved.add(node)
     for node in graph.nodes:
         if not fused(node):
