@@ -106,7 +106,6 @@ SECTIONS: dict[str, list[Row]] = {
             "errors",
             YES,
             f"{NORM}::test_errors_are_pytorchs",
-            f"{SUITES}::test_function_error_inputs[nn.functional.batch_norm]",
         ),
         row(
             "PyTorch's own samples",
@@ -126,7 +125,6 @@ SECTIONS: dict[str, list[Row]] = {
             "errors",
             YES,
             f"{LINEAR}::test_error_is_pytorchs",
-            f"{SUITES}::test_function_error_inputs[nn.functional.linear]",
         ),
         row(
             "PyTorch's own samples",
