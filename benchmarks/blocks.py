@@ -21,6 +21,7 @@ from benchmarks.timing import capture, clock  # noqa: E402
 from tritonnn.kernels.block_sizes import DescriptorBlocks, SplitBlocks, tile  # noqa: E402
 from tritonnn.kernels.channels_last import pack_weight  # noqa: E402
 from tritonnn.kernels.descriptor_gemm import descriptor_gemm  # noqa: E402
+from tritonnn.kernels.epilogue import Epilogue  # noqa: E402
 from tritonnn.kernels.memory_format import pixel_strides  # noqa: E402
 from tritonnn.kernels.split_gemm import split_gemm  # noqa: E402
 
@@ -106,13 +107,15 @@ class Problem:
         K = self.y.shape[1]
         weight = self.packed[2 * K :] if isinstance(blocks, SplitBlocks) and len(self.packed) == 3 * K else self.packed
 
+        epilogue = Epilogue(bias=self.bias, relu=True)
+
         def call() -> Tensor:
             if isinstance(blocks, DescriptorBlocks):
-                operands = self.x, weight, self.bias, None, self.y, True, *self.window
-                descriptor_gemm(*operands, self.input_precision, True, False, blocks)
+                operands = self.x, weight, self.y, True, *self.window
+                descriptor_gemm(*operands, self.input_precision, epilogue, blocks)
             else:
-                operands = self.x, weight, self.bias, None, self.y, pixel_strides(self.y, True), *self.window
-                split_gemm(*operands, self.input_precision, self.input_precision == "tf32", True, False, blocks)
+                operands = self.x, weight, self.y, pixel_strides(self.y, True), *self.window
+                split_gemm(*operands, self.input_precision, self.input_precision == "tf32", epilogue, blocks)
             return self.y
 
         return call

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
-EPILOGUE = dict(HAS_BIAS=False, bias_ptr=None, HAS_RESIDUAL=False, residual_ptr=None, RELU=True, ROUND_Y=False)
+EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, RELU=True, ROUND_Y=False)
+EPILOGUE |= dict(scale_ptr=None, bias_ptr=None, residual_ptr=None)
 GEMM = FILTER | EPILOGUE | dict(ROUND_X=False, GROUPS=1, FLUSH=8, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
 GEMM |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
 SPLIT = FILTER | EPILOGUE | dict(C=64, K=64, ROUND_X=False, SLICES=4, BLOCK_M=16, BLOCK_N=16, BLOCK_K=64)

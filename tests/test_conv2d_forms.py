@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import tritonnn
 from tritonnn.kernels.block_sizes import DescriptorBlocks, SplitBlocks, tile
 from tritonnn.kernels.descriptor_gemm import descriptor_gemm
+from tritonnn.kernels.epilogue import Epilogue
 from tritonnn.kernels.memory_format import pixel_strides
 from tritonnn.kernels.split_gemm import split_gemm
 
@@ -144,17 +145,19 @@ WINDOWS = {
 
 def convolved(
     x: torch.Tensor, k: int, kernel_size, stride: int, padding, dilation, channels_last: bool
-) -> tuple[tuple, tuple, torch.Tensor, torch.Tensor]:
-    """A form's operands (x, weight, bias, residual), its window, an empty y, and what is to be in it."""
-    weight, bias = image(k, x.shape[1], *kernel_size), image(k)
-    exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation)
+) -> tuple[tuple, tuple, Epilogue, torch.Tensor]:
+    """A form's operands (x, weight, y), its window and epilogue, and what is to be in y."""
+    weight, scale, bias = image(k, x.shape[1], *kernel_size), image(k), image(k)
+    exact = F.conv2d(x.double(), weight.double(), None, stride, padding, dilation)
+    exact = exact * scale.double()[:, None, None] + bias.double()[:, None, None]
     residual = image(*exact.shape, channels_last=True) if channels_last else None
     if residual is not None:
         exact += residual
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     y = torch.full(exact.shape, float("nan")).contiguous(memory_format=memory_format)
     window = (stride, stride), padding, dilation
-    return (x, weight.permute(0, 2, 3, 1).contiguous(), bias, residual), window, y, exact.relu()
+    epilogue = Epilogue(scale, bias, residual, relu=True)
+    return (x, weight.permute(0, 2, 3, 1).contiguous(), y), window, epilogue, exact.relu()
 
 
 @in_the_interpreter
@@ -163,9 +166,10 @@ def convolved(
 def test_descriptors(case, channels_last):
     sizes = {"stride": 1, "padding": (0, 0), "dilation": (1, 1)} | WINDOWS[case]
     x = image(*sizes.pop("x"), channels_last=True)
-    operands, window, y, exact = convolved(x, **sizes, channels_last=channels_last)
+    operands, window, epilogue, exact = convolved(x, **sizes, channels_last=channels_last)
+    y = operands[2]
     blocks = DescriptorBlocks(*tile(x.shape[0], *y.shape[2:], 64), 32, 32, True, 4, 1)
-    descriptor_gemm(*operands, y, channels_last, *window, "ieee", True, False, blocks)
+    descriptor_gemm(*operands, channels_last, *window, "ieee", epilogue, blocks)
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -175,9 +179,10 @@ def test_descriptors(case, channels_last):
 def test_split_among_warps(case, channels_last):
     sizes = {"stride": 1, "padding": (0, 0), "dilation": (1, 1)} | WINDOWS[case]
     x = image(*sizes.pop("x"), channels_last=channels_last)
-    operands, window, y, exact = convolved(x, **sizes, channels_last=channels_last)
+    operands, window, epilogue, exact = convolved(x, **sizes, channels_last=channels_last)
+    y = operands[2]
     blocks = SplitBlocks(8, 16, 16, 32, 4, 1)
-    split_gemm(*operands, y, pixel_strides(y, channels_last), *window, "ieee", False, True, False, blocks)
+    split_gemm(*operands, pixel_strides(y, channels_last), *window, "ieee", False, epilogue, blocks)
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
 
 

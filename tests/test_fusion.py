@@ -257,6 +257,20 @@ def test_weights_are_folded_in_float64():
     torch.testing.assert_close(tritonnn.fuse(model).network.a.weight, expected, rtol=1e-7, atol=0)
 
 
+def test_16_bit_weights_are_not_rounded_again():
+    """The batch norm scales the sums: folded into the weights it would cost as much precision as bfloat16 itself."""
+    model = trained(nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32))).to(DEVICE, torch.bfloat16)
+    x = image(2, 16, 12, 12, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        rounded = exact.to(torch.bfloat16), model(x), tritonnn.fuse(model)(x)
+        rounding, pytorch, fused = (float((y.double() - exact).norm() / exact.norm()) for y in rounded)
+    assert fused < 1.02 * rounding  # that of the result alone
+    assert fused < pytorch
+    (layer,) = (m for m in tritonnn.fuse(model.float()).modules() if isinstance(m, FusedConv2d))
+    assert layer.scale is None
+
+
 def test_training_mode_is_an_error():
     model = trained(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
     with pytest.raises(RuntimeError, match=r"call model.eval\(\) first; training: the model, 0, 1"):

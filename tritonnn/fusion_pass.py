@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .fusion_report import FusionReport, join
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
-from .layers.fused_conv2d import FusedConv2d, FusedLinear, fold_batch_norm
+from .layers.fused_conv2d import FusedConv2d, FusedLinear, batch_norm_as_affine
 from .layers.layer import FLOATING_POINT, pair
 from .layers.max_pool2d import TritonMaxPool2d
 from .layers.relu import TritonReLU
@@ -237,10 +237,9 @@ def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: PureGrap
 
 def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
     layer = traced.module(chain.layer)
-    weight, bias = layer.weight.detach(), layer.bias
+    weight, scale, bias = layer.weight.detach(), None, layer.bias
     if chain.norm:
-        folded, bias = fold_batch_norm(weight, bias, traced.module(chain.norm))
-        weight = folded.to(weight.dtype)
+        scale, bias = batch_norm_as_affine(bias, traced.module(chain.norm))
     overwrites = chain.add is not None and chain.add.target in (in_place, "add_")
     epilogue = {
         "sums": None
@@ -254,10 +253,10 @@ def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
     }
     bias = None if bias is None else bias.detach().clone()
     if kind_of(layer) == "linear":
-        return FusedLinear(weight.clone(), bias, **epilogue)
+        return FusedLinear(weight.clone(), scale, bias, **epilogue)
     weight = weight.clone(memory_format=torch.channels_last)
     return FusedConv2d(
-        weight, bias, pair(layer.stride), _padding(layer), pair(layer.dilation), layer.groups, **epilogue
+        weight, scale, bias, pair(layer.stride), _padding(layer), pair(layer.dilation), layer.groups, **epilogue
     )
 
 

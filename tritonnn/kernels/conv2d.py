@@ -16,6 +16,7 @@ from .arithmetic import accumulator, index_type, round_to, round_to_tf32
 from .block_sizes import descriptor_blocks, pixel_blocks, split_blocks
 from .channels_last import channels_last, pack_weight
 from .descriptor_gemm import descriptor_gemm, fits_descriptors
+from .epilogue import Epilogue
 from .implicit_gemm import implicit_gemm, spans_taps
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
@@ -27,6 +28,7 @@ from .window import output_size
 def conv2d_depthwise_forward_kernel(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     residual_ptr,
     y_ptr,
@@ -52,6 +54,7 @@ def conv2d_depthwise_forward_kernel(
     PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -88,6 +91,8 @@ def conv2d_depthwise_forward_kernel(
         weight = tl.load(weight_ptr + k.to(tl.int64) * (R * S) + tap, mask=mask_k, other=0.0)
         acc += x.to(ACC) * weight.to(ACC)[None, :]
 
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr + k, mask=mask_k, other=0.0).to(ACC)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + k, mask=mask_k, other=0.0).to(ACC)[None, :]
     offs_y = (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (k.to(tl.int64) * y_stride_k)[None, :]
@@ -121,33 +126,20 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     if y.numel() == 0:
         return y
     channels_last_y = _is_channels_last(x, weight)
-    bias = None if bias is None else bias.contiguous()
+    window = stride, padding, dilation
+    epilogue = Epilogue(bias=None if bias is None else bias.contiguous())
     if weight.shape[1] == 1 and groups > 1:
-        y_strides = pixel_strides(y, channels_last_y)
-        _launch_depthwise(x, weight.contiguous(), bias, None, y, y_strides, stride, padding, dilation)
+        _launch_depthwise(x, weight.contiguous(), y, channels_last_y, *window, epilogue)
         return y
     input_precision = convolution_input_precision(x, weight[0].numel())
     packed = pack_weight(weight, input_precision)
     round_x = input_precision == "tf32"
-    _launch_gemm(x, packed, bias, None, y, channels_last_y, stride, padding, dilation, groups, input_precision, round_x)
+    _launch_gemm(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
     return y
 
 
 def _launch_gemm(
-    x,
-    packed,
-    bias,
-    residual,
-    y,
-    channels_last_y,
-    stride,
-    padding,
-    dilation,
-    groups,
-    input_precision,
-    round_x,
-    relu=False,
-    round_y=False,
+    x, packed, y, channels_last_y, stride, padding, dilation, groups, input_precision, round_x, epilogue
 ) -> None:
     """Picks the form of the product: split among warps for few pixels, over descriptors, or by pointers."""
     N, C, H, W = x.shape
@@ -158,7 +150,7 @@ def _launch_gemm(
     blocks = split_blocks(N * P * Q, K, C, R * S, x.element_size()) if groups == 1 else None
     if blocks is not None:
         weight = packed[2 * K :] if input_precision == "tf32x3" else packed
-        split_gemm(x, weight, bias, residual, y, y_strides, *window, input_precision, round_x, relu, round_y, blocks)
+        split_gemm(x, weight, y, y_strides, *window, input_precision, round_x, epilogue, blocks)
         return
     on_tensor_cores = x.element_size() == 2 or input_precision != "ieee"
     descriptors = on_tensor_cores and fits_descriptors(x, K, stride, groups) and (x.stride(1) == 1 or R * S > 1)
@@ -170,24 +162,21 @@ def _launch_gemm(
     if descriptors and x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0:
         swapped = input_precision != "tf32x3" and not round_x
         blocks = descriptor_blocks(N, P, Q, K, R * S * C, x.element_size(), swapped)
-        descriptor_gemm(x, packed, bias, residual, y, channels_last_y, *window, input_precision, relu, round_y, blocks)
+        descriptor_gemm(x, packed, y, channels_last_y, *window, input_precision, epilogue, blocks)
         return
-    implicit_gemm(x, packed, bias, residual, y, y_strides, *window, groups, input_precision, round_x, relu, round_y)
+    implicit_gemm(x, packed, y, y_strides, *window, groups, input_precision, round_x, epilogue)
 
 
-def _launch_depthwise(
-    x, weight, bias, residual, y, y_strides, stride, padding, dilation, relu=False, round_y=False
-) -> None:
+def _launch_depthwise(x, weight, y, channels_last_y, stride, padding, dilation, epilogue) -> None:
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
     M = N * P * Q
-    blocks = pixel_blocks(M, P * Q, K, y_strides[1] == 1)
+    blocks = pixel_blocks(M, P * Q, K, channels_last_y)
     grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(K, blocks.BLOCK_C),)
     conv2d_depthwise_forward_kernel[grid](
         x,
         weight,
-        bias,
-        residual,
+        *epilogue[:3],
         y,
         M,
         H,
@@ -195,17 +184,14 @@ def _launch_depthwise(
         P * Q,
         Q,
         *x.stride(),
-        *y_strides,
+        *pixel_strides(y, channels_last_y),
         K,
         K // C,
         *weight.shape[2:],
         *stride,
         *padding,
         *dilation,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        RELU=relu,
-        ROUND_Y=round_y,
+        **epilogue.flags,
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         **blocks._asdict(),
@@ -246,44 +232,39 @@ conv2d = register(
 )
 
 
-def _fused_output(
-    x, packed, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision, rounded_x, round_y
-) -> torch.Tensor:
+def _fused_output(x, packed, scale, bias, residual, relu, kernel_size, *window_and_precision) -> torch.Tensor:
+    stride, padding, dilation, _, input_precision, _, _ = window_and_precision
     K = packed.shape[0] // (3 if input_precision == "tf32x3" else 1)
     P, Q = (output_size(*sizes) for sizes in zip(x.shape[2:], kernel_size, stride, padding, dilation))
     return empty_image((x.shape[0], K, P, Q), x, channels_last=True)
 
 
-def _launch_fused(
-    x, packed, bias, residual, relu, kernel_size, stride, padding, dilation, groups, input_precision, rounded_x, round_y
-) -> torch.Tensor:
-    window = stride, padding, dilation
-    y = _fused_output(
-        x, packed, bias, residual, relu, kernel_size, *window, groups, input_precision, rounded_x, round_y
-    )
+def _launch_fused(x, packed, scale, bias, residual, relu, kernel_size, *window_and_precision) -> torch.Tensor:
+    y = _fused_output(x, packed, scale, bias, residual, relu, kernel_size, *window_and_precision)
     if y.numel() == 0:
         return y
+    *window, groups, input_precision, rounded_x, round_y = window_and_precision
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
+    epilogue = Epilogue(scale, bias, residual, relu, round_y)
     if packed.shape[3] == 1 and groups > 1:
         weight = packed[-y.shape[1] :].view(y.shape[1], 1, *kernel_size)
-        y_strides = pixel_strides(y, True)
-        _launch_depthwise(x, weight, bias, residual, y, y_strides, *window, relu, round_y)
+        _launch_depthwise(x, weight, y, True, *window, epilogue)
         return y
     round_x = input_precision == "tf32" and not rounded_x
-    _launch_gemm(x, packed, bias, residual, y, True, *window, groups, input_precision, round_x, relu, round_y)
+    _launch_gemm(x, packed, y, True, *window, groups, input_precision, round_x, epilogue)
     return y
 
 
 conv2d_fused = register(
-    "conv2d_fused(Tensor x, Tensor packed_weight, Tensor? bias, Tensor? residual, bool relu, int[2] kernel_size, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, str input_precision, bool rounded_x, bool round_y) "
-    "-> Tensor",
+    "conv2d_fused(Tensor x, Tensor packed_weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, "
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, str input_precision, "
+    "bool rounded_x, bool round_y) -> Tensor",
     _launch_fused,
     _fused_output,
 )
-"""relu(conv2d(x, weight) + bias + residual), channels_last, for inference.
+"""relu(scale * conv2d(x, weight) + bias + residual), channels_last, for inference.
 
-`packed_weight` is `pack_weight(weight, input_precision)`; bias [K] is float32 (float64 for float64) or of the type of
-x; the residual has the shape and type of y. `rounded_x`: x has been rounded to TF32; `round_y`: y is to be.
+`packed_weight` is `pack_weight(weight, input_precision)`; scale and bias [K] are float32 (float64 for float64); the
+residual has the shape and type of y. `rounded_x`: x has been rounded to TF32; `round_y`: y is to be.
 """

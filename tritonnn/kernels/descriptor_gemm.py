@@ -1,7 +1,7 @@
 """Convolution as a matrix product over tensor descriptors, for channels_last images on Hopper GPUs and later.
 
-    y[n, p, q, k] = relu(bias[k] + residual[n, p, q, k]
-                         + sum over r, s, c of x[n, p*stride + r*dilation - padding, q*..., c] * weight[k, r, s, c])
+    y[n, p, q, k] = relu(bias[k] + residual[n, p, q, k] + scale[k]
+                         * sum over r, s, c of x[n, p*stride + r*dilation - padding, q*..., c] * weight[k, r, s, c])
 
 A program owns a box of TILE_N images x TILE_P rows x TILE_Q columns of the output. For each filter tap and block of
 channels the copy engine brings the box of x that lies under it; what lies outside the image it fills with zeros, so
@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import add_rounded_dot, add_split_dot, round_to, round_to_tf32
 from .block_sizes import FLUSH_STEPS, DescriptorBlocks
+from .epilogue import Epilogue
 
 
 @triton.jit
@@ -32,6 +33,7 @@ def load_box(x_desc, n, p, q, r, s, c, C: tl.constexpr, STRIDE: tl.constexpr):
 def descriptor_gemm_forward_kernel(
     x_desc,
     weight_desc,
+    scale_ptr,
     bias_ptr,
     residual_desc,
     y_desc,
@@ -49,6 +51,7 @@ def descriptor_gemm_forward_kernel(
     PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -110,8 +113,10 @@ def descriptor_gemm_forward_kernel(
 
     if SWAPPED:
         acc = acc.T
+    offs_n = k + tl.arange(0, BLOCK_N)
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)[None, :]
     if HAS_BIAS:
-        offs_n = k + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < K, other=0.0)[None, :]
     if HAS_RESIDUAL:
         acc += tl.reshape(residual_desc.load([n, p, q, k]), (BLOCK_M, BLOCK_N)).to(tl.float32)
@@ -125,7 +130,6 @@ def descriptor_gemm_forward_kernel(
     else:
         y = round_to(acc, y_desc.dtype.element_ty)
         offs_m = tl.arange(0, BLOCK_M)
-        offs_n = k + tl.arange(0, BLOCK_N)
         n += offs_m // (TILE_P * TILE_Q)
         p += offs_m // TILE_Q % TILE_P
         q += offs_m % TILE_Q
@@ -159,16 +163,13 @@ def _pixels(x: torch.Tensor) -> torch.Tensor:
 def descriptor_gemm(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     y: torch.Tensor,
     channels_last: bool,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     input_precision: str,
-    relu: bool,
-    round_y: bool,
+    epilogue: Epilogue,
     blocks: DescriptorBlocks,
 ) -> None:
     """Fills y [N, K, P, Q], `channels_last` or contiguous, from x [N, C, H, W], channels_last; see `implicit_gemm`.
@@ -187,13 +188,16 @@ def descriptor_gemm(
     weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
     y_box = [tile_n, tile_p, tile_q, block_n]
     y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if channels_last else y
-    residual_desc = y_desc if residual is None else TensorDescriptor.from_tensor(_pixels(residual), y_box)
+    residual_desc = y_desc
+    if epilogue.residual is not None:
+        residual_desc = TensorDescriptor.from_tensor(_pixels(epilogue.residual), y_box)
     tiles_p, tiles_q = triton.cdiv(P, tile_p), triton.cdiv(Q, tile_q)
     tiles = triton.cdiv(N, tile_n) * tiles_p * tiles_q * triton.cdiv(K, block_n)
     descriptor_gemm_forward_kernel[(tiles,)](
         x_desc,
         weight_desc,
-        bias,
+        epilogue.scale,
+        epilogue.bias,
         residual_desc,
         y_desc,
         N,
@@ -208,10 +212,7 @@ def descriptor_gemm(
         stride[0],
         *padding,
         *dilation,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        RELU=relu,
-        ROUND_Y=round_y,
+        **epilogue.flags,
         INPUT_PRECISION=input_precision,
         CHANNELS_LAST=channels_last,
         FLUSH=FLUSH_STEPS,

@@ -2,9 +2,9 @@
 
     y[n, k, p, q] = bias[k] + sum over r, s, c of x[n, c, p*stride + r*dilation - padding, ...] * weight[k, r, s, c]
 
-and, where they are asked for, plus a residual and through ReLU. As a GEMM: M = N*P*Q output pixels, N = K output
-channels, K = R*S*C the filter. Any strides of x, any filter, padding, dilation and groups. A linear layer is the same
-with one pixel an image and a 1x1 filter.
+and, where they are asked for, times a scale a channel, plus a residual, and through ReLU. As a GEMM: M = N*P*Q output
+pixels, N = K output channels, K = R*S*C the filter. Any strides of x, any filter, padding, dilation and groups. A
+linear layer is the same with one pixel an image and a 1x1 filter.
 
 The size of the image is no constexpr: one compiled kernel serves all sizes, and where LLVM knew the range of a pixel's
 coordinates it narrowed them to pairs of 16-bit integers, which gave wrong masks on an H200 (triton 3.6).
@@ -16,12 +16,14 @@ import triton.language as tl
 
 from .arithmetic import accumulator, add_rounded_dot, add_split_dot, dot, index_type, round_to, round_to_tf32
 from .block_sizes import FLUSH_STEPS, gemm_blocks
+from .epilogue import Epilogue
 
 
 @triton.jit
 def implicit_gemm_forward_kernel(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     residual_ptr,
     y_ptr,
@@ -47,6 +49,7 @@ def implicit_gemm_forward_kernel(
     PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -144,6 +147,8 @@ def implicit_gemm_forward_kernel(
     if INPUT_PRECISION == "tf32x3" or ROUND_X:
         acc += part
 
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
     offs_y = (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (channel * y_stride_k)[None, :]
@@ -157,6 +162,9 @@ def implicit_gemm_forward_kernel(
     tl.store(y_ptr + offs_y, round_to(acc, y_ptr.dtype.element_ty), mask=mask_y)
 
 
+NO_EPILOGUE = Epilogue()
+
+
 def spans_taps(channels: int, taps: int) -> bool:
     """Whether a filter has too few channels to give each of its taps a block of the reduction."""
     return channels < 16 and taps > 1
@@ -165,8 +173,6 @@ def spans_taps(channels: int, taps: int) -> bool:
 def implicit_gemm(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     y: torch.Tensor,
     y_strides: tuple[int, int, int],
     stride: tuple[int, int],
@@ -175,13 +181,12 @@ def implicit_gemm(
     groups: int,
     input_precision: str,
     round_x: bool = False,
-    relu: bool = False,
-    round_y: bool = False,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> None:
     """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and a weight of `pack_weight`.
 
-    `y_strides` are the image, channel and pixel strides of y and of `residual`. For a product in TF32 x has been
-    rounded to it, unless `round_x` asks for it here; `round_y` rounds y for the next.
+    `y_strides` are the image, channel and pixel strides of y and of a residual. For a product in TF32 x has been
+    rounded to it, unless `round_x` asks for it here.
     """
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
@@ -193,8 +198,7 @@ def implicit_gemm(
     implicit_gemm_forward_kernel[grid](
         x,
         weight,
-        bias,
-        residual,
+        *epilogue[:3],
         y,
         M,
         H,
@@ -210,14 +214,11 @@ def implicit_gemm(
         *stride,
         *padding,
         *dilation,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        RELU=relu,
+        **epilogue.flags,
         SPAN_TAPS=span_taps,
         GROUPS=groups,
         INPUT_PRECISION=input_precision,
         ROUND_X=round_x,
-        ROUND_Y=round_y,
         FLUSH=FLUSH_STEPS,
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),

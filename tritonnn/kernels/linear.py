@@ -8,6 +8,7 @@ import torch
 
 from ..precision import matmul_input_precision
 from .channels_last import pack_weight
+from .epilogue import Epilogue
 from .implicit_gemm import implicit_gemm
 from .operator import register
 
@@ -26,7 +27,7 @@ def _launch(x, weight, bias) -> torch.Tensor:
     bias = None if bias is None else bias.contiguous()
     x, rows = x[:, :, None, None], y[:, :, None, None]
     round_x = input_precision == "tf32"
-    implicit_gemm(x, packed, bias, None, rows, (K, 1, 1), (1, 1), (0, 0), (1, 1), 1, input_precision, round_x)
+    implicit_gemm(x, packed, rows, (K, 1, 1), (1, 1), (0, 0), (1, 1), 1, input_precision, round_x, Epilogue(bias=bias))
     return y
 
 

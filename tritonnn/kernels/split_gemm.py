@@ -1,7 +1,7 @@
 """Convolution of few pixels: the reduction is split among the warps of a program, so that small tiles fill the GPU.
 
-    y[n, k, p, q] = relu(bias[k] + residual[n, k, p, q]
-                         + sum over r, s, c of x[n, c, p*stride + r*dilation - padding, ...] * weight[k, r, s, c])
+    y[n, k, p, q] = relu(bias[k] + residual[n, k, p, q] + scale[k]
+                         * sum over r, s, c of x[n, c, p*stride + r*dilation - padding, ...] * weight[k, r, s, c])
 
 As in implicit_gemm.py, but a step takes SLICES blocks of the reduction at once, a batched product of which each warp
 does one; they are added up at the end, in the same order every time.
@@ -13,12 +13,14 @@ import triton.language as tl
 
 from .arithmetic import accumulator, dot, index_type, round_to, round_to_tf32, split_to_tf32
 from .block_sizes import SplitBlocks
+from .epilogue import Epilogue
 
 
 @triton.jit
 def split_gemm_forward_kernel(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     residual_ptr,
     y_ptr,
@@ -44,6 +46,7 @@ def split_gemm_forward_kernel(
     PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -114,7 +117,10 @@ def split_gemm_forward_kernel(
                 x = round_to_tf32(x)
             acc = dot(x, weight, acc, INPUT_PRECISION)
 
-    y += tl.sum(acc, 0)
+    total = tl.sum(acc, 0)
+    if HAS_SCALE:
+        total *= tl.load(scale_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
+    y += total
     if RELU:
         y = tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL)
     if ROUND_Y:
@@ -125,8 +131,6 @@ def split_gemm_forward_kernel(
 def split_gemm(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     y: torch.Tensor,
     y_strides: tuple[int, int, int],
     stride: tuple[int, int],
@@ -134,8 +138,7 @@ def split_gemm(
     dilation: tuple[int, int],
     input_precision: str,
     round_x: bool,
-    relu: bool,
-    round_y: bool,
+    epilogue: Epilogue,
     blocks: SplitBlocks,
 ) -> None:
     """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and weight [K, R, S, C], contiguous.
@@ -149,8 +152,7 @@ def split_gemm(
     split_gemm_forward_kernel[grid](
         x,
         weight,
-        bias,
-        residual,
+        *epilogue[:3],
         y,
         M,
         H,
@@ -165,12 +167,9 @@ def split_gemm(
         *stride,
         *padding,
         *dilation,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        RELU=relu,
+        **epilogue.flags,
         INPUT_PRECISION=input_precision,
         ROUND_X=round_x,
-        ROUND_Y=round_y,
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         **blocks._asdict(),

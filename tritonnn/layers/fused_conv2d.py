@@ -15,18 +15,32 @@ from .layer import TritonLayer, reason_to_fall_back, reason_to_fall_back_image, 
 
 
 class _Fused(TritonLayer, nn.Module):
-    """Holds the folded weight, in the model's type, and bias, which stays in the type of the sums.
+    """Holds the weight, in the model's type, and scale and bias, which stay in the type of the sums.
+
+    The scale is folded into a float32 or float64 weight, and then None: rounding a product of it to 16 bits would cost
+    precision that the kernel keeps by scaling the sums.
 
     Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` has changed.
     `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y" or "into residual".
     """
 
     weight: torch.Tensor
+    scale: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, sums: str | None, relu: bool) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        sums: str | None,
+        relu: bool,
+    ) -> None:
         super().__init__()
+        if scale is not None and weight.element_size() > 2:
+            weight, scale = _scaled(weight, scale), None
         self.register_buffer("weight", weight)
+        self.register_buffer("scale", None if scale is None else scale.to(_sum_type(weight)))
         self.register_buffer("bias", None if bias is None else bias.to(_sum_type(weight)))
         self.sums, self.relu = sums, relu
         self._packed: dict[tuple, tuple[torch.Tensor, int, torch.Tensor]] = {}
@@ -40,10 +54,11 @@ class _Fused(TritonLayer, nn.Module):
         return self.__dict__ | {"_packed": {}}
 
     def _apply(self, fn, recurse: bool = True) -> "_Fused":
-        bias = self.bias
+        before = {"scale": self.scale, "bias": self.bias}
         super()._apply(fn, recurse)
-        if bias is not None and self.bias.dtype != _sum_type(self.weight):
-            self.bias = bias.to(self.bias.device, _sum_type(self.weight))
+        for name, t in before.items():
+            if t is not None and getattr(self, name).dtype != _sum_type(self.weight):
+                setattr(self, name, t.to(self.weight.device, _sum_type(self.weight)))
         self._packed = {}
         return self
 
@@ -65,6 +80,11 @@ class _Fused(TritonLayer, nn.Module):
             return None
         return "input and parameters of several types"
 
+    def _pytorch_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias for PyTorch's operation, in the weight's type."""
+        weight = self.weight if self.scale is None else _scaled(self.weight, self.scale)
+        return weight, None if self.bias is None else self.bias.to(weight.dtype)
+
     def _finish(self, y: torch.Tensor, residual: object) -> torch.Tensor:
         """What an epilogue does, with PyTorch's operations."""
         if self.sums == "into residual":
@@ -84,11 +104,11 @@ class _Fused(TritonLayer, nn.Module):
 
 
 class FusedConv2d(_Fused):
-    """y = relu(conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
+    """y = relu(scale * conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
 
-    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], bias [K], float32 or, for a float64 weight,
-    float64; residual and y [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type is
-    added by PyTorch, and so are inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
+    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K], float32 or, for a float64
+    weight, float64; residual and y [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type
+    is added by PyTorch, and so are inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
 
     Where convolutions use TF32, `round_output` rounds y to it, and `rounded_input` says that x has been.
     """
@@ -96,6 +116,7 @@ class FusedConv2d(_Fused):
     def __init__(
         self,
         weight: torch.Tensor,
+        scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         stride: tuple[int, int],
         padding: tuple[int, int],
@@ -104,7 +125,7 @@ class FusedConv2d(_Fused):
         sums: str | None = None,
         relu: bool = False,
     ) -> None:
-        super().__init__(weight, bias, sums, relu)
+        super().__init__(weight, scale, bias, sums, relu)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.rounded_input = self.round_output = False
 
@@ -120,7 +141,7 @@ class FusedConv2d(_Fused):
         packed = self._packed_weight(x.dtype, input_precision)
         rounding = input_precision, self.rounded_input, self.round_output and convolution_allows_tf32(x)
         if self.sums is None:
-            y = conv2d_fused(image, packed, self.bias, None, self.relu, *geometry, *rounding)
+            y = conv2d_fused(image, packed, self.scale, self.bias, None, self.relu, *geometry, *rounding)
             return y if x.dim() == 4 else y.squeeze(0)
         sizes = [
             (size + 2 * p - d * (k - 1) - 1) // s + 1
@@ -130,11 +151,11 @@ class FusedConv2d(_Fused):
         if reason is not None:
             self.fallbacks[reason] += 1
             y = conv2d_fused(
-                image, packed, self.bias, None, False, *geometry, input_precision, self.rounded_input, False
+                image, packed, self.scale, self.bias, None, False, *geometry, input_precision, self.rounded_input, False
             )
             return self._finish(y if x.dim() == 4 else y.squeeze(0), residual)
         images = residual if x.dim() == 4 else residual.unsqueeze(0)
-        y = conv2d_fused(image, packed, self.bias, images, self.relu, *geometry, *rounding)
+        y = conv2d_fused(image, packed, self.scale, self.bias, images, self.relu, *geometry, *rounding)
         return y if x.dim() == 4 else y.squeeze(0)
 
     def _reason_to_fall_back(self, x: torch.Tensor) -> str | None:
@@ -146,8 +167,7 @@ class FusedConv2d(_Fused):
         return reason
 
     def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
-        y = F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        y = F.conv2d(x, *self._pytorch_parameters(), self.stride, self.padding, self.dilation, self.groups)
         return self._finish(y, residual)
 
 
@@ -174,6 +194,7 @@ class FusedLinear(_Fused):
         y = conv2d_fused(
             x.reshape(rows, C, 1, 1),
             packed,
+            self.scale,
             self.bias,
             residual.reshape(rows, K, 1, 1) if fused else None,
             self.relu and apart is None,
@@ -192,18 +213,20 @@ class FusedLinear(_Fused):
         return self._finish(y, residual)
 
     def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
-        return self._finish(F.linear(x, self.weight, bias), residual)
+        return self._finish(F.linear(x, *self._pytorch_parameters()), residual)
 
 
 def _sum_type(weight: torch.Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def fold_batch_norm(
-    weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.BatchNorm2d
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight [K, ...] and bias [K], float64, of a convolution that includes the batch norm after it, in eval mode."""
+def _scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """scale [K] times weight [K, ...], computed in float64, in the type of weight."""
+    return (weight.double() * scale.double().view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+
+
+def batch_norm_as_affine(bias: torch.Tensor | None, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift [K], float64, that are a batch norm in eval mode after a convolution without its bias."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
@@ -211,4 +234,4 @@ def fold_batch_norm(
     shift = shift * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
-    return weight.double() * scale.view(-1, *[1] * (weight.dim() - 1)), shift
+    return scale, shift
