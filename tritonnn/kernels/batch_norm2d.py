@@ -257,8 +257,19 @@ def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         INDEX=index_type(M + steps * blocks.BLOCK_M),
         **blocks._asdict(),
     )
-    batch_norm2d_combine_statistics_kernel[(triton.cdiv(C, 16),)](
-        partial, mean, var, inverse, splits, C, eps, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_C=16
+    # 1,024 splits x 4 channels in float64 just fit the registers of 8 warps.
+    block_c = 16 if triton.knobs.runtime.interpret else 4
+    batch_norm2d_combine_statistics_kernel[(triton.cdiv(C, block_c),)](
+        partial,
+        mean,
+        var,
+        inverse,
+        splits,
+        C,
+        eps,
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_C=block_c,
+        num_warps=8,
     )
     return mean, var, inverse
 
