@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import accumulator, index_type, round_to
-from .block_sizes import pixel_blocks
+from .block_sizes import ceil_div, pixel_blocks
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
 from .window import output_size
@@ -114,7 +114,7 @@ def _run(x, y, kernel_size, stride, padding, adaptive, count_include_pad, diviso
     largest_index = M + blocks.BLOCK_M
     if adaptive:  # windows begin at p * H // P
         largest_index = max(largest_index, (P + 1) * H, (Q + 1) * W)
-    grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(C, blocks.BLOCK_C),)
+    grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
     avg_pool2d_forward_kernel[grid](
         x,
         y,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import accumulator, index_type, round_to
-from .block_sizes import PixelBlocks, pixel_blocks
+from .block_sizes import PixelBlocks, ceil_div, pixel_blocks
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import LIBRARY, each_example, register
 
@@ -204,7 +204,7 @@ def _normalize(x, weight, bias, mean, var, eps, inverted=False) -> torch.Tensor:
     N, C, H, W = x.shape
     M = N * H * W
     blocks = pixel_blocks(M, H * W, C, channels_last)
-    grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(C, blocks.BLOCK_C),)
+    grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
     batch_norm2d_normalize_kernel[grid](
         x,
         y,
@@ -237,9 +237,9 @@ def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if not triton.knobs.runtime.interpret:
         # Four values a thread leave registers for three accumulators of each.
         blocks = PixelBlocks(max(blocks.BLOCK_M // 2, 1), blocks.BLOCK_C)
-    blocks_m, blocks_c = triton.cdiv(M, blocks.BLOCK_M), triton.cdiv(C, blocks.BLOCK_C)
-    steps = triton.next_power_of_2(triton.cdiv(blocks_m * blocks_c, 1024))  # about 1,024 programs, 1,024 splits at most
-    splits = triton.cdiv(blocks_m, steps)
+    blocks_m, blocks_c = ceil_div(M, blocks.BLOCK_M), ceil_div(C, blocks.BLOCK_C)
+    steps = triton.next_power_of_2(ceil_div(blocks_m * blocks_c, 1024))  # about 1,024 programs, 1,024 splits at most
+    splits = ceil_div(blocks_m, steps)
     acc = accumulator(x.dtype)
     dtype = _statistics_dtype(x)
     partial = torch.empty(3, splits, C, dtype=torch.float64, device=x.device)
@@ -259,7 +259,7 @@ def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
     # 1,024 splits x 4 channels in float64 just fit the registers of 8 warps.
     block_c = 16 if triton.knobs.runtime.interpret else 4
-    batch_norm2d_combine_statistics_kernel[(triton.cdiv(C, block_c),)](
+    batch_norm2d_combine_statistics_kernel[(ceil_div(C, block_c),)](
         partial,
         mean,
         var,
@@ -294,7 +294,7 @@ def _launch_update(mean, var, running_mean, running_var, momentum, count) -> Non
         running_var.copy_(copies[1])
         return
     block = 1024 if triton.knobs.runtime.interpret else 128
-    batch_norm2d_update_kernel[(triton.cdiv(C, block),)](
+    batch_norm2d_update_kernel[(ceil_div(C, block),)](
         mean, var, running_mean, running_var, C, momentum, count / (count - 1), BLOCK_C=block
     )
 

@@ -57,15 +57,22 @@ class DescriptorBlocks(NamedTuple):
     num_stages: int
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; `triton.cdiv` takes 4 us to say so on the host."""
+    return -(-a // b)
+
+
 def _power_of_2(size: int, least: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), least), most)
 
 
+@functools.lru_cache
 def elementwise_block(numel: int) -> int:
     """Elements a program of an element-wise kernel owns."""
     return _power_of_2(numel, 1, INTERPRETER_TILE) if triton.knobs.runtime.interpret else 2048
 
 
+@functools.lru_cache
 def pixel_blocks(pixels: int, pixels_per_image: int, channels: int, channels_last: bool) -> PixelBlocks:
     """For kernels that treat every channel alike (pooling, batch norm): the tile runs along what is contiguous."""
     if triton.knobs.runtime.interpret:
@@ -77,6 +84,7 @@ def pixel_blocks(pixels: int, pixels_per_image: int, channels: int, channels_las
     return PixelBlocks(1024 // block_c, block_c)
 
 
+@functools.lru_cache
 def transpose_blocks(pixels: int, channels: int) -> PixelBlocks:
     """For a copy that turns contiguous pixels into contiguous channels: a square serves both sides."""
     if triton.knobs.runtime.interpret:
@@ -84,6 +92,7 @@ def transpose_blocks(pixels: int, channels: int) -> PixelBlocks:
     return PixelBlocks(_power_of_2(pixels, 16, 64), _power_of_2(channels, 1, 64))
 
 
+@functools.lru_cache
 def gemm_blocks(m: int, n: int, k: int, element_size: int, input_precision: str) -> GemmBlocks:
     """For a product of [m, k] and [k, n]; `k` is the length over which a block of the reduction is contiguous.
 
@@ -98,11 +107,12 @@ def gemm_blocks(m: int, n: int, k: int, element_size: int, input_precision: str)
         return GemmBlocks(_power_of_2(m, 16, 64), _power_of_2(n, 16, 32), block_k, 4, 2)
     block_m = _power_of_2(m, 16, 128 if element_size == 2 else 64)
     block_n = _power_of_2(n, 16, 128 if input_precision != "tf32x3" else 64)
-    while block_m > 16 and triton.cdiv(m, block_m) * triton.cdiv(n, block_n) < 3 * MULTIPROCESSORS // 4:
+    while block_m > 16 and ceil_div(m, block_m) * ceil_div(n, block_n) < 3 * MULTIPROCESSORS // 4:
         block_m //= 2
     return GemmBlocks(block_m, block_n, block_k, 4, 3)
 
 
+@functools.lru_cache
 def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitBlocks | None:
     """For so few pixels that larger tiles would leave multiprocessors idle; None where there are enough of them."""
     block_k = math.gcd(c, 128 // element_size)
@@ -112,7 +122,7 @@ def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitB
         return None
     blocks_k = taps * c // block_k
     for block_m, block_n in ((32, 32), (16, 32), (16, 16)):
-        if triton.cdiv(m, block_m) * triton.cdiv(n, block_n) >= 3 * MULTIPROCESSORS // 4:
+        if ceil_div(m, block_m) * ceil_div(n, block_n) >= 3 * MULTIPROCESSORS // 4:
             break
     else:
         block_m, block_n = 16, 8
@@ -124,7 +134,7 @@ def tile(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
     """The box of `pixels` (images, rows, columns), powers of 2, that wastes least of an output of n images of p x q."""
 
     def waste(box: tuple[int, int, int]) -> tuple[int, int]:
-        covered = math.prod(triton.cdiv(size, tile) * tile for size, tile in zip((n, p, q), box))
+        covered = math.prod(ceil_div(size, tile) * tile for size, tile in zip((n, p, q), box))
         return covered, -box[2], -box[1]
 
     powers = [1 << i for i in range(pixels.bit_length())]
@@ -150,7 +160,7 @@ def descriptor_blocks(
         shapes = [(256, 128, 8, 3 if half else 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
     if k <= 64:
         shapes = [shape for shape in shapes if shape[1] <= 64]
-    fills = (s for s in shapes if triton.cdiv(n * p * q, s[0]) * triton.cdiv(k, s[1]) >= 3 * MULTIPROCESSORS // 4)
+    fills = (s for s in shapes if ceil_div(n * p * q, s[0]) * ceil_div(k, s[1]) >= 3 * MULTIPROCESSORS // 4)
     block_m, block_n, num_warps, num_stages = next(fills, shapes[-1])
     box = tile(n, p, q, block_m)
     return DescriptorBlocks(*box, block_n, 128 // element_size, swapped, num_warps, num_stages)

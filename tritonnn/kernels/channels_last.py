@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import index_type, round_to_tf32, split_to_tf32
-from .block_sizes import transpose_blocks
+from .block_sizes import ceil_div, transpose_blocks
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _copy(x: torch.Tensor, y: torch.Tensor, round_to_tf32: bool, split: bool) ->
     if stride_h == W * stride_w:  # rows follow each other: one row of H * W pixels
         H, W = 1, H * W
     blocks = transpose_blocks(N * H * W, C)
-    grid = (triton.cdiv(N * H * W, blocks.BLOCK_M) * triton.cdiv(C, blocks.BLOCK_C),)
+    grid = (ceil_div(N * H * W, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
     channels_last_kernel[grid](
         x,
         y,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..precision import convolution_input_precision
 from .arithmetic import accumulator, index_type, round_to, round_to_tf32
-from .block_sizes import descriptor_blocks, pixel_blocks, split_blocks
+from .block_sizes import ceil_div, descriptor_blocks, pixel_blocks, split_blocks
 from .channels_last import channels_last, pack_weight
 from .descriptor_gemm import descriptor_gemm, fits_descriptors
 from .epilogue import Epilogue
@@ -172,7 +172,7 @@ def _launch_depthwise(x, weight, y, channels_last_y, stride, padding, dilation, 
     K, P, Q = y.shape[1:]
     M = N * P * Q
     blocks = pixel_blocks(M, P * Q, K, channels_last_y)
-    grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(K, blocks.BLOCK_C),)
+    grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_C),)
     conv2d_depthwise_forward_kernel[grid](
         x,
         weight,

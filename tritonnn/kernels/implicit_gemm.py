@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import accumulator, add_rounded_dot, add_split_dot, dot, index_type, round_to, round_to_tf32
-from .block_sizes import FLUSH_STEPS, gemm_blocks
+from .block_sizes import FLUSH_STEPS, ceil_div, gemm_blocks
 from .epilogue import Epilogue
 
 
@@ -194,7 +194,7 @@ def implicit_gemm(
     C, K, M = C // groups, K // groups, N * P * Q
     span_taps = spans_taps(C, R * S)
     blocks = gemm_blocks(M, K, R * S * C if span_taps else C, x.element_size(), input_precision)
-    grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(K, blocks.BLOCK_N) * groups,)
+    grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N) * groups,)
     implicit_gemm_forward_kernel[grid](
         x,
         weight,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import accumulator, index_type
-from .block_sizes import pixel_blocks
+from .block_sizes import ceil_div, pixel_blocks
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
 from .window import output_size
@@ -121,7 +121,7 @@ def _launch(
     channels_last = is_channels_last(x)
     M = N * P * Q
     blocks = pixel_blocks(M, P * Q, C, channels_last)
-    grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(C, blocks.BLOCK_C),)
+    grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
     max_pool2d_forward_kernel[grid](
         x,
         y,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import accumulator, dot, index_type, round_to, round_to_tf32, split_to_tf32
-from .block_sizes import SplitBlocks
+from .block_sizes import SplitBlocks, ceil_div
 from .epilogue import Epilogue
 
 
@@ -148,7 +148,7 @@ def split_gemm(
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
     M = N * P * Q
-    grid = (triton.cdiv(M, blocks.BLOCK_M) * triton.cdiv(K, blocks.BLOCK_N),)
+    grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N),)
     split_gemm_forward_kernel[grid](
         x,
         weight,
