@@ -70,8 +70,8 @@ def descriptor_gemm_forward_kernel(
 
     SWAPPED: acc [channels, pixels] = weight @ x.T, both in shared memory. Natural form: acc [pixels, channels] =
     x @ weight.T, with x in registers, where it is rounded to TF32 or, "tf32x3", split; then weight_desc holds the
-    weights rounded to TF32 and, K rows below, what that left of them. The natural form adds up the sums of FLUSH steps
-    apart: few float32 additions follow each other. y_desc is a pointer unless y is CHANNELS_LAST.
+    weights rounded to TF32 and, K rows below, what that left of them, and the sums of FLUSH steps are added up apart,
+    so that few float32 additions follow each other. y_desc is a pointer unless y is CHANNELS_LAST.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -99,16 +99,15 @@ def descriptor_gemm_forward_kernel(
         weight = weight_desc.load([k, tap * C + c])  # [BLOCK_N, BLOCK_K]
         if SWAPPED:
             acc = tl.dot(weight, x.T, acc, input_precision=INPUT_PRECISION)
-        else:
-            if INPUT_PRECISION == "tf32x3":
-                rest = weight_desc.load([K + k, tap * C + c])
-                part = add_split_dot(x, weight.T, rest.T, part)
-            else:
-                part = add_rounded_dot(x, weight.T, part)
+        elif INPUT_PRECISION == "tf32x3":
+            rest = weight_desc.load([K + k, tap * C + c])
+            part = add_split_dot(x, weight.T, rest.T, part)
             if (step + 1) % FLUSH == 0:
                 acc += part
                 part = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
-    if not SWAPPED:
+        else:
+            acc = add_rounded_dot(x, weight.T, acc)
+    if INPUT_PRECISION == "tf32x3":
         acc += part
 
     if SWAPPED:

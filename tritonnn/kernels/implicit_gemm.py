@@ -71,8 +71,7 @@ def implicit_gemm_forward_kernel(
     C and K count the channels of a group; weight is [GROUPS * K, R, S, C], contiguous, for "tf32x3" followed by what
     its rounding to TF32 left. A block of the reduction lies within one filter tap, whose mask and address are then a
     column each; with SPAN_TAPS (few channels) it runs over the whole filter. The residual has the strides of y. In
-    "tf32x3", and where ROUND_X rounds x to TF32, the sums of FLUSH steps are added up apart, so that few float32
-    additions follow each other.
+    "tf32x3" the sums of FLUSH steps are added up apart, so that few float32 additions follow each other.
     """
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
@@ -136,15 +135,14 @@ def implicit_gemm_forward_kernel(
         if INPUT_PRECISION == "tf32x3":
             rest = tl.load(weight_ptrs + (GROUPS * K * R * S * C + offs_k)[:, None], mask=mask_weight, other=0.0)
             part = add_split_dot(x, weight, rest, part)
-        elif ROUND_X:
-            part = add_rounded_dot(x, weight, part)
-        else:
-            acc = dot(x, weight, acc, INPUT_PRECISION)
-        if INPUT_PRECISION == "tf32x3" or ROUND_X:
             if (step + 1) % FLUSH == 0:
                 acc += part
                 part = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
-    if INPUT_PRECISION == "tf32x3" or ROUND_X:
+        elif ROUND_X:
+            acc = add_rounded_dot(x, weight, acc)
+        else:
+            acc = dot(x, weight, acc, INPUT_PRECISION)
+    if INPUT_PRECISION == "tf32x3":
         acc += part
 
     if HAS_SCALE:
