@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 import tritonnn
 from tritonnn.kernels.block_sizes import DescriptorBlocks, SplitBlocks, tile
+from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.descriptor_gemm import descriptor_gemm
 from tritonnn.kernels.epilogue import Epilogue
+from tritonnn.kernels.implicit_gemm import implicit_gemm
 from tritonnn.kernels.memory_format import pixel_strides
 from tritonnn.kernels.split_gemm import split_gemm
 
@@ -184,6 +186,34 @@ def test_split_among_warps(case, channels_last):
     blocks = SplitBlocks(8, 16, 16, 32, 4, 1)
     split_gemm(*operands, pixel_strides(y, channels_last), *window, "ieee", False, epilogue, blocks)
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to TF32, ties away from zero."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("form", ["descriptors", "split among warps", "pointers"])
+@pytest.mark.parametrize("input_precision", ["tf32", "tf32x3"])
+def test_precision_of_operands(input_precision, form):
+    """TF32 is the product of rounded operands; three of them are float32's, to a few roundings."""
+    x, weight = image(2, 64, 6, 6, channels_last=True), image(24, 64, 3, 3)
+    rounded = (tf32(x), tf32(weight)) if input_precision == "tf32" else (x, weight)
+    exact = F.conv2d(*(t.double() for t in rounded), padding=1)
+    y = torch.full(exact.shape, float("nan")).contiguous(memory_format=torch.channels_last)
+    window = (1, 1), (1, 1), (1, 1)
+    packed = pack_weight(weight, input_precision)
+    rounds = input_precision == "tf32"
+    if form == "descriptors":
+        blocks = DescriptorBlocks(2, 4, 8, 32, 32, False, 4, 1)
+        descriptor_gemm(x, packed, y, True, *window, input_precision, Epilogue(), blocks)
+    elif form == "split among warps":
+        blocks = SplitBlocks(4, 16, 16, 32, 4, 1)
+        split_gemm(x, packed[-24:], y, pixel_strides(y, True), *window, input_precision, rounds, Epilogue(), blocks)
+    else:
+        implicit_gemm(x, packed, y, pixel_strides(y, True), *window, 1, input_precision, rounds)
+    assert float((y.double() - exact).norm() / exact.norm()) < 3e-7
 
 
 @pytest.mark.parametrize(

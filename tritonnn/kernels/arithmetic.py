@@ -23,7 +23,11 @@ def index_type(extent: int) -> tl.dtype:
 @triton.jit
 def round_to_tf32(x):
     """The nearest TF32 value, ties away from zero. Left to itself the tensor core truncates, which is biased."""
-    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    if INTERPRET:
+        y = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        y = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
 
 
 @triton.jit
@@ -36,7 +40,12 @@ def split_to_tf32(x):
 @triton.jit
 def add(a, b):
     """a + b in float32, which the compiler does not merge with the product that b comes from."""
-    return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+    if INTERPRET:
+        y = a + b
+    else:
+        asm: tl.constexpr = "add.rn.f32 $0, $1, $2;"
+        y = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+    return y
 
 
 @triton.jit
