@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from compare import image
 from torch import nn
 from torch.nn import functional as F
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 import tritonnn
 from tritonnn.kernels.block_sizes import DescriptorBlocks, SplitBlocks, tile
 from tritonnn.kernels.channels_last import pack_weight
-from tritonnn.kernels.descriptor_gemm import descriptor_gemm
+from tritonnn.kernels.descriptor_gemm import descriptor_gemm, fits_descriptors
 from tritonnn.kernels.epilogue import Epilogue
 from tritonnn.kernels.implicit_gemm import implicit_gemm
 from tritonnn.kernels.memory_format import pixel_strides
@@ -235,3 +236,24 @@ def test_tile_wastes_little(output, pixels, box):
     for size, side in zip(output, box):
         expected *= -(-size // side) * side
     assert covered <= expected
+
+
+@pytest.mark.parametrize(
+    "shape, stride, dtype, fits",
+    [
+        ((2, 64, 8, 8), [1, 1], torch.bfloat16, True),
+        ((2, 64, 8, 8), [2, 2], torch.bfloat16, True),
+        ((2, 64, 8, 8), (2, 2), torch.bfloat16, True),
+        ((2, 64, 7, 8), [2, 2], torch.bfloat16, False),
+        ((2, 64, 8, 8), [1, 2], torch.bfloat16, False),
+        ((2, 32, 8, 8), [1, 1], torch.bfloat16, False),
+        ((2, 32, 8, 8), [1, 1], torch.float32, True),
+        ((2, 64, 8, 8), [1, 1], torch.float64, False),
+    ],
+    ids=["stride 1", "stride 2", "a tuple", "odd side", "two strides", "half a line", "float32", "float64"],
+)
+def test_what_descriptors_can_fetch(shape, stride, dtype, fits, monkeypatch):
+    """Strides come as lists from PyTorch's dispatcher."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert fits_descriptors(torch.empty(shape, dtype=dtype), 64, stride, 1) is fits

@@ -6,6 +6,7 @@ import pytest
 import torch
 from compare import DEVICE, image, network
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonnn
 
@@ -98,3 +99,24 @@ def test_vmap():
     pytorch, swapped = networks(training=False)
     x = image(3, 2, 3, 8, 8)
     torch.testing.assert_close(torch.vmap(swapped)(x), torch.vmap(pytorch)(x))
+
+
+def test_who_watches_sees_the_operators():
+    """Unwatched, and without gradients, the kernels run without PyTorch's dispatcher."""
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **kwargs or {})
+
+    pytorch, swapped = networks(training=False)
+    x = image(2, 3, 8, 8)
+    with torch.no_grad():
+        expected, unwatched = pytorch(x), swapped(x)
+        with Log():
+            watched = swapped(x)
+    assert torch.equal(watched, unwatched)
+    torch.testing.assert_close(unwatched, expected)
+    assert {"tritonnn.conv2d.default", "tritonnn.linear.default", "tritonnn.max_pool2d.default"} <= set(seen)
+    assert swapped(x).grad_fn is not None
