@@ -213,7 +213,7 @@ def test_precision_of_operands(input_precision, form):
         blocks = SplitBlocks(4, 16, 16, 32, 4, 1)
         split_gemm(x, packed[-24:], y, pixel_strides(y, True), *window, input_precision, rounds, Epilogue(), blocks)
     else:
-        implicit_gemm(x, packed, y, pixel_strides(y, True), *window, 1, input_precision, rounds)
+        implicit_gemm(x, packed, y, pixel_strides(y, True), *window, 1, input_precision, rounds, Epilogue())
     assert float((y.double() - exact).norm() / exact.norm()) < 3e-7
 
 

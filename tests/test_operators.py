@@ -120,3 +120,14 @@ def test_who_watches_sees_the_operators():
     torch.testing.assert_close(unwatched, expected)
     assert {"tritonnn.conv2d.default", "tritonnn.linear.default", "tritonnn.max_pool2d.default"} <= set(seen)
     assert swapped(x).grad_fn is not None
+
+
+@pytest.mark.parametrize("name", ["swapped", "fused"])
+def test_unwatched_the_dispatcher_is_not_asked(name):
+    """A list where a tuple should be would send a layer the long way round."""
+    pytorch, swapped = networks(training=False)
+    model, x = swapped if name == "swapped" else tritonnn.fuse(pytorch), image(2, 3, 8, 8)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(x)
+    asked = {event.key for event in profile.key_averages() if event.key.startswith("tritonnn::")}
+    assert asked <= {"tritonnn::relu_"}  # which overwrites its input

@@ -1,7 +1,7 @@
 """For inference: convolution, batch norm, residual sum and ReLU in one kernel, over a whole network.
 
-A network is traced with torch.fx, its batch norms are folded into the convolutions before them (in float64), and what
-follows a convolution or linear layer moves into its kernel's epilogue. What is left becomes Triton layers, as `swap`
+A network is traced with torch.fx, its batch norms become part of the convolutions before them, and what follows a
+convolution or linear layer moves into its kernel's epilogue. What is left becomes Triton layers, as `swap`
 does it, or stays PyTorch.
 """
 
@@ -95,9 +95,10 @@ class FusedPart(nn.Module):
 def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -> FusedNetwork:
     """A fast copy of an eval network for inference; the model is left alone and shares nothing with it.
 
-    Batch norms are folded into the convolutions before them, in float64, and the weights rounded once to their own
-    type. Bias, residual sum and ReLU run in the kernel of the convolution or linear layer, whose images are
-    channels_last. Operand types follow autocast and PyTorch's TF32 switches at each call.
+    Batch norms are folded into the convolutions before them, in float64: into float32 and float64 weights, rounded
+    once; beside 16-bit weights, which stay as they are, the kernel scales the sums. Bias, residual sum and ReLU run in
+    the kernel of the convolution or linear layer, whose images are channels_last. Operand types follow autocast and
+    PyTorch's TF32 switches at each call.
 
     Args:
         cuda_graph: replay a CUDA graph, captured at the second call with inputs of a shape, type, autocast and TF32

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import triton
 
 INTERPRETER_TILE = 2**18
-MULTIPROCESSORS = 132
+ENOUGH_PROGRAMS = 99
+"""Three quarters of an H200's multiprocessors."""
 FLUSH_STEPS = 8
 """Steps of a float32 product whose results are added up apart before they join the sum (see `add_split_dot`)."""
 
@@ -96,8 +97,8 @@ def transpose_blocks(pixels: int, channels: int) -> PixelBlocks:
 def gemm_blocks(m: int, n: int, k: int, element_size: int, input_precision: str) -> GemmBlocks:
     """For a product of [m, k] and [k, n]; `k` is the length over which a block of the reduction is contiguous.
 
-    Measured on an H200, ResNet18's convolution of 128 channels, 1,024 images. bfloat16: 149 us with 4 warps, 158 with
-    8; TF32: 312 us with BLOCK_N 128 and 4 stages, 422 with 64 and 3; tf32x3: 997 us with BLOCK_N 64, 1,053 with 128.
+    In bfloat16 ResNet18's convolution of 128 channels takes 149 us with 4 warps, 158 with 8 (H200, 1,024 images). Tiles
+    of float32 are small: what they hold twice, rounded or split and not, would not fit the registers.
     """
     if triton.knobs.runtime.interpret:
         block_n, block_k = _power_of_2(n, 1, 1024), _power_of_2(k, 1, 1024)
@@ -107,7 +108,7 @@ def gemm_blocks(m: int, n: int, k: int, element_size: int, input_precision: str)
         return GemmBlocks(_power_of_2(m, 16, 64), _power_of_2(n, 16, 32), block_k, 4, 2)
     block_m = _power_of_2(m, 16, 128 if element_size == 2 else 64)
     block_n = _power_of_2(n, 16, 128 if input_precision != "tf32x3" else 64)
-    while block_m > 16 and ceil_div(m, block_m) * ceil_div(n, block_n) < 3 * MULTIPROCESSORS // 4:
+    while block_m > 16 and ceil_div(m, block_m) * ceil_div(n, block_n) < ENOUGH_PROGRAMS:
         block_m //= 2
     return GemmBlocks(block_m, block_n, block_k, 4, 3)
 
@@ -122,7 +123,7 @@ def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitB
         return None
     blocks_k = taps * c // block_k
     for block_m, block_n in ((32, 32), (16, 32), (16, 16)):
-        if ceil_div(m, block_m) * ceil_div(n, block_n) >= 3 * MULTIPROCESSORS // 4:
+        if ceil_div(m, block_m) * ceil_div(n, block_n) >= ENOUGH_PROGRAMS:
             break
     else:
         block_m, block_n = 16, 8
@@ -151,16 +152,15 @@ def descriptor_blocks(
     """
     half = element_size == 2
     if not swapped:
-        shapes = [(64, 128, 4, 3), (64, 64, 4, 3)]
+        shapes = [(64, 64, 4, 3)] if k <= 64 else [(64, 128, 4, 3), (64, 64, 4, 3)]
     elif k <= 64:
         shapes = [(256, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)] if half else [(128, 64, 4, 4), (64, 64, 4, 4)]
     elif half and reduction <= 1152:
         shapes = [(128, 128, 4, 3), (64, 128, 4, 4), (64, 64, 4, 4)]
     else:
         shapes = [(256, 128, 8, 3 if half else 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
-    if k <= 64:
-        shapes = [shape for shape in shapes if shape[1] <= 64]
-    fills = (s for s in shapes if ceil_div(n * p * q, s[0]) * ceil_div(k, s[1]) >= 3 * MULTIPROCESSORS // 4)
+    # The largest tiles that keep most multiprocessors busy.
+    fills = (s for s in shapes if ceil_div(n * p * q, s[0]) * ceil_div(k, s[1]) >= ENOUGH_PROGRAMS)
     block_m, block_n, num_warps, num_stages = next(fills, shapes[-1])
     box = tile(n, p, q, block_m)
     return DescriptorBlocks(*box, block_n, 128 // element_size, swapped, num_warps, num_stages)

@@ -113,20 +113,22 @@ def _is_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return is_channels_last(x) or is_channels_last(weight)
 
 
+def _empty(x, K, kernel_size, stride, padding, dilation, channels_last) -> torch.Tensor:
+    P, Q = (output_size(*sizes) for sizes in zip(x.shape[2:], kernel_size, stride, padding, dilation))
+    return empty_image((x.shape[0], K, P, Q), x, channels_last)
+
+
 def _output(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
-    N, _, H, W = x.shape
-    K, _, R, S = weight.shape
-    P = output_size(H, R, stride[0], padding[0], dilation[0])
-    Q = output_size(W, S, stride[1], padding[1], dilation[1])
-    return empty_image((N, K, P, Q), x, _is_channels_last(x, weight))
+    K, _, *kernel_size = weight.shape
+    return _empty(x, K, kernel_size, stride, padding, dilation, _is_channels_last(x, weight))
 
 
 def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
-    y = _output(x, weight, bias, stride, padding, dilation, groups)
-    if y.numel() == 0:
-        return y
     channels_last_y = _is_channels_last(x, weight)
     window = stride, padding, dilation
+    y = _empty(x, weight.shape[0], weight.shape[2:], *window, channels_last_y)
+    if y.numel() == 0:
+        return y
     epilogue = Epilogue(bias=None if bias is None else bias.contiguous())
     if weight.shape[1] == 1 and groups > 1:
         _launch_depthwise(x, weight.contiguous(), y, channels_last_y, *window, epilogue)
@@ -233,10 +235,9 @@ conv2d = register(
 
 
 def _fused_output(x, packed, scale, bias, residual, relu, kernel_size, *window_and_precision) -> torch.Tensor:
-    stride, padding, dilation, _, input_precision, _, _ = window_and_precision
+    *window, _, input_precision, _, _ = window_and_precision
     K = packed.shape[0] // (3 if input_precision == "tf32x3" else 1)
-    P, Q = (output_size(*sizes) for sizes in zip(x.shape[2:], kernel_size, stride, padding, dilation))
-    return empty_image((x.shape[0], K, P, Q), x, channels_last=True)
+    return _empty(x, K, kernel_size, *window, channels_last=True)
 
 
 def _launch_fused(x, packed, scale, bias, residual, relu, kernel_size, *window_and_precision) -> torch.Tensor:

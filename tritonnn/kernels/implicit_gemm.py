@@ -160,9 +160,6 @@ def implicit_gemm_forward_kernel(
     tl.store(y_ptr + offs_y, round_to(acc, y_ptr.dtype.element_ty), mask=mask_y)
 
 
-NO_EPILOGUE = Epilogue()
-
-
 def spans_taps(channels: int, taps: int) -> bool:
     """Whether a filter has too few channels to give each of its taps a block of the reduction."""
     return channels < 16 and taps > 1
@@ -178,8 +175,8 @@ def implicit_gemm(
     dilation: tuple[int, int],
     groups: int,
     input_precision: str,
-    round_x: bool = False,
-    epilogue: Epilogue = NO_EPILOGUE,
+    round_x: bool,
+    epilogue: Epilogue,
 ) -> None:
     """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and a weight of `pack_weight`.
 

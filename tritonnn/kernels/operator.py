@@ -8,7 +8,8 @@ import torch
 import triton
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
-PLAIN = (torch.Tensor, torch.nn.Parameter, type(None), tuple, int, float, bool, str)
+PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+CONSTANTS = (tuple, int, float, bool, str)
 INTERPRETER = threading.RLock()  # Triton's interpreter replaces the functions of triton.language while a kernel runs
 
 
@@ -87,7 +88,7 @@ def _shortest_way(direct: dict[str, Callable], op: Callable, transformed: Callab
             or torch._C._len_torch_function_stack()
             or torch.jit.is_tracing()
             or x.device.type not in direct
-            or not all(type(t) in PLAIN for t in (x, *args))
+            or not all(type(t) in PLAIN or type(t) in CONSTANTS for t in (x, *args))
         )
         return op(x, *args) if watched else direct[x.device.type](x, *args)
 

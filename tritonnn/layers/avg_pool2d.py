@@ -47,5 +47,5 @@ class TritonAdaptiveAvgPool2d(TritonLayer, nn.AdaptiveAvgPool2d):
         if reason is not None:
             return self._fall_back(reason, super().forward, input)
         x = input if input.dim() == 4 else input.contiguous()
-        resolved = [n if size is None else size for n, size in zip(x.shape[-2:], output_size)]
+        resolved = tuple(n if size is None else size for n, size in zip(x.shape[-2:], output_size))
         return batched(adaptive_avg_pool2d, x, resolved)

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..kernels.conv2d import conv2d_fused, pack_weight
+from ..kernels.window import output_size
 from ..precision import (
     autocast,
     convolution_allows_tf32,
@@ -93,7 +94,17 @@ class _Fused(TritonLayer, nn.Module):
             y = y.add_(residual) if self.sums == "into y" else y + residual
         return y.relu() if self.relu else y
 
+    def _added_apart(self, y: torch.Tensor, residual: object, reason: str | None) -> torch.Tensor:
+        """y, to which the kernel has added the residual unless there is a reason why not."""
+        if reason is None:
+            return y
+        self.fallbacks[reason] += 1
+        return self._finish(y, residual)
+
     def _reason_to_add_apart(self, x: torch.Tensor, shape: tuple[int, ...], residual: object) -> str | None:
+        """Why the kernel cannot add the residual to y of this shape, if there is one to add."""
+        if self.sums is None:
+            return None
         if not isinstance(residual, torch.Tensor):
             return "the residual is no tensor"
         if residual.shape != shape:
@@ -134,29 +145,28 @@ class FusedConv2d(_Fused):
         reason = self._reason_to_fall_back(x)
         if reason is not None:
             return self._fall_back(reason, self._with_pytorch, input, residual)
-        image = x if x.dim() == 4 else x.unsqueeze(0)
         K, channels, R, S = self.weight.shape
-        geometry = ((R, S), self.stride, self.padding, self.dilation, self.groups)
+        windows = zip(x.shape[-2:], (R, S), self.stride, self.padding, self.dilation)
+        apart = self._reason_to_add_apart(x, (*x.shape[:-3], K, *(output_size(*w) for w in windows)), residual)
         input_precision = convolution_input_precision(x, channels * R * S)
-        packed = self._packed_weight(x.dtype, input_precision)
-        rounding = input_precision, self.rounded_input, self.round_output and convolution_allows_tf32(x)
-        if self.sums is None:
-            y = conv2d_fused(image, packed, self.scale, self.bias, None, self.relu, *geometry, *rounding)
-            return y if x.dim() == 4 else y.squeeze(0)
-        sizes = [
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(x.shape[-2:], (R, S), self.stride, self.padding, self.dilation)
-        ]
-        reason = self._reason_to_add_apart(x, (*x.shape[:-3], K, *sizes), residual)
-        if reason is not None:
-            self.fallbacks[reason] += 1
-            y = conv2d_fused(
-                image, packed, self.scale, self.bias, None, False, *geometry, input_precision, self.rounded_input, False
-            )
-            return self._finish(y if x.dim() == 4 else y.squeeze(0), residual)
-        images = residual if x.dim() == 4 else residual.unsqueeze(0)
-        y = conv2d_fused(image, packed, self.scale, self.bias, images, self.relu, *geometry, *rounding)
-        return y if x.dim() == 4 else y.squeeze(0)
+        added = None if self.sums is None or apart else residual
+        y = conv2d_fused(
+            _images(x),
+            self._packed_weight(x.dtype, input_precision),
+            self.scale,
+            self.bias,
+            None if added is None else _images(added),
+            self.relu and apart is None,
+            (R, S),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            input_precision,
+            self.rounded_input,
+            self.round_output and apart is None and convolution_allows_tf32(x),
+        )
+        return self._added_apart(y if x.dim() == 4 else y.squeeze(0), residual, apart)
 
     def _reason_to_fall_back(self, x: torch.Tensor) -> str | None:
         reason = reason_to_fall_back_image(x, self.weight) or self._reason_to_fall_back_types(x)
@@ -187,16 +197,14 @@ class FusedLinear(_Fused):
             return self._fall_back(reason, self._with_pytorch, input, residual)
         *leading, C = x.shape
         K, rows = self.weight.shape[0], torch.Size(leading).numel()
+        apart = self._reason_to_add_apart(x, (*leading, K), residual)
         input_precision = matmul_input_precision(x, C)
-        packed = self._packed_weight(x.dtype, input_precision)
-        apart = self._reason_to_add_apart(x, (*leading, K), residual) if self.sums else None
-        fused = self.sums is not None and apart is None
         y = conv2d_fused(
             x.reshape(rows, C, 1, 1),
-            packed,
+            self._packed_weight(x.dtype, input_precision),
             self.scale,
             self.bias,
-            residual.reshape(rows, K, 1, 1) if fused else None,
+            None if self.sums is None or apart else residual.reshape(rows, K, 1, 1),
             self.relu and apart is None,
             (1, 1),
             (1, 1),
@@ -206,14 +214,16 @@ class FusedLinear(_Fused):
             input_precision,
             False,
             False,
-        ).view(*leading, K)
-        if apart is None:
-            return y
-        self.fallbacks[apart] += 1
-        return self._finish(y, residual)
+        )
+        return self._added_apart(y.view(*leading, K), residual, apart)
 
     def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
         return self._finish(F.linear(x, *self._pytorch_parameters()), residual)
+
+
+def _images(x: torch.Tensor) -> torch.Tensor:
+    """[N, C, H, W] for x of that shape or [C, H, W]."""
+    return x if x.dim() == 4 else x.unsqueeze(0)
 
 
 def _sum_type(weight: torch.Tensor) -> torch.dtype:

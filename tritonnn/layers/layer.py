@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd import forward_ad
 
+from ..kernels.operator import PLAIN
 from ..kernels.window import output_size
 
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
 class TritonLayer:
