@@ -22,7 +22,8 @@ def row(feature: str, status: str, *tests: str, note: str = "") -> Row:
 CONV, NORM, LINEAR, RELU = "test_conv2d", "test_batch_norm2d", "test_linear", "test_relu"
 MAX, AVG, SUITES, OPERATORS = "test_max_pool2d", "test_avg_pool2d", "test_pytorch_suites", "test_operators"
 SWAP, ECOSYSTEM, TRAINING, NETWORKS = "test_swap", "test_ecosystem", "test_training", "test_networks"
-LARGE, PRECISION, FORMS, FUSION = "test_large_tensors", "test_precision", "test_conv2d_forms", "test_fusion"
+LARGE, PRECISION, FORMS = "test_large_tensors", "test_precision", "test_conv2d_forms"
+COMPILERS, MODES = "test_compilers", "test_modes"
 
 SECTIONS: dict[str, list[Row]] = {
     "Conv2d": [
@@ -60,7 +61,7 @@ SECTIONS: dict[str, list[Row]] = {
             f"{CONV}::test_channels_last_weight_gives_channels_last_output",
         ),
         row("float16, bfloat16, float32, float64", YES, f"{CONV}::test_types"),
-        row("complex", FALLS_BACK, f"{ECOSYSTEM}::test_other_tensors_fall_back[complex, conv2d]"),
+        row("complex", FALLS_BACK, f"{MODES}::test_other_tensors_fall_back[complex, conv2d]"),
         row("padding times an infinite weight is NaN", YES, f"{CONV}::test_padding_meets_infinite_weight"),
         row(
             "errors",
@@ -99,7 +100,7 @@ SECTIONS: dict[str, list[Row]] = {
         row(
             "integers: PyTorch's error",
             YES,
-            f"{ECOSYSTEM}::test_integers_fall_back_or_are_pytorchs_error[batch_norm2d]",
+            f"{MODES}::test_integers_fall_back_or_are_pytorchs_error[batch_norm2d]",
         ),
         row("a large mean loses no digits", YES, f"{NORM}::test_large_mean_loses_no_digits"),
         row(
@@ -120,7 +121,7 @@ SECTIONS: dict[str, list[Row]] = {
         row("any sizes, no input features", YES, f"{LINEAR}::test_sizes"),
         row("any strides", YES, f"{LINEAR}::test_any_strides"),
         row("float16, bfloat16, float32, float64", YES, f"{LINEAR}::test_types"),
-        row("complex", FALLS_BACK, f"{ECOSYSTEM}::test_other_tensors_fall_back[complex, linear]"),
+        row("complex", FALLS_BACK, f"{MODES}::test_other_tensors_fall_back[complex, linear]"),
         row(
             "errors",
             YES,
@@ -158,7 +159,7 @@ SECTIONS: dict[str, list[Row]] = {
         row(
             "integers",
             FALLS_BACK,
-            f"{ECOSYSTEM}::test_integers_fall_back_or_are_pytorchs_error[max_pool2d]",
+            f"{MODES}::test_integers_fall_back_or_are_pytorchs_error[max_pool2d]",
             note="on a GPU PyTorch's error",
         ),
         row("ties, NaN, infinities", YES, f"{MAX}::test_which_of_a_window_wins"),
@@ -209,8 +210,8 @@ SECTIONS: dict[str, list[Row]] = {
         row(
             "integers",
             FALLS_BACK,
-            f"{ECOSYSTEM}::test_integers_fall_back_or_are_pytorchs_error[avg_pool2d]",
-            f"{ECOSYSTEM}::test_integers_fall_back_or_are_pytorchs_error[adaptive_avg_pool2d]",
+            f"{MODES}::test_integers_fall_back_or_are_pytorchs_error[avg_pool2d]",
+            f"{MODES}::test_integers_fall_back_or_are_pytorchs_error[adaptive_avg_pool2d]",
             note="where PyTorch has it, otherwise its error",
         ),
         row("NaN and infinity stay in their windows", YES, f"{AVG}::test_nan_and_infinity_stay_in_their_windows"),
@@ -369,106 +370,104 @@ SECTIONS: dict[str, list[Row]] = {
     ],
     "Compilers and tracers": [
         row("`torch.compile(fullgraph=True)`", YES, f"{OPERATORS}::test_compiles_without_graph_breaks"),
-        row("the same with inductor", YES, f"{ECOSYSTEM}::test_inductor_compiles_without_graph_breaks"),
-        row("compiled is no slower than eager", YES, f"{ECOSYSTEM}::test_compiled_is_no_slower_than_eager"),
+        row("the same with inductor", YES, f"{COMPILERS}::test_inductor_compiles_without_graph_breaks"),
+        row("compiled is no slower than eager", YES, f"{COMPILERS}::test_compiled_is_no_slower_than_eager"),
         row(
             "a fallback inside compiled code",
             YES,
-            f"{ECOSYSTEM}::test_a_fallback_compiles_without_graph_breaks_and_is_reported",
+            f"{COMPILERS}::test_a_fallback_compiles_without_graph_breaks_and_is_reported",
             note="counted once",
         ),
         row(
             "`torch.export`, any batch size",
             YES,
             f"{OPERATORS}::test_exports",
-            f"{ECOSYSTEM}::test_exports_with_any_batch",
+            f"{COMPILERS}::test_exports_with_any_batch",
         ),
-        row("`make_fx`, FakeTensor", YES, f"{ECOSYSTEM}::test_make_fx"),
-        row("meta tensors", YES, f"{ECOSYSTEM}::test_meta_tensors"),
+        row("`make_fx`, FakeTensor", YES, f"{COMPILERS}::test_make_fx"),
+        row("meta tensors", YES, f"{COMPILERS}::test_meta_tensors"),
         row(
             "`torch.fx.symbolic_trace`",
             YES,
-            f"{ECOSYSTEM}::test_symbolic_trace_keeps_the_layers_as_nodes",
+            f"{COMPILERS}::test_symbolic_trace_keeps_the_layers_as_nodes",
             note="of swapped layers; layers built as Triton layers need a Tracer whose leaves they are",
         ),
-        row("torchvision's `create_feature_extractor`", YES, f"{ECOSYSTEM}::test_feature_extractor_of_torchvision"),
-        row("`FlopCounterMode`", YES, f"{ECOSYSTEM}::test_flop_counter"),
-        row("`torch.jit.trace`", YES, f"{ECOSYSTEM}::test_jit_trace"),
-        row("`torch.jit.script`", NO, f"{ECOSYSTEM}::test_jit_script_needs_pytorchs_layers", note="restore first"),
+        row("torchvision's `create_feature_extractor`", YES, f"{COMPILERS}::test_feature_extractor_of_torchvision"),
+        row("`FlopCounterMode`", YES, f"{COMPILERS}::test_flop_counter"),
+        row("`torch.jit.trace`", YES, f"{COMPILERS}::test_jit_trace"),
+        row("`torch.jit.script`", NO, f"{COMPILERS}::test_jit_script_needs_pytorchs_layers", note="restore first"),
         row("`torch.library.opcheck` of every operator", YES, f"{OPERATORS}::test_opcheck"),
     ],
     "torch.func and forward mode": [
-        row("`functional_call`", YES, f"{ECOSYSTEM}::test_functional_call"),
-        row("`grad`, `vjp`, `jacrev`, and of each other", YES, f"{ECOSYSTEM}::test_transforms"),
+        row("`functional_call`", YES, f"{COMPILERS}::test_functional_call"),
+        row("`grad`, `vjp`, `jacrev`, and of each other", YES, f"{COMPILERS}::test_transforms"),
         row(
             "`vmap`",
             YES,
             f"{OPERATORS}::test_vmap",
-            f"{ECOSYSTEM}::test_transforms[vmap]",
-            f"{ECOSYSTEM}::test_transforms[vmap of another dimension]",
+            f"{COMPILERS}::test_transforms[vmap]",
+            f"{COMPILERS}::test_transforms[vmap of another dimension]",
             note="one launch an example",
         ),
-        row("gradients of every example", YES, f"{ECOSYSTEM}::test_transforms[gradients of every example]"),
+        row("gradients of every example", YES, f"{COMPILERS}::test_transforms[gradients of every example]"),
         row(
             "ensembles by `stack_module_state`, training included",
             YES,
-            f"{ECOSYSTEM}::test_an_ensemble_under_vmap",
-            f"{ECOSYSTEM}::test_running_statistics_of_a_vmapped_batch_are_pytorchs_error",
+            f"{COMPILERS}::test_an_ensemble_under_vmap",
+            f"{COMPILERS}::test_running_statistics_of_a_vmapped_batch_are_pytorchs_error",
         ),
         row(
             "`jvp`, `jacfwd`, `hessian`, dual numbers",
             FALLS_BACK,
-            f"{ECOSYSTEM}::test_forward_mode_falls_back",
-            f"{ECOSYSTEM}::test_dual_numbers_fall_back",
+            f"{COMPILERS}::test_forward_mode_falls_back",
+            f"{COMPILERS}::test_dual_numbers_fall_back",
         ),
         row(
             "`torch.func` inside `torch.compile`",
             FALLS_BACK,
-            f"{ECOSYSTEM}::test_transforms_inside_compiled_code_fall_back",
+            f"{COMPILERS}::test_transforms_inside_compiled_code_fall_back",
         ),
     ],
     "Autocast, modes, tensors": [
-        row("autocast's type rules, float16 and bfloat16", YES, f"{ECOSYSTEM}::test_autocast_has_pytorchs_type_rules"),
+        row("autocast's type rules, float16 and bfloat16", YES, f"{MODES}::test_autocast_has_pytorchs_type_rules"),
         row(
             "training under autocast with a gradient scaler",
             YES,
-            f"{ECOSYSTEM}::test_autocast_trains_with_a_gradient_scaler",
+            f"{MODES}::test_autocast_trains_with_a_gradient_scaler",
         ),
         row(
             "`no_grad`, `inference_mode`",
             YES,
-            f"{ECOSYSTEM}::test_modes_of_autograd",
-            f"{ECOSYSTEM}::test_a_network_made_in_inference_mode",
+            f"{MODES}::test_modes_of_autograd",
+            f"{MODES}::test_a_network_made_in_inference_mode",
         ),
         row(
             "`use_deterministic_algorithms`",
             YES,
-            f"{ECOSYSTEM}::test_deterministic_algorithms_give_the_same_bits_twice",
+            f"{MODES}::test_deterministic_algorithms_give_the_same_bits_twice",
         ),
-        row("subclasses of Tensor", YES, f"{ECOSYSTEM}::test_subclasses_of_tensor"),
+        row("subclasses of Tensor", YES, f"{MODES}::test_subclasses_of_tensor"),
         row(
             "nested and sparse tensors",
             FALLS_BACK,
-            f"{ECOSYSTEM}::test_other_tensors_fall_back[nested]",
-            f"{ECOSYSTEM}::test_other_tensors_fall_back[nested, jagged]",
-            f"{ECOSYSTEM}::test_other_tensors_fall_back[sparse]",
+            f"{MODES}::test_other_tensors_fall_back[nested]",
+            f"{MODES}::test_other_tensors_fall_back[nested, jagged]",
+            f"{MODES}::test_other_tensors_fall_back[sparse]",
         ),
-        row("DTensor", FALLS_BACK, f"{ECOSYSTEM}::test_distributed_tensors_fall_back"),
+        row("DTensor", FALLS_BACK, f"{MODES}::test_distributed_tensors_fall_back"),
     ],
     "Threads, processes, devices": [
-        row("several threads at once", YES, f"{ECOSYSTEM}::test_two_threads_at_once"),
-        row("a forked data-loader worker", YES, f"{ECOSYSTEM}::test_a_forked_data_loader_worker"),
+        row("several threads at once", YES, f"{MODES}::test_two_threads_at_once"),
+        row("a forked data-loader worker", YES, f"{MODES}::test_a_forked_data_loader_worker"),
         row(
             "CUDA graph of a warmed network, of a training step",
             YES,
-            f"{ECOSYSTEM}::test_cuda_graph_of_a_warmed_network",
-            f"{ECOSYSTEM}::test_cuda_graph_of_a_training_step",
+            f"{MODES}::test_cuda_graph_of_a_warmed_network",
+            f"{MODES}::test_cuda_graph_of_a_training_step",
         ),
-        row("a side stream", YES, f"{ECOSYSTEM}::test_side_stream"),
-        row(
-            "a second GPU while the first is current", YES, f"{ECOSYSTEM}::test_a_second_gpu_while_the_first_is_current"
-        ),
-        row("`DataParallel`", YES, f"{ECOSYSTEM}::test_data_parallel"),
+        row("a side stream", YES, f"{MODES}::test_side_stream"),
+        row("a second GPU while the first is current", YES, f"{MODES}::test_a_second_gpu_while_the_first_is_current"),
+        row("`DataParallel`", YES, f"{MODES}::test_data_parallel"),
         row(
             "CPU tensors without Triton's interpreter",
             NO,
