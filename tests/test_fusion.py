@@ -10,24 +10,11 @@ import torchvision
 from compare import DEVICE, TOLERANCE, image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from trained import Untraceable, small, trained
 
 import tritonnn
 from lit_modules.resnet import ResNet18
-from tritonnn.cuda_graphs import CAPTURE_AT_CALL, MAX_GRAPHS
 from tritonnn.layers.fused_conv2d import FusedConv2d
-
-
-def trained(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """In eval mode, with batch norms that change something."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            if module.running_var is not None:
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 2)
-            if module.weight is not None:
-                module.weight.data.uniform_(0.5, 1.5)
-                module.bias.data.normal_()
-    return model.eval().to(DEVICE, dtype)
 
 
 def assert_same(model: nn.Module, x: Tensor, *others: Tensor) -> tritonnn.FusedNetwork:
@@ -316,11 +303,6 @@ def test_a_swapped_model():
     assert len(fused.report.fused) == 21 and list(fused.report.swapped.values()) == ["max_pool2d", "avg_pool2d"]
 
 
-def small(width: int = 8) -> nn.Module:
-    torch.manual_seed(0)
-    return trained(nn.Sequential(nn.Conv2d(4, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 1)))
-
-
 def test_changed_weights_count():
     fused, x = tritonnn.fuse(small()), image(1, 4, 5, 5, dtype=torch.float64)
     layer = fused.network.get_submodule("0")
@@ -418,27 +400,6 @@ def test_a_hook_is_called(name):
     fused = assert_same(model, image(1, 4, 5, 5, dtype=torch.float64))
     reasons = fused.report.apart if name else fused.report.untraced
     assert reasons[name] == "it has hooks"
-
-
-class Untraceable(nn.Module):
-    """Control flow on values, and code that reaches into its parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2))
-        self.steps = nn.ModuleList([nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()) for _ in range(2)])
-        self.looped = nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU())
-        self.head = nn.Linear(6 * 2 * 2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.features(x)
-        for step in self.steps:
-            y = step(y)
-        for layer in self.looped:
-            y = layer(y) + self.looped[0].weight.mean()
-        if y.sum() > 0:
-            y = -y
-        return self.head(y.view(len(y), -1))
 
 
 def test_a_model_that_cannot_be_traced():
@@ -575,124 +536,6 @@ def test_networks_of_torchvision(network, fused, residuals):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need Triton's interpreter")
-def test_cuda_graph_on_a_cpu_runs_plainly():
-    fused, x = tritonnn.fuse(small(), cuda_graph=True), image(1, 4, 5, 5, dtype=torch.float64)
-    for _ in range(3):
-        torch.testing.assert_close(fused(x), tritonnn.fuse(small())(x))
-    assert not len(fused._graphs)
-
-
-@pytest.mark.gpu
-class TestCudaGraph:
-    @staticmethod
-    def networks(**arguments) -> tuple[tritonnn.FusedNetwork, tritonnn.FusedNetwork]:
-        model = trained(ResNet18(width=8), torch.float32)
-        return tritonnn.fuse(model), tritonnn.fuse(model, cuda_graph=True, **arguments)
-
-    def test_replay_equals_eager(self):
-        eager, graphed = self.networks()
-        for call in range(1, 6):
-            x = image(2, 3, 32, 32)
-            torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
-            assert len(graphed._graphs) == (call >= CAPTURE_AT_CALL)
-        assert not graphed._graphs.refused
-
-    def test_the_output_is_safe_to_keep(self):
-        eager, graphed = self.networks()
-        inputs = [image(2, 3, 32, 32) for _ in range(6)]
-        outputs = [graphed(x) for x in inputs]
-        for x, y in zip(inputs, outputs):
-            torch.testing.assert_close(y, eager(x), rtol=1e-5, atol=1e-5)
-
-    def test_without_the_copy_the_output_is_the_graphs(self):
-        _, graphed = self.networks(copy_output=False)
-        outputs = [graphed(image(2, 3, 32, 32)) for _ in range(4)]
-        assert outputs[-1].data_ptr() == outputs[-2].data_ptr()
-
-    def test_two_shapes_in_turns(self):
-        eager, graphed = self.networks()
-        for _ in range(4):
-            for batch in (1, 3):
-                x = image(batch, 3, 32, 32)
-                torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
-        assert len(graphed._graphs) == 2
-
-    def test_the_number_of_graphs_is_bounded(self):
-        model = small()
-        eager, graphed = tritonnn.fuse(model), tritonnn.fuse(model, cuda_graph=True)
-        for size in range(5, 5 + MAX_GRAPHS + 3):
-            for _ in range(3):
-                x = image(1, 4, size, size, dtype=torch.float64)
-                torch.testing.assert_close(graphed(x), eager(x))
-        assert len(graphed._graphs) == MAX_GRAPHS
-        x = image(1, 4, 5, 5, dtype=torch.float64)  # dropped, and captured again
-        torch.testing.assert_close(graphed(x), eager(x))
-        assert len(graphed._graphs) == MAX_GRAPHS
-
-    def test_autocast_and_tf32_have_graphs_of_their_own(self):
-        eager, graphed = self.networks()
-        x = image(2, 3, 32, 32)
-        exact = eager(x)
-        for _ in range(3):
-            torch.testing.assert_close(graphed(x), exact, rtol=1e-5, atol=1e-5)
-            with torch.autocast("cuda", torch.bfloat16):
-                y = graphed(x)
-                assert y.dtype == torch.bfloat16
-                torch.testing.assert_close(y, eager(x), rtol=0.02, atol=0.05)
-            torch.backends.cudnn.conv.fp32_precision = "tf32"
-            torch.testing.assert_close(graphed(x), eager(x), rtol=1e-3, atol=1e-3)
-            torch.backends.cudnn.conv.fp32_precision = "ieee"
-        assert len(graphed._graphs) == 3
-
-    def test_changed_weights_count(self):
-        model, x = small(), image(1, 4, 5, 5, dtype=torch.float64)
-        graphed = tritonnn.fuse(model, cuda_graph=True)
-        before = [graphed(x) for _ in range(3)][-1]
-        last = graphed.network.get_submodule("3")
-        last.weight.mul_(2)
-        last.bias.mul_(2)
-        for _ in range(3):
-            torch.testing.assert_close(graphed(x), 2 * before)
-        last.weight = last.weight / 2
-        last.bias = last.bias / 2
-        for _ in range(3):
-            torch.testing.assert_close(graphed(x), before)
-        graphed.to(torch.float32)
-        assert not len(graphed._graphs)
-        torch.testing.assert_close(graphed(x.float()), before.float(), rtol=1e-4, atol=1e-4)
-
-    def test_not_inside_another_capture(self):
-        eager, graphed = self.networks()
-        x = image(2, 3, 32, 32)
-        graphed(x)
-        eager(x)
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            y = graphed(x)
-        graph.replay()
-        assert not len(graphed._graphs)
-        torch.testing.assert_close(y, eager(x), rtol=1e-5, atol=1e-5)
-
-    def test_captured_in_inference_mode_and_used_outside(self):
-        eager, graphed = self.networks()
-        with torch.inference_mode():
-            for _ in range(3):
-                graphed(image(2, 3, 32, 32))
-        x = image(2, 3, 32, 32)
-        torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
-        assert len(graphed._graphs) == 1
-
-    def test_what_cannot_be_captured_runs_eagerly(self):
-        model = trained(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), Untraceable()))
-        eager, graphed = tritonnn.fuse(model), tritonnn.fuse(model, cuda_graph=True)
-        for _ in range(4):
-            x = image(2, 3, 6, 6, dtype=torch.float64)
-            torch.testing.assert_close(graphed(x), eager(x))
-        assert len(graphed._graphs) == 0 and len(graphed._graphs.refused) == 1
-        torch.randn(1, device="cuda")
-
-
 def test_fused_layers_print():
     layer = tritonnn.fuse(small()).network.get_submodule("0")
     assert isinstance(layer, FusedConv2d) and "[8, 4, 3, 3]" in repr(layer) and "relu" in repr(layer)
