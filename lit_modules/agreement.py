@@ -137,31 +137,32 @@ def judge(
 ) -> Verdict:
     """Whether the other side does what PyTorch does; the yardstick: PyTorch against itself in its other memory format.
 
-    Exact arithmetic (`float32` is None): no prediction may differ, unless PyTorch's own margin there lies below the
-    yardstick's largest difference of logits. Lower precision: `float32` is how far PyTorch and the other side agree
-    with PyTorch in strict float32. Top-1 may differ by no more than the share of predictions that the precision changes
-    in PyTorch itself, and the mean error of the logits may exceed PyTorch's by no more than a tenth and the yardstick.
+    No prediction may differ, unless PyTorch's own margin there lies below the yardstick's largest difference of logits.
+    In lower precision, `float32` being how far PyTorch and the other side agree with PyTorch in strict float32, others
+    may differ if top-1 does by no more than the share of predictions that the precision changes in PyTorch itself; but
+    the mean error of the logits may never exceed PyTorch's by more than a tenth and the yardstick.
     (Two memory formats in one precision often run the same kernels, and then agree by construction.)
     """
     if agreement.non_finite > yardstick.non_finite:
         return Verdict(False, f"{agreement.non_finite} samples have a NaN or an infinity on one side only")
-    if float32 is not None:
-        return _judge_rounding(abs(other.top1 - pytorch.top1), yardstick, *float32)
-    if not agreement.differing:
-        return Verdict(True, f"all {agreement.samples} predictions identical")
     noise = yardstick.largest_logit_difference if math.isfinite(yardstick.largest_logit_difference) else 0.0
-    within = agreement.largest_margin < noise
-    reason = (
-        f"{agreement.differing} of {agreement.samples} predictions differ, PyTorch's margin there is at most "
-        f"{agreement.largest_margin:.2g}, {'below' if within else 'not below'} its own noise of {noise:.2g}"
-    )
-    return Verdict(within, reason)
-
-
-def _judge_rounding(change: float, yardstick: Agreement, pytorch: Agreement, other: Agreement) -> Verdict:
-    error, allowed = other.mean_logit_difference, 1.1 * pytorch.mean_logit_difference + yardstick.mean_logit_difference
-    reason = (
-        f"top-1 differs by {change:.3%}, the precision itself changes {pytorch.share_differing:.3%} of PyTorch's "
-        f"predictions; mean error against float32 {error:.2g}, PyTorch's {pytorch.mean_logit_difference:.2g}"
-    )
-    return Verdict(round(change * pytorch.samples) <= pytorch.differing and error <= allowed, reason)
+    within = not agreement.differing or agreement.largest_margin < noise
+    if not agreement.differing:
+        reason = f"all {agreement.samples} predictions identical"
+    else:
+        reason = (
+            f"{agreement.differing} of {agreement.samples} predictions differ, PyTorch's margin there is at most "
+            f"{agreement.largest_margin:.2g}, {'below' if within else 'not below'} its own noise of {noise:.2g}"
+        )
+    if float32 is None:
+        return Verdict(within, reason)
+    exact, error = (side.mean_logit_difference for side in float32)
+    if not within:
+        change = abs(other.top1 - pytorch.top1)
+        within = round(change * float32[0].samples) <= float32[0].differing
+        reason += (
+            f"; top-1 differs by {change:.3%}, the precision itself changes {float32[0].share_differing:.3%} of "
+            "PyTorch's predictions"
+        )
+    reason += f"; mean error against float32 {error:.2g}, PyTorch's {exact:.2g}"
+    return Verdict(within and error <= 1.1 * exact + yardstick.mean_logit_difference, reason)

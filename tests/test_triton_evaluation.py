@@ -209,6 +209,20 @@ def test_verdict_in_lower_precision(top1: float, error: float, noise: float, pas
     assert verdict.passed is passed
 
 
+@pytest.mark.parametrize(
+    ("margin", "error", "passed"),
+    [
+        pytest.param(1e-4, 1.0, True, id="below the noise"),
+        pytest.param(2e-2, 1.0, False, id="above it"),
+        pytest.param(1e-4, 1.2, False, id="below it but less precise"),
+    ],
+)
+def test_verdict_in_lower_precision_that_changes_no_prediction_of_pytorch(margin: float, error: float, passed: bool):
+    float32 = agreement(0, 2.0), agreement(1, 2 * error, margin)
+    other, yardstick = agreement(1, 1.0, margin), agreement(0, 1e-2)
+    assert judge(QUALITY, Quality(0.91, 1.0, 0.1), other, yardstick, float32).passed is passed
+
+
 def test_nan_on_one_side_fails_in_any_precision():
     other, yardstick = agreement(1, math.inf, 0.1, 1), agreement(5, 9.0, 1.0)
     assert not judge(QUALITY, QUALITY, other, yardstick).passed
