@@ -16,15 +16,15 @@ import pytest
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
 EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, RELU=True, ROUND_Y=False)
-EPILOGUE |= dict(scale_ptr=None, bias_ptr=None, residual_ptr=None)
+EPILOGUE |= dict(DEPENDENT=True, scale_ptr=None, bias_ptr=None, residual_ptr=None)
 GEMM = FILTER | EPILOGUE | dict(ROUND_X=False, GROUPS=1, FLUSH=8, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
 GEMM |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
 SPLIT = FILTER | EPILOGUE | dict(C=64, K=64, ROUND_X=False, SLICES=4, BLOCK_M=16, BLOCK_N=16, BLOCK_K=64)
 DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAPPED=True, FLUSH=8)
 DESCRIPTORS |= dict(HAS_RESIDUAL=True, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee")
 DEPTHWISE = FILTER | EPILOGUE | dict(K=64, MULTIPLIER=1)
-MAX_POOL = FILTER | dict(RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None)
-AVG_POOL = FILTER | dict(ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
+MAX_POOL = FILTER | dict(DEPENDENT=True, RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None)
+AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
 NORMALIZE = dict(INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True)
 BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
 LAST, FIRST = "channels_last", "contiguous"
@@ -88,6 +88,7 @@ ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2
 BY_DESCRIPTORS = [name for name in KERNELS if "descriptors" in name]
 COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", *BY_DESCRIPTORS[2:]]
 """Kernels that round or split x in registers, from which the tensor cores then read it."""
+ROUNDS = ["conv2d, TF32", "conv2d, float32", "conv2d, descriptors, TF32, rounded", "conv2d, descriptors, float32"]
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last"]
 """Kernels that read neighbouring pixels, one by one."""
 
@@ -173,5 +174,29 @@ def test_products_run_on_the_tensor_cores(name, ptx):
     assert "wgmma.mma_async" in ptx[name]
 
 
+@pytest.mark.parametrize("name", [name for name, (*_, constants) in KERNELS.items() if constants.get("DEPENDENT")])
+def test_dependent_launches_touch_no_tensor_before_they_waited(name, ptx):
+    first = re.search(r"(ld|st)\.global|cp\.async|griddepcontrol\.wait", ptx[name])
+    assert first[0] == "griddepcontrol.wait"
+    assert "griddepcontrol.launch_dependents" in ptx[name]
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_rounding_to_tf32_is_one_instruction(name, ptx):
+    assert "cvt.rn.tf32.f32" in ptx[name] and "cvt.rna" not in ptx[name]
+
+
+class Hopper:
+    """What the compiler asks of the driver of a machine that has such a GPU."""
+
+    def get_current_target(self) -> object:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
 if __name__ == "__main__":
+    from triton.runtime import driver
+
+    driver.set_active(Hopper())
     json.dump({name: compiled_ptx(*arguments) for name, arguments in KERNELS.items()}, sys.stdout)

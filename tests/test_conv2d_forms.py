@@ -190,8 +190,9 @@ def test_split_among_warps(case, channels_last):
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:
-    """x rounded to TF32, ties away from zero."""
-    return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    """x rounded to TF32, ties to even."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
 
 
 @in_the_interpreter

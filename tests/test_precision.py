@@ -163,10 +163,11 @@ def tf32() -> None:
     {
         "up": (1 + 2**-11 + 2**-13, 1 + 2**-10),
         "down": (1 + 2**-11 - 2**-13, 1.0),
-        "tie, away from zero": (1 + 2**-11, 1 + 2**-10),
+        "tie, down to even": (1 + 2**-11, 1.0),
+        "tie, up to even": (1 + 3 * 2**-11, 1 + 2**-9),
         "negative": (-1 - 2**-11 - 2**-13, -1 - 2**-10),
     }.values(),
-    ids=["up", "down", "tie, away from zero", "negative"],
+    ids=["up", "down", "tie, down to even", "tie, up to even", "negative"],
 )
 @pytest.mark.parametrize("operand", ["input", "weight"])
 @pytest.mark.parametrize("name", TF32_LAYERS)
@@ -197,17 +198,29 @@ def test_tf32_is_unbiased(name, tf32):
     assert bias.abs() < 2e-5
 
 
+class OnGpu:
+    """Looks like x on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.dtype, self.shape, self.stride, self.dim = x.dtype, x.shape, x.stride, x.dim
+
+
 @pytest.mark.parametrize("flag", ["ieee", "tf32"])
 def test_switches_for_convolution_and_matmul_are_two(flag, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     x = torch.empty(0, device="meta")
-    cuda = type("Tensor", (), {"dtype": torch.float32, "device": torch.device("cuda", 0)})()
+    cuda = OnGpu(image(2, 8, 4, 4))
     torch.backends.cudnn.conv.fp32_precision = flag
     expected = "tf32" if flag == "tf32" else "tf32x3"
     assert precision.convolution_input_precision(cuda, 576) == expected
     assert precision.matmul_input_precision(cuda, 576) == "tf32x3"
     assert precision.convolution_input_precision(cuda, 64) == "tf32x3"
     assert precision.convolution_input_precision(cuda, 27) == "ieee"
+    last = OnGpu(image(2, 8, 4, 4, channels_last=True))
+    assert precision.convolution_input_precision(last, 64) == expected
+    assert precision.convolution_input_precision(last, 27) == ("tf32" if flag == "tf32" else "ieee")
     assert precision.convolution_input_precision(x, 576) == "ieee"
     torch.backends.cuda.matmul.fp32_precision = flag
     assert precision.matmul_input_precision(cuda, 576) == expected

@@ -6,29 +6,36 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampe
 
 import torch
 
+from .kernels.memory_format import is_channels_last
+
 TINY_REDUCTION, SHORT_REDUCTION = 32, 256
 
 
-def _input_precision(x: torch.Tensor, reduction: int, allow_tf32: bool) -> str:
+def _input_precision(x: torch.Tensor, reduction: int, allow_tf32: bool, always: bool = False) -> str:
     """`tl.dot`'s input_precision for operands like x and sums of `reduction` products; it matters to float32 only.
+
+    `always` uses TF32 wherever it is allowed, else short sums do not.
 
     Strict float32 on NVIDIA's tensor cores is three TF32 products (of the leading and the trailing bits): on an H200
     half the time of cuDNN's float32 and mostly a third of its error. Short sums wait for memory rather than for the
-    tensor cores, and cuDNN often computes them in float32 although TF32 is allowed: they never use it here. Tiny ones,
-    over an image's three channels, are computed in plain float32, whose error is smaller still.
+    tensor cores, and cuDNN often computes them in float32 although TF32 is allowed, but not those of channels_last images.
+    Tiny ones, over an image's three channels, are computed in plain float32, whose error is smaller still.
 
     Infinities, NaN and huge operands come out as in float32; an operand below 2^-126 may count as zero.
     """
-    if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip or reduction <= TINY_REDUCTION:
+    if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip:
         return "ieee"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "ieee"
-    return "tf32" if allow_tf32 and reduction > SHORT_REDUCTION else "tf32x3"
+    if allow_tf32 and (always or reduction > SHORT_REDUCTION):
+        return "tf32"
+    return "ieee" if reduction <= TINY_REDUCTION else "tf32x3"
 
 
 def convolution_input_precision(x: torch.Tensor, reduction: int) -> str:
     """For a convolution of x with filters of `reduction` weights, as `torch.backends.cudnn` says."""
-    return _input_precision(x, reduction, torch.backends.cudnn.conv.fp32_precision == "tf32")
+    allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return _input_precision(x, reduction, allow_tf32, always=allow_tf32 and is_channels_last(x))
 
 
 def convolution_allows_tf32(x: torch.Tensor) -> bool:

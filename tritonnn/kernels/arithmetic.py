@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LARGEST_TF32 = tl.constexpr(float.fromhex("0x1.ffcp127"))
@@ -22,9 +23,15 @@ def index_type(extent: int) -> tl.dtype:
 
 @triton.jit
 def round_to_tf32(x):
-    """The nearest TF32 value, ties away from zero. Left to itself the tensor core truncates, which is biased."""
+    """The nearest TF32 value, of two the even one. Left to itself the tensor core truncates, which is biased.
+
+    Hopper has an instruction for it; before, where ties go away from zero, it takes four.
+    """
     if INTERPRET:
-        y = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        bits = x.to(tl.int32, bitcast=True)
+        y = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).to(tl.float32, bitcast=True)
+    elif cuda_capability_geq(9, 0):
+        y = tl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         y = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     return y

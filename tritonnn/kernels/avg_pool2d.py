@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .arithmetic import accumulator, index_type, round_to
 from .block_sizes import ceil_div, pixel_blocks
+from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
 from .window import output_size
@@ -44,6 +45,7 @@ def avg_pool2d_forward_kernel(
     ADAPTIVE: tl.constexpr,
     COUNT_INCLUDE_PAD: tl.constexpr,
     DIVISOR_OVERRIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -86,6 +88,7 @@ def avg_pool2d_forward_kernel(
         h_end = tl.minimum(h_end, H)
         w_end = tl.minimum(w_end, W)
 
+    wait_for_predecessor(DEPENDENT)
     x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (c * x_stride_c)[None, :]
     total = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     for r in range(R):
@@ -98,6 +101,7 @@ def avg_pool2d_forward_kernel(
             row += tl.load(x_ptrs + offs_x, mask=inside, other=0.0).to(ACC)
         total += row
 
+    start_successor(DEPENDENT)
     y = total / divisor[:, None]
     y_ptrs = y_ptr + (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (c * y_stride_c)[None, :]
     tl.store(y_ptrs, round_to(y, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
@@ -133,6 +137,7 @@ def _run(x, y, kernel_size, stride, padding, adaptive, count_include_pad, diviso
         ADAPTIVE=adaptive,
         COUNT_INCLUDE_PAD=count_include_pad,
         DIVISOR_OVERRIDE=divisor_override or 0,
+        **dependent_launch(x),
         ACC=tl.float64 if adaptive and x.dtype == torch.float32 else accumulator(x.dtype),
         INDEX=index_type(largest_index),
         **blocks._asdict(),

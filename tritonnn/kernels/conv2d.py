@@ -15,6 +15,7 @@ from ..precision import convolution_input_precision
 from .arithmetic import accumulator, index_type, round_to, round_to_tf32
 from .block_sizes import ceil_div, descriptor_blocks, pixel_blocks, split_blocks
 from .channels_last import channels_last, pack_weight
+from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .descriptor_gemm import descriptor_gemm, fits_descriptors
 from .epilogue import Epilogue
 from .implicit_gemm import implicit_gemm, spans_taps
@@ -59,6 +60,7 @@ def conv2d_depthwise_forward_kernel(
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     ROUND_Y: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -80,6 +82,7 @@ def conv2d_depthwise_forward_kernel(
     mask_k = k < K
     x_ptrs = x_ptr + (n * x_stride_n)[:, None] + ((k // MULTIPLIER).to(tl.int64) * x_stride_c)[None, :]
 
+    wait_for_predecessor(DEPENDENT)
     acc = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     for tap in range(R * S):
         h = h_first + tap // S * DILATION_H
@@ -91,6 +94,7 @@ def conv2d_depthwise_forward_kernel(
         weight = tl.load(weight_ptr + k.to(tl.int64) * (R * S) + tap, mask=mask_k, other=0.0)
         acc += x.to(ACC) * weight.to(ACC)[None, :]
 
+    start_successor(DEPENDENT)
     if HAS_SCALE:
         acc *= tl.load(scale_ptr + k, mask=mask_k, other=0.0).to(ACC)[None, :]
     if HAS_BIAS:
@@ -136,11 +140,11 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     input_precision = convolution_input_precision(x, weight[0].numel())
     packed = pack_weight(weight, input_precision)
     round_x = input_precision == "tf32"
-    _launch_gemm(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
+    launch_gemm(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
     return y
 
 
-def _launch_gemm(
+def launch_gemm(
     x, packed, y, channels_last_y, stride, padding, dilation, groups, input_precision, round_x, epilogue
 ) -> None:
     """Picks the form of the product: split among warps for few pixels, over descriptors, or by pointers."""
@@ -194,6 +198,7 @@ def _launch_depthwise(x, weight, y, channels_last_y, stride, padding, dilation, 
         *padding,
         *dilation,
         **epilogue.flags,
+        **dependent_launch(x),
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         **blocks._asdict(),
@@ -253,7 +258,7 @@ def _launch_fused(x, packed, scale, bias, residual, relu, kernel_size, *window_a
         _launch_depthwise(x, weight, y, True, *window, epilogue)
         return y
     round_x = input_precision == "tf32" and not rounded_x
-    _launch_gemm(x, packed, y, True, *window, groups, input_precision, round_x, epilogue)
+    launch_gemm(x, packed, y, True, *window, groups, input_precision, round_x, epilogue)
     return y
 
 

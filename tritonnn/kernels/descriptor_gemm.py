@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import add_rounded_dot, add_split_dot, round_to, round_to_tf32
 from .block_sizes import FLUSH_STEPS, DescriptorBlocks, ceil_div
+from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .epilogue import Epilogue
 
 
@@ -56,6 +57,7 @@ def descriptor_gemm_forward_kernel(
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     ROUND_Y: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     SWAPPED: tl.constexpr,
@@ -85,6 +87,7 @@ def descriptor_gemm_forward_kernel(
     p = box // tiles_q % tiles_p * TILE_P
     n = box // tiles_q // tiles_p * TILE_N
 
+    wait_for_predecessor(DEPENDENT)
     if SWAPPED:
         acc = tl.full((BLOCK_N, BLOCK_M), 0, tl.float32)
     else:
@@ -107,6 +110,7 @@ def descriptor_gemm_forward_kernel(
                 part = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
         else:
             acc = add_rounded_dot(x, weight.T, acc)
+    start_successor(DEPENDENT)
     if INPUT_PRECISION == "tf32x3":
         acc += part
 
@@ -212,6 +216,7 @@ def descriptor_gemm(
         *padding,
         *dilation,
         **epilogue.flags,
+        **dependent_launch(x),
         INPUT_PRECISION=input_precision,
         CHANNELS_LAST=channels_last,
         FLUSH=FLUSH_STEPS,

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .arithmetic import accumulator, add_rounded_dot, add_split_dot, dot, index_type, round_to, round_to_tf32
 from .block_sizes import FLUSH_STEPS, ceil_div, gemm_blocks
+from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .epilogue import Epilogue
 
 
@@ -58,6 +59,7 @@ def implicit_gemm_forward_kernel(
     INPUT_PRECISION: tl.constexpr,
     ROUND_X: tl.constexpr,
     ROUND_Y: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     FLUSH: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
@@ -103,6 +105,7 @@ def implicit_gemm_forward_kernel(
     channel = group * K + offs_n
     weight_ptrs = weight_ptr + (channel * (R * S * C))[None, :]
 
+    wait_for_predecessor(DEPENDENT)
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
     part = acc
     for step in range(STEPS):
@@ -142,6 +145,7 @@ def implicit_gemm_forward_kernel(
             acc = add_rounded_dot(x, weight, acc)
         else:
             acc = dot(x, weight, acc, INPUT_PRECISION)
+    start_successor(DEPENDENT)
     if INPUT_PRECISION == "tf32x3":
         acc += part
 
@@ -210,6 +214,7 @@ def implicit_gemm(
         *padding,
         *dilation,
         **epilogue.flags,
+        **dependent_launch(x),
         SPAN_TAPS=span_taps,
         GROUPS=groups,
         INPUT_PRECISION=input_precision,

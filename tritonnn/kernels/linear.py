@@ -1,15 +1,15 @@
 """Linear layer forward: y[m, k] = bias[k] + sum over c of x[m, c] * weight[k, c].
 
-x: [M, C], any strides; weight: [K, C]; y: [M, K], contiguous. Runs the convolution's main loop: a row is an image of
-one pixel, the weight a 1x1 filter.
+x: [M, C], any strides; weight: [K, C]; y: [M, K], contiguous. Runs the convolution's kernels: a row is an image of one
+pixel, the weight a 1x1 filter.
 """
 
 import torch
 
 from ..precision import matmul_input_precision
 from .channels_last import pack_weight
+from .conv2d import launch_gemm
 from .epilogue import Epilogue
-from .implicit_gemm import implicit_gemm
 from .operator import register
 
 
@@ -27,7 +27,8 @@ def _launch(x, weight, bias) -> torch.Tensor:
     bias = None if bias is None else bias.contiguous()
     x, rows = x[:, :, None, None], y[:, :, None, None]
     round_x = input_precision == "tf32"
-    implicit_gemm(x, packed, rows, (K, 1, 1), (1, 1), (0, 0), (1, 1), 1, input_precision, round_x, Epilogue(bias=bias))
+    window = (1, 1), (0, 0), (1, 1)
+    launch_gemm(x, packed, rows, True, *window, 1, input_precision, round_x, Epilogue(bias=bias))
     return y
 
 

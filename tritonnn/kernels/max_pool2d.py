@@ -11,12 +11,27 @@ may come out with the sign of another zero of its window, which is faster.
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
-from .arithmetic import accumulator, index_type
+from .arithmetic import INTERPRET, accumulator, index_type
 from .block_sizes import ceil_div, pixel_blocks
+from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
 from .window import output_size
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger one, or NaN if either is; two 16-bit floats at a time where the GPU can."""
+    PACKED: tl.constexpr = cuda_capability_geq(8, 0) and not INTERPRET
+    if PACKED and a.dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.bfloat16, True, 2)
+    elif PACKED and a.dtype == tl.float16:
+        y = tl.inline_asm_elementwise("max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.float16, True, 2)
+    else:
+        y = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    return y
 
 
 @triton.jit
@@ -48,6 +63,7 @@ def max_pool2d_forward_kernel(
     RETURN_INDICES: tl.constexpr,
     SIGNED_ZEROS: tl.constexpr,
     INDEX_0_OF_INFINITIES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -66,7 +82,9 @@ def max_pool2d_forward_kernel(
     mask_c = c < C
     x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (c * x_stride_c)[None, :]
 
-    best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), ACC)
+    wait_for_predecessor(DEPENDENT)
+    COMPARES: tl.constexpr = RETURN_INDICES or SIGNED_ZEROS
+    best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), ACC if COMPARES or INTERPRET else x_ptr.dtype.element_ty)
     if INDEX_0_OF_INFINITIES:
         best_index = tl.full((BLOCK_M, BLOCK_C), 0, tl.int64)
     elif RETURN_INDICES:  # of a window of -inf: its first pixel inside the image
@@ -81,15 +99,16 @@ def max_pool2d_forward_kernel(
             x_ptrs + (h.to(tl.int64) * x_stride_h + w.to(tl.int64) * x_stride_w)[:, None],
             mask=inside,
             other=float("-inf"),
-        ).to(ACC)
-        if RETURN_INDICES or SIGNED_ZEROS:
+        ).to(best.dtype)
+        if COMPARES:
             better = (x > best) | (x != x)
             best = tl.where(better, x, best)
         else:
-            best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+            best = maximum(best, x)
         if RETURN_INDICES:
             best_index = tl.where(better, (h.to(tl.int64) * W + w)[:, None], best_index)
 
+    start_successor(DEPENDENT)
     y_offs = (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (c * y_stride_c)[None, :]
     mask = mask_m[:, None] & mask_c[None, :]
     tl.store(y_ptr + y_offs, best.to(y_ptr.dtype.element_ty), mask=mask)
@@ -141,6 +160,7 @@ def _launch(
         RETURN_INDICES=return_indices,
         SIGNED_ZEROS=signed_zeros,
         INDEX_0_OF_INFINITIES=return_indices and channels_last and x.device.type == "cuda",  # as PyTorch's kernel there
+        **dependent_launch(x),
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         **blocks._asdict(),

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .arithmetic import accumulator, dot, index_type, round_to, round_to_tf32, split_to_tf32
 from .block_sizes import SplitBlocks, ceil_div
+from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .epilogue import Epilogue
 
 
@@ -53,6 +54,7 @@ def split_gemm_forward_kernel(
     INPUT_PRECISION: tl.constexpr,
     ROUND_X: tl.constexpr,
     ROUND_Y: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     SLICES: tl.constexpr,
@@ -87,6 +89,7 @@ def split_gemm_forward_kernel(
         None, :
     ]
     mask_y = mask_m[:, None] & mask_n[None, :]
+    wait_for_predecessor(DEPENDENT)
     y = tl.full((BLOCK_M, BLOCK_N), 0, ACC)  # what the sum starts from, asked for before anything waits
     if HAS_BIAS:
         y += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
@@ -94,6 +97,7 @@ def split_gemm_forward_kernel(
         y += tl.load(residual_ptr + offs_y, mask=mask_y, other=0.0).to(ACC)
 
     acc = tl.full((SLICES, BLOCK_M, BLOCK_N), 0, ACC)
+    small = acc
     for step in range(STEPS):
         block = step * SLICES + slices  # [SLICES, 1, 1]
         tap = block // BLOCKS_C
@@ -109,14 +113,18 @@ def split_gemm_forward_kernel(
         if INPUT_PRECISION == "tf32x3":
             x_high, x_low = split_to_tf32(x)
             weight_high, weight_low = split_to_tf32(weight)
-            products = tl.dot(x_low, weight_high, input_precision="tf32")
-            products = tl.dot(x_high, weight_low, products, input_precision="tf32")
-            acc += tl.dot(x_high, weight_high, products, input_precision="tf32")
+            # Two chains of products: the small ones may all be added up in the tensor core, whose sums are truncated.
+            small = tl.dot(x_low, weight_high, small, input_precision="tf32")
+            small = tl.dot(x_high, weight_low, small, input_precision="tf32")
+            acc += tl.dot(x_high, weight_high, input_precision="tf32")
         else:
             if ROUND_X:
                 x = round_to_tf32(x)
             acc = dot(x, weight, acc, INPUT_PRECISION)
 
+    start_successor(DEPENDENT)
+    if INPUT_PRECISION == "tf32x3":
+        acc += small
     total = tl.sum(acc, 0)
     if HAS_SCALE:
         total *= tl.load(scale_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
@@ -168,6 +176,7 @@ def split_gemm(
         *padding,
         *dilation,
         **epilogue.flags,
+        **dependent_launch(x),
         INPUT_PRECISION=input_precision,
         ROUND_X=round_x,
         ACC=accumulator(x.dtype),

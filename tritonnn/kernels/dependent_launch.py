@@ -1,0 +1,33 @@
+"""CUDA's programmatic dependent launch: in a graph a kernel starts while the one before it ends, and waits for that.
+
+Such a kernel touches no tensor before `wait_for_predecessor`, which each of its programs calls. The kernel before it
+either did the same or was launched when all earlier ones had ended: so they have.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_for_predecessor(DEPENDENT: tl.constexpr):
+    """Until the kernel before this one has ended and its results can be seen."""
+    if DEPENDENT:
+        gdc_wait()
+
+
+@triton.jit
+def start_successor(DEPENDENT: tl.constexpr):
+    """The next kernel may take multiprocessors that are free. Called early it would take those of this kernel."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+
+
+def dependent_launch(x: torch.Tensor) -> dict[str, bool]:
+    """Arguments of a launch on x: outside graphs the host's launches are so far apart that nothing would be gained."""
+    if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return {"DEPENDENT": False}
+    if torch.version.hip or torch.cuda.get_device_capability(x.device) < (9, 0):
+        return {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": True}
