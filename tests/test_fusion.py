@@ -300,7 +300,7 @@ def test_a_swapped_model():
     model = trained(ResNet18(width=2))
     tritonnn.swap(model)
     fused = assert_same(model, image(1, 3, 32, 32, dtype=torch.float64))
-    assert len(fused.report.fused) == 21 and list(fused.report.swapped.values()) == ["max_pool2d", "avg_pool2d"]
+    assert len(fused.report.fused) == 21 and list(fused.report.swapped.values()) == ["max_pool2d"]
 
 
 def test_changed_weights_count():
@@ -466,15 +466,66 @@ def test_report_of_resnet18():
     report = assert_same(model, image(2, 3, 32, 32, dtype=torch.float64)).report
     assert report.fused["stages.1.0.conv2"] == "conv2d + batch_norm2d"
     assert report.fused["stages.1.0.shortcut.conv"] == "conv2d + batch_norm2d + residual + relu"
-    assert report.swapped == {"stem.pool": "max_pool2d", "head.pool": "avg_pool2d"}
+    assert report.swapped == {"stem.pool": "max_pool2d"}
     assert not report.apart and not report.untraced and not report.fallbacks
     assert str(report).splitlines() == [
         "fused: 9 conv2d + batch_norm2d + relu, 8 conv2d + batch_norm2d + residual + relu, 3 conv2d + batch_norm2d, "
-        "1 linear",
-        "Triton layers of their own: 1 avg_pool2d, 1 max_pool2d",
+        "1 avg_pool2d + linear",
+        "Triton layers of their own: 1 max_pool2d",
         "stayed PyTorch: check_images: no Triton layer for the function check_images",
-        "stayed PyTorch: head.flatten: no Triton layer for Flatten",
     ]
+
+
+class Head(nn.Module):
+    """An average pool and a linear layer; `code(net, x)` says what lies between them."""
+
+    def __init__(self, pool: nn.Module, features: int = 4, outputs: int = 3, code=None) -> None:
+        super().__init__()
+        self.pool, self.flatten, self.linear = pool, nn.Flatten(), nn.Linear(features, outputs)
+        self.code = code or (lambda net, y: net.linear(net.flatten(y)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(self, self.pool(x.relu()))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(lambda: Head(nn.AvgPool2d(5)), id="whole image"),
+        pytest.param(lambda: Head(nn.AdaptiveAvgPool2d(1)), id="adaptive"),
+        pytest.param(
+            lambda: Head(nn.AdaptiveAvgPool2d((1, 1)), code=lambda n, y: n.linear(torch.flatten(y, 1))), id="f"
+        ),
+        pytest.param(lambda: Head(nn.AvgPool2d(5), outputs=64), id="64 outputs"),
+        pytest.param(lambda: Head(nn.AvgPool2d(5), outputs=65), id="many outputs"),
+        pytest.param(lambda: Head(nn.AvgPool2d(2), 16), id="parts of the image"),
+        pytest.param(lambda: Head(nn.AvgPool2d(5, padding=1, stride=5)), id="padding"),
+        pytest.param(lambda: Head(nn.AvgPool2d(5, divisor_override=3)), id="divisor"),
+        pytest.param(lambda: Head(nn.AvgPool2d(5), code=lambda n, y: n.linear(n.flatten(y)).relu()), id="relu"),
+        pytest.param(lambda: Head(nn.AdaptiveAvgPool2d((1, 2)), 8), id="two windows"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_average_pool_and_linear_layer(head, dtype):
+    model = head().eval().to(DEVICE, dtype)
+    for x in (image(3, 4, 5, 5, dtype=dtype), image(1, 4, 5, 5, dtype=dtype, channels_last=True)):
+        report = assert_same(model, x).report
+    assert report.fused["linear"].startswith("avg_pool2d + linear") and not report.swapped.keys() - {"functional_relu"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(lambda net, y: net.linear(net.flatten(y)) + y.mean(), id="pool used twice"),
+        pytest.param(lambda net, y: net.linear(net.flatten(y * 2)), id="something between"),
+        pytest.param(lambda net, y: net.linear(y.flatten(1).mul_(2)), id="overwritten between"),
+        pytest.param(lambda net, y: net.linear(y.flatten(0).view(-1, 4)), id="flattened otherwise"),
+    ],
+)
+def test_average_pool_apart_from_the_linear_layer(code):
+    model = Head(nn.AvgPool2d(5), code=code).eval().to(DEVICE, torch.float64)
+    report = assert_same(model, image(2, 4, 5, 5, dtype=torch.float64)).report
+    assert report.fused["linear"].startswith("linear") and report.swapped["pool"] == "avg_pool2d"
 
 
 def test_what_only_convolutions_read_is_rounded_once_in_tf32():

@@ -16,6 +16,7 @@ from .cuda_graphs import CudaGraphs
 from .fusion_pass import fuse_graph
 from .fusion_report import FusionReport, few, join
 from .kernels.memory_format import is_channels_last
+from .layers.fused_conv2d import FusedPooledLinear
 from .layers.layer import TritonLayer
 from .pure_graph import describe, has_hooks, is_layer, optional_arguments, trace
 from .swap import kind_of, swap
@@ -164,6 +165,7 @@ def _swap_rest(network: nn.Module, report: FusionReport) -> None:
     spare = {id(m) for part in parts for m in part.unfused.modules()} - {
         id(m) for part in parts for m in part.fused.modules()
     }
+    spare |= {id(module.pool) for module in network.modules() if isinstance(module, FusedPooledLinear)}
     swapped = swap(network)
     for name, module in network.named_modules():
         if isinstance(module, TritonLayer) and kind_of(module) is not None and id(module) not in spare:

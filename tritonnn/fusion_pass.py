@@ -1,5 +1,6 @@
 """The pass over a network's graph: which nodes become one kernel, and what becomes of the others."""
 
+import copy
 import operator
 from collections import Counter
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from .fusion_report import FusionReport, join
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
-from .layers.fused_conv2d import FusedConv2d, FusedLinear, batch_norm_as_affine
+from .layers.fused_conv2d import FusedConv2d, FusedLinear, FusedPooledLinear, batch_norm_as_affine
 from .layers.layer import FLOATING_POINT, pair
 from .layers.max_pool2d import TritonMaxPool2d
 from .layers.relu import TritonReLU
 from .pure_graph import PureGraph, as_contiguous, has_hooks, in_place
-from .swap import kind_of
+from .swap import kind_of, swap
 
 # Functions that only look at tensors.
 NO_COMPUTATION = ("getattr", "getitem", "size", "dim", "as_contiguous", "eq", "_assert")
@@ -37,9 +38,11 @@ POOLS = {
 
 @dataclass
 class _Chain:
-    """Nodes that become one: a convolution or linear layer and some of what follows it."""
+    """Nodes that become one: a convolution or linear layer and some of what follows it; or an average pool before."""
 
     layer: fx.Node
+    pool: fx.Node | None = None
+    """An average pool whose result, flattened, is the input of a linear layer."""
     norm: fx.Node | None = None
     add: fx.Node | None = None
     add_first: bool = True
@@ -48,7 +51,9 @@ class _Chain:
 
     @property
     def nodes(self) -> list[fx.Node]:
-        return [node for node in (self.layer, self.norm, self.add, self.relu) if node is not None]
+        flatten = None if self.pool is None else _input(self.layer)
+        nodes = (self.pool, flatten, self.layer, self.norm, self.add, self.relu)
+        return [node for node in nodes if node is not None]
 
     @property
     def tail(self) -> fx.Node:
@@ -57,7 +62,7 @@ class _Chain:
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
         """Of the fused node, as the graph is now: the residual may have been fused already."""
-        x = _input(self.layer)
+        x = _input(self.pool or self.layer)
         return (x,) if self.add is None else (x, _summands(self.add)[self.add_first])
 
 
@@ -100,7 +105,7 @@ def _chains(traced: PureGraph) -> list[_Chain]:
     for node in reversed(traced.graph.nodes):
         if kind_of(traced.module(node)) not in ("conv2d", "linear") or _reason_to_leave(node, traced):
             continue
-        chain = _Chain(node)
+        chain = _Chain(node, _pool_before(node, traced))
         follower = _only_user(node, traced)
         if follower and _is_norm(follower, traced) and _reason_not_to_fold(follower, traced) is None:
             chain.norm = follower
@@ -115,6 +120,25 @@ def _chains(traced: PureGraph) -> list[_Chain]:
         claimed.update(chain.nodes)
         chains.append(chain)
     return chains[::-1]
+
+
+def _pool_before(node: fx.Node, traced: PureGraph) -> fx.Node | None:
+    """The average pool whose result a linear layer gets, flattened, if nothing else does."""
+    flatten = _input(node)
+    if kind_of(traced.module(node)) != "linear" or not _flattens(flatten, traced):
+        return None
+    pool = flatten.all_input_nodes[0]
+    if kind_of(traced.module(pool)) != "avg_pool2d" or _hooked(pool, traced) or _input(pool) is None:
+        return None
+    return pool if _only_user(pool, traced) is flatten and _only_user(flatten, traced) is node else None
+
+
+def _flattens(node: fx.Node, traced: PureGraph) -> bool:
+    """Whether the node makes [N, *] of an image."""
+    module = traced.module(node)
+    if type(module) is nn.Flatten:
+        return (module.start_dim, module.end_dim) == (1, -1) and not has_hooks(module) and _input(node) is not None
+    return node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
 
 
 def _only_user(node: fx.Node, traced: PureGraph) -> fx.Node | None:
@@ -253,7 +277,11 @@ def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
     }
     bias = None if bias is None else bias.detach().clone()
     if kind_of(layer) == "linear":
-        return FusedLinear(weight.clone(), scale, bias, **epilogue)
+        if chain.pool is None:
+            return FusedLinear(weight.clone(), scale, bias, **epilogue)
+        pool = copy.deepcopy(traced.module(chain.pool))
+        swap(pool)
+        return FusedPooledLinear(pool, weight.clone(), scale, bias, **epilogue)
     weight = weight.clone(memory_format=torch.channels_last)
     return FusedConv2d(
         weight, scale, bias, pair(layer.stride), _padding(layer), pair(layer.dilation), layer.groups, **epilogue
@@ -301,7 +329,7 @@ def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None
 
 
 def _describe(chain: _Chain, traced: PureGraph) -> str:
-    steps = [kind_of(traced.module(chain.layer))]
+    steps = [kind_of(traced.module(node)) for node in (chain.pool, chain.layer) if node]
     steps += [
         step for step, node in (("batch_norm2d", chain.norm), ("residual", chain.add), ("relu", chain.relu)) if node
     ]

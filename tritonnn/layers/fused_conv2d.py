@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..kernels.conv2d import conv2d_fused, pack_weight
+from ..kernels.pooled_linear import MOST_OUTPUTS, pooled_linear
 from ..kernels.window import output_size
 from ..precision import (
     autocast,
@@ -12,7 +13,7 @@ from ..precision import (
     convolution_input_precision,
     matmul_input_precision,
 )
-from .layer import TritonLayer, reason_to_fall_back, reason_to_fall_back_image, windows_fit
+from .layer import TritonLayer, pair, reason_to_fall_back, reason_to_fall_back_image, windows_fit
 
 
 class _Fused(TritonLayer, nn.Module):
@@ -219,6 +220,36 @@ class FusedLinear(_Fused):
 
     def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
         return self._finish(F.linear(x, *self._pytorch_parameters()), residual)
+
+
+class FusedPooledLinear(FusedLinear):
+    """FusedLinear of the flattened result of `pool`, an average pool: one kernel where it pools whole images.
+
+    Shapes: x [N, C, H, W], weight [K, C]; y [N, K]. Otherwise the pool and the linear layer follow each other.
+    """
+
+    def __init__(self, pool: nn.AvgPool2d | nn.AdaptiveAvgPool2d, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.pool = pool
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        (x,) = autocast(input)
+        if not self._pools_whole_images(x):
+            return super().forward(self.pool(input).flatten(1), residual)
+        return pooled_linear(x, self.weight.to(x.dtype), self.bias)
+
+    def _pools_whole_images(self, x: torch.Tensor) -> bool:
+        """Whether the kernel takes x and does all that there is to do."""
+        if x.dim() != 4 or self.sums is not None or self.relu or self.weight.shape[0] > MOST_OUTPUTS:
+            return False
+        if x.shape[1] != self.weight.shape[1] or x.numel() == 0:
+            return False
+        if reason_to_fall_back(x, self.weight) or self._reason_to_fall_back_types(x):
+            return False
+        if isinstance(self.pool, nn.AdaptiveAvgPool2d):
+            return pair(self.pool.output_size) == (1, 1)
+        fits = pair(self.pool.kernel_size) == x.shape[2:] and pair(self.pool.padding) == (0, 0)
+        return fits and self.pool.divisor_override is None
 
 
 def _images(x: torch.Tensor) -> torch.Tensor:

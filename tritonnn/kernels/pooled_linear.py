@@ -1,0 +1,97 @@
+"""The head of a classifier: the mean of each channel over the whole image, then a linear layer of few outputs.
+
+    y[n, k] = bias[k] + sum over c of weight[k, c] * (mean over h, w of x[n, c, h, w])
+
+x: [N, C, H, W], any strides; weight: [K, C], K at most `MOST_OUTPUTS`; bias: [K] or none; y: [N, K]. Sums
+and means in float32 (float64 for float64), not rounded in between.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .arithmetic import accumulator, round_to
+from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
+from .operator import register
+
+MOST_OUTPUTS = 64
+"""Every image's program reads all weights: with more outputs a matrix product is the better tool."""
+
+
+@triton.jit
+def pooled_linear_forward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    PIXELS,
+    W,
+    C,
+    K,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    HAS_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns the BLOCK_K >= K outputs of an image, BLOCK_M of whose PIXELS are added up at a time."""
+    n = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    wait_for_predecessor(DEPENDENT)
+    y = tl.full((BLOCK_K,), 0, ACC)
+    for first_c in range(0, C, BLOCK_C):
+        c = first_c + tl.arange(0, BLOCK_C)
+        total = tl.full((BLOCK_C,), 0, ACC)
+        for first in range(0, PIXELS, BLOCK_M):
+            pixel = first + tl.arange(0, BLOCK_M)
+            offs = (pixel // W).to(tl.int64) * x_stride_h + (pixel % W).to(tl.int64) * x_stride_w
+            mask = (pixel < PIXELS)[:, None] & (c < C)[None, :]
+            x_ptrs = x_ptr + n * x_stride_n + offs[:, None] + (c.to(tl.int64) * x_stride_c)[None, :]
+            total += tl.sum(tl.load(x_ptrs, mask=mask, other=0.0).to(ACC), 0)
+        mask = (k < K)[:, None] & (c < C)[None, :]
+        weight = tl.load(weight_ptr + k[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)  # [BLOCK_K, BLOCK_C]
+        y += tl.sum(weight * (total / PIXELS)[None, :], 1)
+    start_successor(DEPENDENT)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)
+    tl.store(y_ptr + n * K + k, round_to(y, y_ptr.dtype.element_ty), mask=k < K)
+
+
+def _output(x, weight, bias) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _launch(x, weight, bias) -> torch.Tensor:
+    y = _output(x, weight, bias)
+    if y.numel() == 0:
+        return y
+    N, C, H, W = x.shape
+    K = weight.shape[0]
+    weight = weight.contiguous()
+    pooled_linear_forward_kernel[(N,)](
+        x,
+        weight,
+        bias,
+        y,
+        H * W,
+        W,
+        C,
+        K,
+        *x.stride(),
+        HAS_BIAS=bias is not None,
+        **dependent_launch(x),
+        ACC=accumulator(x.dtype),
+        BLOCK_M=16,
+        BLOCK_C=512 if K <= 16 else 128,
+        BLOCK_K=triton.next_power_of_2(max(K, 16)),
+        num_warps=8,
+    )
+    return y
+
+
+pooled_linear = register("pooled_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _launch, _output)
