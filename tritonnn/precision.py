@@ -18,7 +18,7 @@ def _input_precision(x: torch.Tensor, reduction: int, allow_tf32: bool, always: 
 
     Strict float32 on NVIDIA's tensor cores is three TF32 products (of the leading and the trailing bits): on an H200
     half the time of cuDNN's float32 and mostly a third of its error. Short sums wait for memory rather than for the
-    tensor cores, and cuDNN often computes them in float32 although TF32 is allowed, but not those of channels_last images.
+    tensor cores, and cuDNN often computes them in float32 although TF32 is allowed, unless the image is channels_last.
     Tiny ones, over an image's three channels, are computed in plain float32, whose error is smaller still.
 
     Infinities, NaN and huge operands come out as in float32; an operand below 2^-126 may count as zero.
