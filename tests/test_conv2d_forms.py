@@ -14,7 +14,7 @@ from tritonnn.kernels.descriptor_gemm import descriptor_gemm, fits_descriptors
 from tritonnn.kernels.epilogue import Epilogue
 from tritonnn.kernels.implicit_gemm import implicit_gemm
 from tritonnn.kernels.memory_format import pixel_strides
-from tritonnn.kernels.split_gemm import split_gemm
+from tritonnn.kernels.split_gemm import Shortcut, split_gemm
 
 in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
@@ -186,6 +186,26 @@ def test_split_among_warps(case, channels_last):
     y = operands[2]
     blocks = SplitBlocks(8, 16, 16, 32, 4, 1)
     split_gemm(*operands, pixel_strides(y, channels_last), *window, "ieee", False, epilogue, blocks)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("input_precision", ["ieee", "tf32x3"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+def test_shortcut(stride, input_precision):
+    x = image(2, 32, 6, 6, channels_last=True)
+    sizes = dict(k=24, kernel_size=(3, 3), stride=1, padding=(1, 1), dilation=(1, 1), channels_last=True)
+    (x, weight, y), window, epilogue, _ = convolved(x, **sizes)
+    z = image(2, 64, 6 * stride[0] - stride[0] + 1, 6 * stride[1])
+    second, scale, bias = image(24, 64, 1, 1), image(24), image(24)
+    shortcut = Shortcut(z, second.permute(0, 2, 3, 1).contiguous(), scale, bias, stride, input_precision, False)
+    exact = epilogue.scale.double()[:, None, None] * F.conv2d(
+        x.double(), weight.permute(0, 3, 1, 2).double(), padding=1
+    )
+    exact += scale.double()[:, None, None] * F.conv2d(z.double(), second.double(), stride=stride)
+    exact = (exact + (epilogue.bias + bias).double()[:, None, None] + epilogue.residual.double()).relu()
+    blocks = SplitBlocks(4, 16, 16, 32, 4, 1)
+    split_gemm(x, weight, y, pixel_strides(y, True), *window, input_precision, False, epilogue, blocks, shortcut)
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
 
 

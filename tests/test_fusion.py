@@ -14,7 +14,7 @@ from trained import Untraceable, small, trained
 
 import tritonnn
 from lit_modules.resnet import ResNet18
-from tritonnn.layers.fused_conv2d import FusedConv2d
+from tritonnn.layers.fused_conv2d import FusedConv2d, FusedSum
 
 
 def assert_same(model: nn.Module, x: Tensor, *others: Tensor) -> tritonnn.FusedNetwork:
@@ -476,6 +476,25 @@ def test_report_of_resnet18():
     ]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tf32", ["ieee", "tf32"])
+def test_a_shortcut_of_few_pixels_is_in_the_kernel_of_its_block(dtype, tf32, monkeypatch):
+    torch.backends.cudnn.conv.fp32_precision = tf32
+    called = []
+    in_one_kernel = FusedSum._in_one_kernel
+    monkeypatch.setattr(FusedSum, "_in_one_kernel", lambda *args: called.append(in_one_kernel(*args)) or called[-1])
+    model = trained(ResNet18(), dtype)
+    for n, expected in ((1, True), (3, True), (512, False)):
+        x = image(n, 3, 32, 32, dtype=dtype, channels_last=True)
+        with torch.no_grad():
+            exact = copy.deepcopy(model).double()(x.double())
+            apart, together = ((net(x).double() - exact).norm() / exact.norm() for net in (model, tritonnn.fuse(model)))
+        assert called == [expected] * 3
+        called.clear()
+        assert together < 2 * apart + 1e-6
+
+
 class Head(nn.Module):
     """An average pool and a linear layer; `code(net, x)` says what lies between them."""
 
@@ -533,7 +552,7 @@ def test_what_only_convolutions_read_is_rounded_once_in_tf32():
     network = tritonnn.fuse(trained(ResNet18(width=2))).network
     convolutions = {name: m for name, m in network.named_modules() if isinstance(m, FusedConv2d)}
     exact = {name for name, m in convolutions.items() if not m.round_output}
-    assert exact == {"stages.3.1.conv2", *(f"stages.{i}.0.conv2" for i in (1, 2, 3))}
+    assert exact == {"stages.3.1.conv2", *(f"stages.{i}.0.shortcut.conv.other" for i in (1, 2, 3))}
     assert [name for name, m in convolutions.items() if not m.rounded_input] == ["stem.conv"]
 
 

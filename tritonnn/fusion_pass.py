@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .fusion_report import FusionReport, join
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
-from .layers.fused_conv2d import FusedConv2d, FusedLinear, FusedPooledLinear, batch_norm_as_affine
+from .layers.fused_conv2d import FusedConv2d, FusedLinear, FusedPooledLinear, FusedSum, batch_norm_as_affine
 from .layers.layer import FLOATING_POINT, pair
 from .layers.max_pool2d import TritonMaxPool2d
 from .layers.relu import TritonReLU
@@ -85,6 +85,7 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
             graph.erase_node(node)
         report.fused[join(name, target)] = _describe(chain, traced)
         report.modules[join(name, target)] = modules[target]
+    _join_shortcuts(graph, modules)
     _rewrite_rest(traced, modules)
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
@@ -96,6 +97,24 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
     _round_ahead(graph, modules)
     _drop_signs_of_zeros(graph, modules)
     return fx.GraphModule(modules, graph, type(root).__name__).eval()
+
+
+def _join_shortcuts(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Two fused convolutions whose results are added become one node where one of them is a shortcut."""
+
+    def fused(node: fx.Node) -> bool:
+        return node.op == "call_module" and type(modules[node.target]) is FusedConv2d
+
+    for node in graph.nodes:
+        if not fused(node) or len(node.args) < 2 or not fused(node.args[1]) or len(node.args[1].users) > 1:
+            continue
+        last, other = modules[node.target], modules[node.args[1].target]
+        if other.relu or other.sums is not None or not (last.is_shortcut or other.is_shortcut):
+            continue
+        modules[node.target] = FusedSum(last, other)
+        source = node.args[1]
+        node.args = (node.args[0], source.args[0])
+        graph.erase_node(source)
 
 
 def _chains(traced: PureGraph) -> list[_Chain]:
@@ -294,8 +313,14 @@ def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     A result that is only added, as a residual, needs no rounding.
     """
 
-    def fused(node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(modules[node.target], FusedConv2d)
+    def fused(node: fx.Node) -> list[tuple[FusedConv2d, fx.Node]]:
+        """The convolutions of a fused node and their inputs."""
+        match modules[node.target] if node.op == "call_module" else None:
+            case FusedConv2d() as conv:
+                return [(conv, node.args[0])]
+            case FusedSum() as both:
+                return list(zip((both.last, both.other), node.args))
+        return []
 
     def selects(node: fx.Node) -> bool:
         """Its results are among its inputs, or zero."""
@@ -304,16 +329,15 @@ def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     only_convolved: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if (fused(node) or selects(node)) and all(fused(user) or user in only_convolved for user in node.users):
-            if any(user.args[0] is node for user in node.users):
+            if any(user.args[0] is node or any(x is node for _, x in fused(user)) for user in node.users):
                 only_convolved.add(node)
     for node in graph.nodes:
-        if not fused(node):
-            continue
-        source = node.args[0]
-        while selects(source):
-            source = source.all_input_nodes[0]
-        modules[node.target].rounded_input = fused(source) and source in only_convolved
-        modules[node.target].round_output = node in only_convolved
+        for conv, source in fused(node):
+            while selects(source):
+                source = source.all_input_nodes[0]
+            conv.rounded_input = bool(fused(source)) and source in only_convolved
+        for conv, _ in fused(node)[:1]:  # the other one of a sum gives no result of its own
+            conv.round_output = node in only_convolved
 
 
 def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

@@ -21,7 +21,7 @@ from .epilogue import Epilogue
 from .implicit_gemm import implicit_gemm, spans_taps
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
-from .split_gemm import split_gemm
+from .split_gemm import Shortcut, split_gemm
 from .window import output_size
 
 
@@ -274,3 +274,53 @@ conv2d_fused = register(
 `packed_weight` is `pack_weight(weight, input_precision)`; scale and bias [K] are float32 (float64 for float64); the
 residual has the shape and type of y. `rounded_x`: x has been rounded to TF32; `round_y`: y is to be.
 """
+
+
+def takes_shortcut(
+    x: torch.Tensor, K: int, kernel_size: tuple[int, int], P: int, Q: int, shortcut_channels: int
+) -> bool:
+    """Whether `conv2d_with_shortcut` has a kernel: for few pixels, of which it makes [N, K, P, Q]."""
+    N, C = x.shape[:2]
+    blocks = split_blocks(N * P * Q, K, C, kernel_size[0] * kernel_size[1], x.element_size())
+    return blocks is not None and shortcut_channels % blocks.BLOCK_K == 0
+
+
+def _output_with_shortcut(x, packed, scale, bias, shortcut, *arguments) -> torch.Tensor:
+    _, kernel_size, *window, _, input_precision = arguments[3:10]
+    K = packed.shape[0] // (3 if input_precision == "tf32x3" else 1)
+    return _empty(x, K, kernel_size, *window, channels_last=True)
+
+
+def _launch_with_shortcut(
+    x, packed, scale, bias, shortcut, shortcut_packed, shortcut_scale, shortcut_bias, relu, kernel_size, *arguments
+) -> torch.Tensor:
+    *window, shortcut_stride, precision, rounded, shortcut_precision, shortcut_rounded, round_y = arguments
+    K = packed.shape[0] // (3 if precision == "tf32x3" else 1)
+    y = _empty(x, K, kernel_size, *window, channels_last=True)
+    N, _, P, Q = y.shape
+    blocks = split_blocks(N * P * Q, K, x.shape[1], kernel_size[0] * kernel_size[1], x.element_size())
+    second = Shortcut(
+        shortcut,
+        shortcut_packed[-K:],
+        shortcut_scale,
+        shortcut_bias,
+        shortcut_stride,
+        shortcut_precision,
+        shortcut_precision == "tf32" and not shortcut_rounded,
+    )
+    round_x = precision == "tf32" and not rounded
+    epilogue = Epilogue(scale, bias, None, relu, round_y)
+    strides = pixel_strides(y, True)
+    split_gemm(x, packed[-K:], y, strides, *window, precision, round_x, epilogue, blocks, second)
+    return y
+
+
+conv2d_with_shortcut = register(
+    "conv2d_with_shortcut(Tensor x, Tensor packed_weight, Tensor? scale, Tensor? bias, Tensor shortcut, "
+    "Tensor packed_shortcut_weight, Tensor? shortcut_scale, Tensor? shortcut_bias, bool relu, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, int[2] shortcut_stride, str input_precision, bool rounded_x, "
+    "str shortcut_precision, bool rounded_shortcut, bool round_y) -> Tensor",
+    _launch_with_shortcut,
+    _output_with_shortcut,
+)
+"""conv2d_fused of x plus that of `shortcut`, with filters of one tap and no padding, where `takes_shortcut`."""

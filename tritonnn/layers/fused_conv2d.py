@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.conv2d import conv2d_fused, pack_weight
+from ..kernels.conv2d import conv2d_fused, conv2d_with_shortcut, pack_weight, takes_shortcut
 from ..kernels.pooled_linear import MOST_OUTPUTS, pooled_linear
 from ..kernels.window import output_size
 from ..precision import (
@@ -146,9 +146,8 @@ class FusedConv2d(_Fused):
         reason = self._reason_to_fall_back(x)
         if reason is not None:
             return self._fall_back(reason, self._with_pytorch, input, residual)
-        K, channels, R, S = self.weight.shape
-        windows = zip(x.shape[-2:], (R, S), self.stride, self.padding, self.dilation)
-        apart = self._reason_to_add_apart(x, (*x.shape[:-3], K, *(output_size(*w) for w in windows)), residual)
+        _, channels, R, S = self.weight.shape
+        apart = self._reason_to_add_apart(x, (*x.shape[:-3], *self.output_shape(x)), residual)
         input_precision = convolution_input_precision(x, channels * R * S)
         added = None if self.sums is None or apart else residual
         y = conv2d_fused(
@@ -169,6 +168,16 @@ class FusedConv2d(_Fused):
         )
         return self._added_apart(y if x.dim() == 4 else y.squeeze(0), residual, apart)
 
+    @property
+    def is_shortcut(self) -> bool:
+        """Whether it has one tap and neither padding nor groups."""
+        return self.weight.shape[2:] == (1, 1) and self.padding == (0, 0) and self.groups == 1
+
+    def output_shape(self, x: torch.Tensor) -> tuple[int, int, int]:
+        """[K, P, Q] for x [(N,) C, H, W]."""
+        windows = zip(x.shape[-2:], self.weight.shape[2:], self.stride, self.padding, self.dilation)
+        return self.weight.shape[0], *(output_size(*window) for window in windows)
+
     def _reason_to_fall_back(self, x: torch.Tensor) -> str | None:
         reason = reason_to_fall_back_image(x, self.weight) or self._reason_to_fall_back_types(x)
         if reason is None and x.shape[-3] != self.weight.shape[1] * self.groups:
@@ -180,6 +189,65 @@ class FusedConv2d(_Fused):
     def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
         y = F.conv2d(x, *self._pytorch_parameters(), self.stride, self.padding, self.dilation, self.groups)
         return self._finish(y, residual)
+
+
+class FusedSum(TritonLayer, nn.Module):
+    """last(x, other(z)) of two fused convolutions, one of which is a shortcut: few pixels in one kernel.
+
+    Shapes: as for the two; `last` has been told to add a residual.
+    """
+
+    def __init__(self, last: FusedConv2d, other: FusedConv2d) -> None:
+        super().__init__()
+        self.last, self.other = last, other
+        self.eval()
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        operands = [(self.last, *autocast(x)), (self.other, *autocast(z))]
+        if self.last.is_shortcut:
+            operands.reverse()
+        (main, a), (shortcut, b) = operands
+        if not self._in_one_kernel(main, a, shortcut, b):
+            return self.last(x, self.other(z))
+        precisions = [convolution_input_precision(t, layer.weight[0].numel()) for layer, t in operands]
+        return conv2d_with_shortcut(
+            a,
+            main._packed_weight(a.dtype, precisions[0]),
+            main.scale,
+            main.bias,
+            b,
+            shortcut._packed_weight(b.dtype, precisions[1]),
+            shortcut.scale,
+            shortcut.bias,
+            self.last.relu,
+            tuple(main.weight.shape[2:]),
+            main.stride,
+            main.padding,
+            main.dilation,
+            shortcut.stride,
+            precisions[0],
+            main.rounded_input,
+            precisions[1],
+            shortcut.rounded_input,
+            self.last.round_output and convolution_allows_tf32(a),
+        )
+
+    @staticmethod
+    def _in_one_kernel(main: FusedConv2d, a: torch.Tensor, shortcut: FusedConv2d, b: torch.Tensor) -> bool:
+        if (
+            a.dim() != 4
+            or b.dim() != 4
+            or main.groups > 1
+            or not a.is_cuda
+            or (a.dtype, a.device) != (b.dtype, b.device)
+        ):
+            return False
+        if main._reason_to_fall_back(a) or shortcut._reason_to_fall_back(b) or 0 in (a.numel(), b.numel()):
+            return False
+        shapes = [(t.shape[0], *layer.output_shape(t)) for layer, t in ((main, a), (shortcut, b))]
+        return shapes[0] == shapes[1] and takes_shortcut(
+            a, shapes[0][1], main.weight.shape[2:], *shapes[0][2:], b.shape[1]
+        )
 
 
 class FusedLinear(_Fused):
