@@ -5,7 +5,7 @@
 
 A tile is TILE_P rows x TILE_Q columns of one image. For each block of channels the copy engine brings the rows under it
 and one more on either side three times, shifted by a column each time; what lies outside the image it fills with zeros.
-The filter's rows are slices of the same box in shared memory, whose rows are multiples of the 1024 bytes after which its
+The filter's rows are slices of the same box in shared memory, as a row is a multiple of the 1024 bytes after which the
 swizzle repeats: x is read from L2 three times instead of nine. Programs are persistent: while a box is multiplied the
 next ones arrive, those of the next tile as well.
 """
@@ -38,7 +38,7 @@ class HaloBlocks(NamedTuple):
     """A tile of TILE_P rows x TILE_Q columns x BLOCK_N channels, reduced BLOCK_K channels at a time.
 
     X_SLOTS boxes of x and W_SLOTS tiles of the weight in shared memory; y is STAGED there (IN_SLOT: in a box of x) or
-    stored from registers; `programs` run on a multiprocessor.
+    stored from registers; `programs` run on a multiprocessor. `turns`: two warp groups take turns, a third fetches.
     """
 
     TILE_P: int
@@ -51,6 +51,7 @@ class HaloBlocks(NamedTuple):
     IN_SLOT: bool
     num_warps: int
     programs: int = 1
+    turns: bool = False
 
 
 @gluon.jit
@@ -86,35 +87,33 @@ def fetch_box(
     tiles,
     tiles_p,
     tiles_q,
-    BOX: gl.constexpr,
+    box,
     BLOCKS_N: gl.constexpr,
     TILE_P: gl.constexpr,
 ):
-    """Starts to bring a tile's box number BOX into a slot, unless there is no such tile."""
+    """Starts to bring a tile's box of that number into a slot, unless there is no such tile."""
     TILE_Q: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
-    c: gl.constexpr = BOX // 3 * BLOCK_K
     n, p, q, _ = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_P, TILE_Q)
-    q += BOX % 3 - 1
+    p -= 1
+    q += box % 3 - 1
+    c = box // 3 * BLOCK_K
     pred = tile < tiles
     bar = x_bars.index(slot)
     row = slot * (TILE_P + 2)
     rows = x_ring.index(row)._reinterpret(x_ring.dtype, [1, TILE_P, TILE_Q, BLOCK_K], x_desc.layout)
     edge = x_ring.index(row + TILE_P)._reinterpret(x_ring.dtype, [1, 2, TILE_Q, BLOCK_K], edge_desc.layout)
     mbarrier.expect(bar, x_desc.block_type.nbytes + edge_desc.block_type.nbytes, pred=pred)
-    tma.async_copy_global_to_shared(x_desc, [n, p - 1, q, c], bar, rows, pred=pred)
-    tma.async_copy_global_to_shared(edge_desc, [n, p - 1 + TILE_P, q, c], bar, edge, pred=pred)
+    tma.async_copy_global_to_shared(x_desc, [n, p, q, c], bar, rows, pred=pred)
+    tma.async_copy_global_to_shared(edge_desc, [n, p + TILE_P, q, c], bar, edge, pred=pred)
 
 
 @gluon.jit
-def fetch_weight(
-    weight_desc, w_ring, w_bars, slot, tile, tiles, STEP: gl.constexpr, BLOCKS_N: gl.constexpr, C: gl.constexpr
-):
-    """Starts to bring the weight of a tile's step number STEP into a slot, unless there is no such tile."""
+def fetch_weight(weight_desc, w_ring, w_bars, slot, tile, tiles, step, BLOCKS_N: gl.constexpr, C: gl.constexpr):
+    """Starts to bring the weight of a tile's step of that number into a slot, unless there is no such tile."""
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     BLOCK_K: gl.constexpr = w_ring.shape[2]
-    tap: gl.constexpr = STEP % 3 * 3 + STEP // 3 % 3
-    c: gl.constexpr = tap * C + STEP // 9 * BLOCK_K
+    c = (step % 3 * 3 + step // 3 % 3) * C + step // 9 * BLOCK_K
     pred = tile < tiles
     bar = w_bars.index(slot)
     mbarrier.expect(bar, weight_desc.block_type.nbytes, pred=pred)
@@ -169,15 +168,16 @@ def halo_gemm_forward_kernel(
 ):
     """A program owns every num_programs-th tile of BLOCK_M = TILE_P * TILE_Q pixels x BLOCK_N channels.
 
-    acc [channels, pixels] = weight @ x.T, both in shared memory. Step t of a tile is filter row t % 3 of box t // 3;
-    box b is column b % 3 of the filter and block b // 3 of the channels. With W_SLOTS for every step of the one block
-    of channels the weight is brought once. y_desc and residual_desc are pointers unless y is STAGED.
+    acc [channels, pixels] = weight @ x.T, both in shared memory. Step t of a tile is the filter's row t % 3 of box
+    t // 3; box b is the filter's column b % 3 and the block b // 3 of the channels. With W_SLOTS for every step the
+    weight is brought once: the programs are a multiple of the blocks of channels, so that each keeps to one. y_desc
+    and residual_desc are pointers unless y is STAGED.
     """
     BLOCK_M: gl.constexpr = TILE_P * TILE_Q
     BLOCKS_N: gl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BOXES: gl.constexpr = 3 * (C // BLOCK_K)
     STEPS: gl.constexpr = 3 * BOXES
-    RESIDENT: gl.constexpr = BLOCKS_N == 1 and W_SLOTS >= STEPS
+    RESIDENT: gl.constexpr = W_SLOTS >= STEPS
     DTYPE: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = DTYPE.primitive_bitwidth
     LINES: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
@@ -249,61 +249,65 @@ def halo_gemm_forward_kernel(
             tma.async_copy_global_to_shared(residual_desc, [n, p, q, k], residual_bar, y_stage)
 
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
-        for b in gl.static_range(BOXES):
-            slot = box % X_SLOTS
-            if not ROUND_X:
-                mbarrier.wait(x_bars.index(slot), box // X_SLOTS & 1)
-            for r in gl.static_range(3):
-                if RESIDENT:
-                    w_slot = 3 * b + r
-                    mbarrier.wait(w_bars.index(w_slot), 0)
-                else:
-                    w_slot = step % W_SLOTS
-                    mbarrier.wait(w_bars.index(w_slot), step // W_SLOTS & 1)
-                x = rows_of(x_ring, slot, r, TILE_P, TILE_P, LINES)
-                acc = warpgroup_mma(
-                    w_ring.index(w_slot), x.permute([1, 0]), acc, use_acc=3 * b + r > 0, is_async=True
-                )
-                if r == 0 or not RESIDENT:
-                    # All but this step's products are done: what they read can be overwritten.
-                    acc = warpgroup_mma_wait(1, deps=[acc])
-                    if IN_SLOT and b + r == 0:
-                        tma.store_wait(0)
-                    gl.thread_barrier()
-                if r == 0:
-                    fetch_box(
-                        x_desc,
-                        edge_desc,
-                        x_ring,
-                        x_bars,
-                        (box + X_SLOTS - 1) % X_SLOTS,
-                        tile + (b + X_SLOTS - 1) // BOXES * programs,
-                        tiles,
-                        tiles_p,
-                        tiles_q,
-                        (b + X_SLOTS - 1) % BOXES,
-                        BLOCKS_N,
-                        TILE_P,
-                    )
-                if not RESIDENT:
-                    fetch_weight(
-                        weight_desc,
-                        w_ring,
-                        w_bars,
-                        (step + W_SLOTS - 1) % W_SLOTS,
-                        tile + (3 * b + r + W_SLOTS - 1) // STEPS * programs,
-                        tiles,
-                        (3 * b + r + W_SLOTS - 1) % STEPS,
-                        BLOCKS_N,
-                        C,
-                    )
-                step += 1
-            box += 1
-            if ROUND_X:
-                slot_next = box % X_SLOTS
-                has_next = (tile + (b + 1) // BOXES * programs) < tiles
-                mbarrier.wait(x_bars.index(slot_next), box // X_SLOTS & 1, pred=has_next)
-                round_box(x_ring, slot_next, TILE_P, LINES, num_warps)
+        for block_c in range(C // BLOCK_K):
+            for s in gl.static_range(3):
+                slot = box % X_SLOTS
+                if not ROUND_X:
+                    mbarrier.wait(x_bars.index(slot), box // X_SLOTS & 1)
+                for r in gl.static_range(3):
+                    if RESIDENT:
+                        w_slot = block_c * 9 + 3 * s + r
+                        mbarrier.wait(w_bars.index(w_slot), 0)
+                    else:
+                        w_slot = step % W_SLOTS
+                        mbarrier.wait(w_bars.index(w_slot), step // W_SLOTS & 1)
+                    x = rows_of(x_ring, slot, r, TILE_P, TILE_P, LINES)
+                    use_acc = True if s + r > 0 else block_c > 0
+                    acc = warpgroup_mma(w_ring.index(w_slot), x.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
+                    if r == 0 or not RESIDENT:
+                        # All but this step's products are done: what they read can be overwritten.
+                        acc = warpgroup_mma_wait(1, deps=[acc])
+                        if IN_SLOT and s + r == 0:
+                            tma.store_wait(0)
+                        gl.thread_barrier()
+                    elif r == 2:
+                        acc = warpgroup_mma_wait(3, deps=[acc])  # waits for nothing: a loop carries only tensors
+                    if r == 0:
+                        box_next = block_c * 3 + s + X_SLOTS - 1
+                        fetch_box(
+                            x_desc,
+                            edge_desc,
+                            x_ring,
+                            x_bars,
+                            (box + X_SLOTS - 1) % X_SLOTS,
+                            tile + box_next // BOXES * programs,
+                            tiles,
+                            tiles_p,
+                            tiles_q,
+                            box_next % BOXES,
+                            BLOCKS_N,
+                            TILE_P,
+                        )
+                    if not RESIDENT:
+                        step_next = block_c * 9 + 3 * s + r + W_SLOTS - 1
+                        fetch_weight(
+                            weight_desc,
+                            w_ring,
+                            w_bars,
+                            (step + W_SLOTS - 1) % W_SLOTS,
+                            tile + step_next // STEPS * programs,
+                            tiles,
+                            step_next % STEPS,
+                            BLOCKS_N,
+                            C,
+                        )
+                    step += 1
+                box += 1
+                if ROUND_X:
+                    slot_next = box % X_SLOTS
+                    has_next = (tile + (block_c * 3 + s + 1) // BOXES * programs) < tiles
+                    mbarrier.wait(x_bars.index(slot_next), box // X_SLOTS & 1, pred=has_next)
+                    round_box(x_ring, slot_next, TILE_P, LINES, num_warps)
         acc = warpgroup_mma_wait(0, deps=[acc])
 
         offs_n = k + gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
@@ -325,7 +329,7 @@ def halo_gemm_forward_kernel(
                 if not HAS_RESIDUAL:
                     tma.store_wait(0)
                     gl.thread_barrier()
-            y_lines = y_box._reinterpret(DTYPE, [BLOCK_M, BLOCK_N], LINES).permute([1, 0])
+            y_lines = y_box.reshape([BLOCK_M, BLOCK_N]).permute([1, 0])
             if HAS_RESIDUAL:
                 mbarrier.wait(residual_bar, count & 1)
                 acc += y_lines.load(ACC).to(gl.float32)
@@ -350,6 +354,184 @@ def halo_gemm_forward_kernel(
         count += 1
     if STAGED:
         tma.store_wait(0)
+
+
+@gluon.jit
+def fetch_tiles(x_desc, edge_desc, shared, sizes, BOXES: gl.constexpr, X_SLOTS: gl.constexpr, TILE_P: gl.constexpr):
+    """One warp's part: brings the boxes of the program's tiles, one after the other, as slots fall free."""
+    x_ring, _, _, x_bars, free_bars, _, _, _ = shared
+    tiles, tiles_p, tiles_q = sizes
+    box = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        for b in range(BOXES):
+            slot = box % X_SLOTS
+            mbarrier.wait(free_bars.index(slot), box // X_SLOTS & 1 ^ 1)
+            fetch_box(x_desc, edge_desc, x_ring, x_bars, slot, tile, tiles, tiles_p, tiles_q, b, 1, TILE_P)
+            box += 1
+
+
+@gluon.jit
+def multiply_tiles(
+    outputs,
+    shared,
+    sizes,
+    GROUP: gl.constexpr,
+    C: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    RELU: gl.constexpr,
+    ROUND_Y: gl.constexpr,
+    X_SLOTS: gl.constexpr,
+    TILE_P: gl.constexpr,
+):
+    """A warp group's part: every other tile of the program, GROUP 0 or 1; they take turns with y_stage."""
+    scale_ptr, bias_ptr, residual_desc, y_desc = outputs
+    x_ring, w_ring, y_stage, x_bars, free_bars, w_bars, stage_bar, residual_bar = shared
+    tiles, tiles_p, tiles_q = sizes
+    TILE_Q: gl.constexpr = x_ring.shape[1]
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    BLOCK_M: gl.constexpr = TILE_P * TILE_Q
+    BLOCKS_C: gl.constexpr = C // BLOCK_K
+    BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 256 // BITS]
+    )
+    programs = gl.num_programs(0)
+    offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
+    for w_slot in range(9 * BLOCKS_C):
+        mbarrier.wait(w_bars.index(w_slot), 0)
+    count = GROUP
+    for tile in range(gl.program_id(0) + GROUP * programs, tiles, 2 * programs):
+        n, p, q, _ = place_of(tile, tiles_p, tiles_q, 1, TILE_P, TILE_Q)
+        box = count * (3 * BLOCKS_C)
+        acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
+        for block_c in range(BLOCKS_C):
+            for s in gl.static_range(3):
+                slot = box % X_SLOTS
+                mbarrier.wait(x_bars.index(slot), box // X_SLOTS & 1)
+                for r in gl.static_range(3):
+                    x = rows_of(x_ring, slot, r, TILE_P, TILE_P, LINES)
+                    use_acc = True if s + r > 0 else block_c > 0
+                    w = w_ring.index(block_c * 9 + 3 * s + r)
+                    acc = warpgroup_mma(w, x.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
+                    if r == 0:
+                        acc = warpgroup_mma_wait(1, deps=[acc])
+                        gl.thread_barrier()
+                        if s > 0:
+                            mbarrier.arrive(free_bars.index((box + X_SLOTS - 1) % X_SLOTS))
+                        else:
+                            mbarrier.arrive(free_bars.index((box + X_SLOTS - 1) % X_SLOTS), pred=block_c > 0)
+                    elif r == 2:
+                        acc = warpgroup_mma_wait(3, deps=[acc])  # waits for nothing: a loop carries only tensors
+                box += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        gl.thread_barrier()
+        mbarrier.arrive(free_bars.index((box + X_SLOTS - 1) % X_SLOTS))
+
+        if HAS_SCALE:
+            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n), 1)
+        if HAS_BIAS:
+            acc += gl.expand_dims(gl.load(bias_ptr + offs_n), 1).to(gl.float32)
+        mbarrier.wait(stage_bar, count & 1 ^ 1)
+        y_lines = y_stage.reshape([BLOCK_M, BLOCK_N]).permute([1, 0])
+        if HAS_RESIDUAL:
+            mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(residual_desc, [n, p, q, 0], residual_bar, y_stage)
+            mbarrier.wait(residual_bar, count & 1)
+            acc += y_lines.load(ACC).to(gl.float32)
+        if RELU:
+            acc = gl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if ROUND_Y:
+            acc = round_to_tf32(acc)
+        y_lines.store(acc.to(y_stage.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(y_desc, [n, p, q, 0], y_stage)
+        tma.store_wait(0)
+        gl.thread_barrier()
+        mbarrier.arrive(stage_bar)
+        count += 2
+
+
+@gluon.jit
+def halo_gemm_turns_forward_kernel(
+    x_desc,
+    edge_desc,
+    weight_desc,
+    scale_ptr,
+    bias_ptr,
+    residual_desc,
+    y_desc,
+    P,
+    Q,
+    tiles,
+    tiles_p,
+    tiles_q,
+    C: gl.constexpr,
+    K: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    RELU: gl.constexpr,
+    ROUND_Y: gl.constexpr,
+    ROUND_X: gl.constexpr,
+    TILE_P: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    X_SLOTS: gl.constexpr,
+    W_SLOTS: gl.constexpr,
+    STAGED: gl.constexpr,
+    IN_SLOT: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """As `halo_gemm_forward_kernel`, by two warp groups that take turns and a warp that fetches for both.
+
+    The whole weight is in shared memory; BLOCK_N = K.
+    """
+    BOXES: gl.constexpr = 3 * (C // BLOCK_K)
+    DTYPE: gl.constexpr = x_desc.dtype
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, DTYPE.primitive_bitwidth, 2)
+    x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS * (TILE_P + 2), TILE_Q, BLOCK_K], LINES)
+    w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS, BLOCK_N, BLOCK_K], LINES)
+    y_stage = gl.allocate_shared_memory(DTYPE, [1, TILE_P, TILE_Q, BLOCK_N], y_desc.layout)
+    x_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
+    free_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
+    w_bars = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], mbarrier.MBarrierLayout())
+    stage_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    residual_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(X_SLOTS):
+        mbarrier.init(x_bars.index(i), count=1)
+        mbarrier.init(free_bars.index(i), count=1)
+    for i in gl.static_range(W_SLOTS):
+        mbarrier.init(w_bars.index(i), count=1)
+    mbarrier.init(stage_bar, count=1)
+    mbarrier.init(residual_bar, count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    for i in gl.static_range(W_SLOTS):
+        fetch_weight(weight_desc, w_ring, w_bars, i, gl.program_id(0), tiles, i, 1, C)
+    shared = (x_ring, w_ring, y_stage, x_bars, free_bars, w_bars, stage_bar, residual_bar)
+    outputs = (scale_ptr, bias_ptr, residual_desc, y_desc)
+    sizes = (tiles, tiles_p, tiles_q)
+    gl.warp_specialize(
+        [
+            (
+                multiply_tiles,
+                (outputs, shared, sizes, 0, C, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, RELU, ROUND_Y, X_SLOTS, TILE_P),
+            ),
+            (
+                multiply_tiles,
+                (outputs, shared, sizes, 1, C, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, RELU, ROUND_Y, X_SLOTS, TILE_P),
+            ),
+            (fetch_tiles, (x_desc, edge_desc, shared, sizes, BOXES, X_SLOTS, TILE_P)),
+        ],
+        [4, 1],
+        [232, 24],
+    )
 
 
 @functools.lru_cache
@@ -412,7 +594,12 @@ def halo_gemm(
     tiles = N * tiles_p * tiles_q * ceil_div(K, block_n)
     options = blocks._asdict()
     programs = min(tiles, options.pop("programs") * multiprocessors(x.device))
-    halo_gemm_forward_kernel[(programs,)](
+    programs -= programs % ceil_div(K, block_n)
+    kernel = halo_gemm_forward_kernel
+    if options.pop("turns"):
+        kernel = halo_gemm_turns_forward_kernel
+        options["maxnreg"] = 168  # of 384 threads; the warp groups that multiply take over most of the third's
+    kernel[(programs,)](
         _descriptor(pixels, [1, tile_p, tile_q, block_k]),
         _descriptor(pixels, [1, 2, tile_q, block_k]),
         _descriptor(weight.view(K, -1), [block_n, block_k]),
