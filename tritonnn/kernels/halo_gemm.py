@@ -1,0 +1,620 @@
+"""3x3 convolution of channels_last images from tiles with a halo, for Hopper GPUs.
+
+    y[n, p, q, k] = relu(bias[k] + residual[n, p, q, k] + scale[k]
+                         * sum over r, s, c of x[n, p + r - 1, q + s - 1, c] * weight[k, r, s, c])
+
+A tile is TILE_P rows x TILE_Q columns of one image. For each block of channels the copy engine brings the rows under it
+and one more on either side three times, shifted by a column each time; what lies outside the image it fills with zeros.
+The filter's rows are slices of the same box in shared memory, as a row is a multiple of the 1024 bytes after which the
+swizzle repeats: x is read from L2 three times instead of nine. Programs are persistent: while a box is multiplied the
+next ones arrive, those of the next tile as well.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .block_sizes import ceil_div
+from .epilogue import Epilogue
+
+SHARED_MEMORY = 232448
+"""Bytes a program may take on Hopper."""
+
+
+class HaloBlocks(NamedTuple):
+    """A tile of TILE_P rows x TILE_Q columns x BLOCK_N channels, reduced BLOCK_K channels at a time.
+
+    X_SLOTS boxes of x and W_SLOTS tiles of the weight in shared memory; y is STAGED there (IN_SLOT: in a box of x) or
+    stored from registers; `programs` run on a multiprocessor. `turns`: two warp groups take turns, a third fetches.
+    """
+
+    TILE_P: int
+    TILE_Q: int
+    BLOCK_N: int
+    BLOCK_K: int
+    X_SLOTS: int
+    W_SLOTS: int
+    STAGED: bool
+    IN_SLOT: bool
+    num_warps: int
+    programs: int = 1
+    turns: bool = False
+
+
+@gluon.jit
+def round_to_tf32(x):
+    """The nearest TF32 value, ties away from zero (see arithmetic.py)."""
+    return gl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def place_of(tile, tiles_p, tiles_q, BLOCKS_N: gl.constexpr, TILE_P: gl.constexpr, TILE_Q: gl.constexpr):
+    """(image, row, column, block of channels) at which a tile begins."""
+    box = tile // BLOCKS_N
+    return box // tiles_q // tiles_p, box // tiles_q % tiles_p * TILE_P, box % tiles_q * TILE_Q, tile % BLOCKS_N
+
+
+@gluon.jit
+def rows_of(x_ring, slot, FIRST: gl.constexpr, ROWS: gl.constexpr, TILE_P: gl.constexpr, LAYOUT: gl.constexpr):
+    """[ROWS * TILE_Q, BLOCK_K]: the rows of a box from FIRST on."""
+    TILE_Q: gl.constexpr = x_ring.shape[1]
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    row = x_ring.index(slot * (TILE_P + 2) + FIRST)
+    return row._reinterpret(x_ring.dtype, [ROWS * TILE_Q, BLOCK_K], LAYOUT)
+
+
+@gluon.jit
+def fetch_box(
+    x_desc,
+    edge_desc,
+    x_ring,
+    x_bars,
+    slot,
+    tile,
+    tiles,
+    tiles_p,
+    tiles_q,
+    box,
+    BLOCKS_N: gl.constexpr,
+    TILE_P: gl.constexpr,
+):
+    """Starts to bring a tile's box of that number into a slot, unless there is no such tile."""
+    TILE_Q: gl.constexpr = x_ring.shape[1]
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    n, p, q, _ = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_P, TILE_Q)
+    p -= 1
+    q += box % 3 - 1
+    c = box // 3 * BLOCK_K
+    pred = tile < tiles
+    bar = x_bars.index(slot)
+    row = slot * (TILE_P + 2)
+    rows = x_ring.index(row)._reinterpret(x_ring.dtype, [1, TILE_P, TILE_Q, BLOCK_K], x_desc.layout)
+    edge = x_ring.index(row + TILE_P)._reinterpret(x_ring.dtype, [1, 2, TILE_Q, BLOCK_K], edge_desc.layout)
+    mbarrier.expect(bar, x_desc.block_type.nbytes + edge_desc.block_type.nbytes, pred=pred)
+    tma.async_copy_global_to_shared(x_desc, [n, p, q, c], bar, rows, pred=pred)
+    tma.async_copy_global_to_shared(edge_desc, [n, p + TILE_P, q, c], bar, edge, pred=pred)
+
+
+@gluon.jit
+def fetch_weight(weight_desc, w_ring, w_bars, slot, tile, tiles, step, BLOCKS_N: gl.constexpr, C: gl.constexpr):
+    """Starts to bring the weight of a tile's step of that number into a slot, unless there is no such tile."""
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    BLOCK_K: gl.constexpr = w_ring.shape[2]
+    c = (step % 3 * 3 + step // 3 % 3) * C + step // 9 * BLOCK_K
+    pred = tile < tiles
+    bar = w_bars.index(slot)
+    mbarrier.expect(bar, weight_desc.block_type.nbytes, pred=pred)
+    tma.async_copy_global_to_shared(weight_desc, [tile % BLOCKS_N * BLOCK_N, c], bar, w_ring.index(slot), pred=pred)
+
+
+@gluon.jit
+def round_box(x_ring, slot, TILE_P: gl.constexpr, LAYOUT: gl.constexpr, num_warps: gl.constexpr):
+    """Rounds a box to TF32 where it lies."""
+    spread: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
+    rows = rows_of(x_ring, slot, 0, TILE_P, TILE_P, LAYOUT)
+    edge = rows_of(x_ring, slot, TILE_P, 2, TILE_P, LAYOUT)
+    x_rows = round_to_tf32(rows.load(spread))
+    x_edge = round_to_tf32(edge.load(spread))
+    rows.store(x_rows)
+    edge.store(x_edge)
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def halo_gemm_forward_kernel(
+    x_desc,
+    edge_desc,
+    weight_desc,
+    scale_ptr,
+    bias_ptr,
+    residual_desc,
+    y_desc,
+    P,
+    Q,
+    tiles,
+    tiles_p,
+    tiles_q,
+    C: gl.constexpr,
+    K: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    RELU: gl.constexpr,
+    ROUND_Y: gl.constexpr,
+    ROUND_X: gl.constexpr,
+    TILE_P: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    X_SLOTS: gl.constexpr,
+    W_SLOTS: gl.constexpr,
+    STAGED: gl.constexpr,
+    IN_SLOT: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """A program owns every num_programs-th tile of BLOCK_M = TILE_P * TILE_Q pixels x BLOCK_N channels.
+
+    acc [channels, pixels] = weight @ x.T, both in shared memory. Step t of a tile is the filter's row t % 3 of box
+    t // 3; box b is the filter's column b % 3 and the block b // 3 of the channels. With W_SLOTS for every step the
+    weight is brought once: the programs are a multiple of the blocks of channels, so that each keeps to one. y_desc
+    and residual_desc are pointers unless y is STAGED.
+    """
+    BLOCK_M: gl.constexpr = TILE_P * TILE_Q
+    BLOCKS_N: gl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    BOXES: gl.constexpr = 3 * (C // BLOCK_K)
+    STEPS: gl.constexpr = 3 * BOXES
+    RESIDENT: gl.constexpr = W_SLOTS >= STEPS
+    DTYPE: gl.constexpr = x_desc.dtype
+    BITS: gl.constexpr = DTYPE.primitive_bitwidth
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
+    WARPS_M: gl.constexpr = num_warps if BLOCK_N >= 16 * num_warps else BLOCK_N // 16
+    WARPS_N: gl.constexpr = num_warps // WARPS_M
+    INSTRUCTION_N: gl.constexpr = BLOCK_M // WARPS_N if BLOCK_M // WARPS_N < 256 else 256
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS_M, WARPS_N], instr_shape=[16, INSTRUCTION_N, 256 // BITS]
+    )
+
+    x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS * (TILE_P + 2), TILE_Q, BLOCK_K], LINES)
+    w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS, BLOCK_N, BLOCK_K], LINES)
+    x_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
+    w_bars = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], mbarrier.MBarrierLayout())
+    residual_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    if STAGED and not IN_SLOT:
+        y_stage = gl.allocate_shared_memory(DTYPE, [1, TILE_P, TILE_Q, BLOCK_N], y_desc.layout)
+    for i in gl.static_range(X_SLOTS):
+        mbarrier.init(x_bars.index(i), count=1)
+    for i in gl.static_range(W_SLOTS):
+        mbarrier.init(w_bars.index(i), count=1)
+    mbarrier.init(residual_bar, count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    for early in gl.static_range(X_SLOTS - 1):
+        fetch_box(
+            x_desc,
+            edge_desc,
+            x_ring,
+            x_bars,
+            early,
+            first + early // BOXES * programs,
+            tiles,
+            tiles_p,
+            tiles_q,
+            early % BOXES,
+            BLOCKS_N,
+            TILE_P,
+        )
+    for early in gl.static_range(STEPS if RESIDENT else W_SLOTS - 1):
+        fetch_weight(
+            weight_desc,
+            w_ring,
+            w_bars,
+            early,
+            first + early // STEPS * programs,
+            tiles,
+            early % STEPS,
+            BLOCKS_N,
+            C,
+        )
+    if ROUND_X:
+        mbarrier.wait(x_bars.index(0), 0)
+        round_box(x_ring, 0, TILE_P, LINES, num_warps)
+
+    box = 0  # boxes and steps that this program has begun
+    step = 0
+    count = 0
+    for tile in range(first, tiles, programs):
+        n, p, q, block = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_P, TILE_Q)
+        k = block * BLOCK_N
+        if HAS_RESIDUAL and STAGED and not IN_SLOT:
+            tma.store_wait(0)
+            gl.thread_barrier()
+            mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(residual_desc, [n, p, q, k], residual_bar, y_stage)
+
+        acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
+        for block_c in range(C // BLOCK_K):
+            for s in gl.static_range(3):
+                slot = box % X_SLOTS
+                if not ROUND_X:
+                    mbarrier.wait(x_bars.index(slot), box // X_SLOTS & 1)
+                for r in gl.static_range(3):
+                    if RESIDENT:
+                        w_slot = block_c * 9 + 3 * s + r
+                        mbarrier.wait(w_bars.index(w_slot), 0)
+                    else:
+                        w_slot = step % W_SLOTS
+                        mbarrier.wait(w_bars.index(w_slot), step // W_SLOTS & 1)
+                    x = rows_of(x_ring, slot, r, TILE_P, TILE_P, LINES)
+                    use_acc = True if s + r > 0 else block_c > 0
+                    acc = warpgroup_mma(w_ring.index(w_slot), x.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
+                    if r == 0 or not RESIDENT:
+                        # All but this step's products are done: what they read can be overwritten.
+                        acc = warpgroup_mma_wait(1, deps=[acc])
+                        if IN_SLOT and s + r == 0:
+                            tma.store_wait(0)
+                        gl.thread_barrier()
+                    elif r == 2:
+                        acc = warpgroup_mma_wait(3, deps=[acc])  # waits for nothing: a loop carries only tensors
+                    if r == 0:
+                        box_next = block_c * 3 + s + X_SLOTS - 1
+                        fetch_box(
+                            x_desc,
+                            edge_desc,
+                            x_ring,
+                            x_bars,
+                            (box + X_SLOTS - 1) % X_SLOTS,
+                            tile + box_next // BOXES * programs,
+                            tiles,
+                            tiles_p,
+                            tiles_q,
+                            box_next % BOXES,
+                            BLOCKS_N,
+                            TILE_P,
+                        )
+                    if not RESIDENT:
+                        step_next = block_c * 9 + 3 * s + r + W_SLOTS - 1
+                        fetch_weight(
+                            weight_desc,
+                            w_ring,
+                            w_bars,
+                            (step + W_SLOTS - 1) % W_SLOTS,
+                            tile + step_next // STEPS * programs,
+                            tiles,
+                            step_next % STEPS,
+                            BLOCKS_N,
+                            C,
+                        )
+                    step += 1
+                box += 1
+                if ROUND_X:
+                    slot_next = box % X_SLOTS
+                    has_next = (tile + (block_c * 3 + s + 1) // BOXES * programs) < tiles
+                    mbarrier.wait(x_bars.index(slot_next), box // X_SLOTS & 1, pred=has_next)
+                    round_box(x_ring, slot_next, TILE_P, LINES, num_warps)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+
+        offs_n = k + gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
+        if HAS_SCALE:
+            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n), 1)
+        if HAS_BIAS:
+            acc += gl.expand_dims(gl.load(bias_ptr + offs_n), 1).to(gl.float32)
+        if STAGED:
+            if IN_SLOT:
+                gl.thread_barrier()  # every warp has read the last box
+                y_box = x_ring.index((box + X_SLOTS - 1) % X_SLOTS * (TILE_P + 2))._reinterpret(
+                    DTYPE, [1, TILE_P, TILE_Q, BLOCK_N], y_desc.layout
+                )
+                if HAS_RESIDUAL:
+                    mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(residual_desc, [n, p, q, k], residual_bar, y_box)
+            else:
+                y_box = y_stage
+                if not HAS_RESIDUAL:
+                    tma.store_wait(0)
+                    gl.thread_barrier()
+            y_lines = y_box.reshape([BLOCK_M, BLOCK_N]).permute([1, 0])
+            if HAS_RESIDUAL:
+                mbarrier.wait(residual_bar, count & 1)
+                acc += y_lines.load(ACC).to(gl.float32)
+        else:
+            offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC))
+            offs_pixel = (p + offs_m // TILE_Q) * Q + q + offs_m % TILE_Q
+            start = n.to(gl.int64) * P * Q * K
+            offs = gl.expand_dims(offs_pixel * K, 0) + gl.expand_dims(offs_n, 1)
+            if HAS_RESIDUAL:
+                acc += gl.load(residual_desc + start + offs).to(gl.float32)
+        if RELU:
+            acc = gl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if ROUND_Y:
+            acc = round_to_tf32(acc)
+        if STAGED:
+            y_lines.store(acc.to(DTYPE))
+            fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(y_desc, [n, p, q, k], y_box)
+        else:
+            gl.store(y_desc + start + offs, acc.to(DTYPE))
+        count += 1
+    if STAGED:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def fetch_tiles(x_desc, edge_desc, shared, sizes, BOXES: gl.constexpr, X_SLOTS: gl.constexpr, TILE_P: gl.constexpr):
+    """One warp's part: brings the boxes of the program's tiles, one after the other, as slots fall free."""
+    x_ring, _, _, x_bars, free_bars, _, _, _ = shared
+    tiles, tiles_p, tiles_q = sizes
+    box = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        for b in range(BOXES):
+            slot = box % X_SLOTS
+            mbarrier.wait(free_bars.index(slot), box // X_SLOTS & 1 ^ 1)
+            fetch_box(x_desc, edge_desc, x_ring, x_bars, slot, tile, tiles, tiles_p, tiles_q, b, 1, TILE_P)
+            box += 1
+
+
+@gluon.jit
+def multiply_tiles(
+    outputs,
+    shared,
+    sizes,
+    GROUP: gl.constexpr,
+    C: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    RELU: gl.constexpr,
+    ROUND_Y: gl.constexpr,
+    X_SLOTS: gl.constexpr,
+    TILE_P: gl.constexpr,
+):
+    """A warp group's part: every other tile of the program, GROUP 0 or 1; they take turns with y_stage."""
+    scale_ptr, bias_ptr, residual_desc, y_desc = outputs
+    x_ring, w_ring, y_stage, x_bars, free_bars, w_bars, stage_bar, residual_bar = shared
+    tiles, tiles_p, tiles_q = sizes
+    TILE_Q: gl.constexpr = x_ring.shape[1]
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    BLOCK_M: gl.constexpr = TILE_P * TILE_Q
+    BLOCKS_C: gl.constexpr = C // BLOCK_K
+    BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 256 // BITS]
+    )
+    programs = gl.num_programs(0)
+    offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
+    for w_slot in range(9 * BLOCKS_C):
+        mbarrier.wait(w_bars.index(w_slot), 0)
+    count = GROUP
+    for tile in range(gl.program_id(0) + GROUP * programs, tiles, 2 * programs):
+        n, p, q, _ = place_of(tile, tiles_p, tiles_q, 1, TILE_P, TILE_Q)
+        box = count * (3 * BLOCKS_C)
+        acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
+        for block_c in range(BLOCKS_C):
+            for s in gl.static_range(3):
+                slot = box % X_SLOTS
+                mbarrier.wait(x_bars.index(slot), box // X_SLOTS & 1)
+                for r in gl.static_range(3):
+                    x = rows_of(x_ring, slot, r, TILE_P, TILE_P, LINES)
+                    use_acc = True if s + r > 0 else block_c > 0
+                    w = w_ring.index(block_c * 9 + 3 * s + r)
+                    acc = warpgroup_mma(w, x.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
+                    if r == 0:
+                        acc = warpgroup_mma_wait(1, deps=[acc])
+                        gl.thread_barrier()
+                        if s > 0:
+                            mbarrier.arrive(free_bars.index((box + X_SLOTS - 1) % X_SLOTS))
+                        else:
+                            mbarrier.arrive(free_bars.index((box + X_SLOTS - 1) % X_SLOTS), pred=block_c > 0)
+                    elif r == 2:
+                        acc = warpgroup_mma_wait(3, deps=[acc])  # waits for nothing: a loop carries only tensors
+                box += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        gl.thread_barrier()
+        mbarrier.arrive(free_bars.index((box + X_SLOTS - 1) % X_SLOTS))
+
+        if HAS_SCALE:
+            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n), 1)
+        if HAS_BIAS:
+            acc += gl.expand_dims(gl.load(bias_ptr + offs_n), 1).to(gl.float32)
+        mbarrier.wait(stage_bar, count & 1 ^ 1)
+        y_lines = y_stage.reshape([BLOCK_M, BLOCK_N]).permute([1, 0])
+        if HAS_RESIDUAL:
+            mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(residual_desc, [n, p, q, 0], residual_bar, y_stage)
+            mbarrier.wait(residual_bar, count & 1)
+            acc += y_lines.load(ACC).to(gl.float32)
+        if RELU:
+            acc = gl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if ROUND_Y:
+            acc = round_to_tf32(acc)
+        y_lines.store(acc.to(y_stage.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(y_desc, [n, p, q, 0], y_stage)
+        tma.store_wait(0)
+        gl.thread_barrier()
+        mbarrier.arrive(stage_bar)
+        count += 2
+
+
+@gluon.jit
+def halo_gemm_turns_forward_kernel(
+    x_desc,
+    edge_desc,
+    weight_desc,
+    scale_ptr,
+    bias_ptr,
+    residual_desc,
+    y_desc,
+    P,
+    Q,
+    tiles,
+    tiles_p,
+    tiles_q,
+    C: gl.constexpr,
+    K: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    RELU: gl.constexpr,
+    ROUND_Y: gl.constexpr,
+    ROUND_X: gl.constexpr,
+    TILE_P: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    X_SLOTS: gl.constexpr,
+    W_SLOTS: gl.constexpr,
+    STAGED: gl.constexpr,
+    IN_SLOT: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """As `halo_gemm_forward_kernel`, by two warp groups that take turns and a warp that fetches for both.
+
+    The whole weight is in shared memory; BLOCK_N = K.
+    """
+    BOXES: gl.constexpr = 3 * (C // BLOCK_K)
+    DTYPE: gl.constexpr = x_desc.dtype
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, DTYPE.primitive_bitwidth, 2)
+    x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS * (TILE_P + 2), TILE_Q, BLOCK_K], LINES)
+    w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS, BLOCK_N, BLOCK_K], LINES)
+    y_stage = gl.allocate_shared_memory(DTYPE, [1, TILE_P, TILE_Q, BLOCK_N], y_desc.layout)
+    x_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
+    free_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
+    w_bars = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], mbarrier.MBarrierLayout())
+    stage_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    residual_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(X_SLOTS):
+        mbarrier.init(x_bars.index(i), count=1)
+        mbarrier.init(free_bars.index(i), count=1)
+    for i in gl.static_range(W_SLOTS):
+        mbarrier.init(w_bars.index(i), count=1)
+    mbarrier.init(stage_bar, count=1)
+    mbarrier.init(residual_bar, count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    for i in gl.static_range(W_SLOTS):
+        fetch_weight(weight_desc, w_ring, w_bars, i, gl.program_id(0), tiles, i, 1, C)
+    shared = (x_ring, w_ring, y_stage, x_bars, free_bars, w_bars, stage_bar, residual_bar)
+    outputs = (scale_ptr, bias_ptr, residual_desc, y_desc)
+    sizes = (tiles, tiles_p, tiles_q)
+    gl.warp_specialize(
+        [
+            (
+                multiply_tiles,
+                (outputs, shared, sizes, 0, C, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, RELU, ROUND_Y, X_SLOTS, TILE_P),
+            ),
+            (
+                multiply_tiles,
+                (outputs, shared, sizes, 1, C, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, RELU, ROUND_Y, X_SLOTS, TILE_P),
+            ),
+            (fetch_tiles, (x_desc, edge_desc, shared, sizes, BOXES, X_SLOTS, TILE_P)),
+        ],
+        [4, 1],
+        [232, 24],
+    )
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def fits_halo(
+    x: torch.Tensor,
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> bool:
+    """Whether this kernel takes x [N, C, H, W], once it is channels_last: whole tiles, whole lines of shared memory."""
+    if triton.knobs.runtime.interpret or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    if torch.cuda.get_device_capability(x.device) != (9, 0):
+        return False
+    N, C, H, W = x.shape
+    same = tuple(kernel_size) == (3, 3) and {*stride, *padding, *dilation} == {1} and groups == 1
+    tiles = (H, W) in ((16, 16), (32, 32))
+    return same and tiles and C % (128 // x.element_size()) == 0 and out_channels % 64 == 0 and H * W * C < 2**31
+
+
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """x [N, C, H, W], channels_last, as [N, H, W, C] with the strides of these sizes, even where one is 1."""
+    N, C, H, W = x.shape
+    return x.as_strided((N, H, W, C), (H * W * C, W * C, C, 1))
+
+
+def _descriptor(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout(128, 8 * x.element_size(), len(box)))
+
+
+def halo_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    round_x: bool,
+    epilogue: Epilogue,
+    blocks: HaloBlocks,
+) -> None:
+    """Fills y [N, K, P, Q] from x [N, C, H, W] and weight [K, 3, 3, C], all of them channels_last; float32 in TF32.
+
+    Stride, padding and dilation are 1. `round_x`: x is rounded to TF32 on the way.
+    """
+    N, C, _, _ = x.shape
+    K, P, Q = y.shape[1:]
+    tile_p, tile_q, block_n, block_k = blocks[:4]
+    pixels = _pixels(x)
+    y_box = [1, tile_p, tile_q, block_n]
+    y_desc, residual_desc = y, epilogue.residual
+    if blocks.STAGED:
+        y_desc = _descriptor(_pixels(y), y_box)
+        residual_desc = y_desc if epilogue.residual is None else _descriptor(_pixels(epilogue.residual), y_box)
+    tiles_p, tiles_q = ceil_div(P, tile_p), ceil_div(Q, tile_q)
+    tiles = N * tiles_p * tiles_q * ceil_div(K, block_n)
+    options = blocks._asdict()
+    programs = min(tiles, options.pop("programs") * multiprocessors(x.device))
+    programs -= programs % ceil_div(K, block_n)
+    kernel = halo_gemm_forward_kernel
+    if options.pop("turns"):
+        kernel = halo_gemm_turns_forward_kernel
+        options["maxnreg"] = 168  # of 384 threads; the warp groups that multiply take over most of the third's
+    kernel[(programs,)](
+        _descriptor(pixels, [1, tile_p, tile_q, block_k]),
+        _descriptor(pixels, [1, 2, tile_q, block_k]),
+        _descriptor(weight.view(K, -1), [block_n, block_k]),
+        epilogue.scale,
+        epilogue.bias,
+        residual_desc,
+        y_desc,
+        P,
+        Q,
+        tiles,
+        tiles_p,
+        tiles_q,
+        C,
+        K,
+        **epilogue.flags,
+        ROUND_X=round_x,
+        **options,
+    )
