@@ -93,7 +93,7 @@ def file_name(gpu: str) -> str:
 
 
 def read(path: Path) -> dict[Problem, Entry]:
-    """A table; entries that this version cannot use are left out, and so is, with a warning, a file that is no table."""
+    """A table without entries that this version cannot use; a file that is no table counts as empty, with a warning."""
     try:
         rows = json.loads(path.read_text())["choices"]
         entries = [_from_json(row) for row in rows]
