@@ -147,15 +147,13 @@ def _check(inputs: tuple) -> torch.device:
     """The GPU of the inputs, if this is the time and place for tuning."""
     if not torch.cuda.is_available() or triton.knobs.runtime.interpret:
         raise RuntimeError("tritonnn.tune needs a CUDA GPU: in Triton's interpreter there is nothing to tune")
-    device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
-    if device.type != "cuda":
-        raise RuntimeError(f"tritonnn.tune needs its example on a CUDA GPU, got one on {device}")
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tritonnn.tune cannot run while a CUDA graph is captured: tune before")
     if torch.are_deterministic_algorithms_enabled():
-        raise RuntimeError(
-            "tritonnn.tune does not run under torch.use_deterministic_algorithms: times decide what it picks"
-        )
+        raise RuntimeError("tritonnn.tune picks by time: it does not run under torch.use_deterministic_algorithms")
+    device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
+    if device.type != "cuda":
+        raise RuntimeError(f"tritonnn.tune needs its example on a CUDA GPU, got one on {device}")
     return device
 
 
