@@ -92,6 +92,7 @@ class TuningReport:
             )
             for row in rows
         ]
+        lines = lines if self.tuned else []
         lines += [f"{problem}: {reason}" for problem, reason in self.failed.items()]
         return "\n".join([*(line.rstrip() for line in lines), self.summary])
 
@@ -184,7 +185,8 @@ def _compile(
     """The candidates of each problem, compiled in parallel: compilers let go of Python's lock."""
     jobs: dict[Problem, list[Choice]] = {}
     properties = torch.cuda.get_device_properties(device)
-    gpu = Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    gpu = Gpu(properties.multi_processor_count, shared_memory)
 
     def run(problem: Problem, choice: Choice) -> None:
         with torch.cuda.device(device), contextlib.suppress(Exception):  # which the trial will meet too

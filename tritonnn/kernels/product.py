@@ -1,5 +1,7 @@
 """A convolution as a matrix product: its operands, what of them decides how fast a form is, and a choice of one."""
 
+import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -98,10 +100,7 @@ def problem_of(product: Product) -> Problem | None:
     channels_last_x = x.is_contiguous(memory_format=torch.channels_last)
     if x.dtype == torch.float64 or not (channels_last_x or x.is_contiguous()):
         return None
-    steps = (
-        *(name for name in ("scale", "bias", "residual") if getattr(epilogue, name) is not None),
-        *(name for name in ("relu", "round_y") if getattr(epilogue, name)),
-    )
+    scale, bias, residual, relu, round_y = epilogue
     return Problem(
         *x.shape,
         product.y.shape[1],
@@ -115,5 +114,10 @@ def problem_of(product: Product) -> Problem | None:
         product.round_x,
         channels_last_x,
         product.channels_last_y,
-        steps,
+        _steps(scale is not None, bias is not None, residual is not None, relu, round_y),
     )
+
+
+@functools.lru_cache
+def _steps(*present: bool) -> tuple[str, ...]:
+    return tuple(itertools.compress(Epilogue._fields, present))
