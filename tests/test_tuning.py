@@ -287,6 +287,7 @@ class TestTables:
             "missing field": lambda row: row["problem"].pop("groups"),
             "field of another version": lambda row: row["problem"].update(halo=True),
             "unknown type": lambda row: row["problem"].update(dtype="bfloat15"),
+            "no time": lambda row: row.update(us=None),
             "copies_x": lambda row: row.update(copies_x=None),
         }.items(),
         ids=lambda item: item[0],

@@ -140,18 +140,19 @@ def _from_json(row: dict) -> tuple[Problem, Entry] | None:
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in row["problem"].items()}
         problem = Problem(**fields | {"dtype": getattr(torch, fields["dtype"])})
         blocks = FORMS[row["form"]](**row["blocks"])
-        entry = Entry(Choice(blocks, row["copies_x"]), row["us"], row["default_us"])
+        entry = Entry(Choice(blocks, row["copies_x"]), float(row["us"]), float(row["default_us"]))
         hash(problem)
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    sizes = blocks._asdict()
-    flags = [sizes.pop("SWAPPED", False), entry.choice.copies_x]
-    stages = sizes.pop("num_stages")
-    if not all(isinstance(flag, bool) for flag in flags) or not all(
-        isinstance(n, int) for n in (stages, *sizes.values())
-    ):
-        return None
-    powers_of_2 = all(n > 0 and n & (n - 1) == 0 for n in sizes.values())
-    if not powers_of_2 or not 1 <= stages <= MOST_STAGES or sizes["num_warps"] > MOST_WARPS:
-        return None
-    return problem, entry
+    return (problem, entry) if isinstance(problem.dtype, torch.dtype) and _is_usable(entry.choice) else None
+
+
+def _is_usable(choice: Choice) -> bool:
+    """Whether a kernel may be compiled with these blocks."""
+    sizes = choice.blocks._asdict()
+    flags = choice.copies_x, sizes.pop("SWAPPED", False)
+    if not all(type(flag) is bool for flag in flags) or not all(type(size) is int for size in sizes.values()):
+        return False
+    num_stages = sizes.pop("num_stages")
+    powers_of_2 = all(size > 0 and size & (size - 1) == 0 for size in sizes.values())
+    return powers_of_2 and 1 <= num_stages <= MOST_STAGES and sizes["num_warps"] <= MOST_WARPS
