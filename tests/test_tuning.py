@@ -567,7 +567,7 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("name", PROBLEMS)
     def test_every_candidate_is_right(self, name):
-        trial = Trial(PROBLEMS[name], torch.device(DEVICE, 0))
+        trial = Trial(PROBLEMS[name], torch.device(DEVICE.type, 0))
         product = trial.product
         default = conv2d.default_choice(product)
         choices = candidates(trial.problem, default, conv2d.fetches_by_descriptors(product), H200)
