@@ -48,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--channels-last", action="store_true", help="network and images in the channels_last memory format")
     add("--fuse", action="store_true", help="prove and time the network fused for inference too (tritonnn.fuse)")
     add("--cuda-graph", action="store_true", help="with --fuse: the fused network in CUDA graphs")
+    add("--tune", action="store_true", help="first tune the convolutions for this GPU (tritonnn.tune)")
     add("--no-latency", action="store_true", help="only the proof")
     add("--data-root", type=Path, help="folder of the data set, if it has moved")
     add("--log-dir", type=Path, help="default: the next logs/<data>/evaluation_<number>")
@@ -67,6 +68,8 @@ def evaluate(args: Namespace) -> bool:
         raise UserError("--cuda-graph is for the fused network: add --fuse")
     if args.cuda_graph and not torch.cuda.is_available():
         raise UserError("--cuda-graph needs a CUDA GPU")
+    if args.tune and not torch.cuda.is_available():
+        raise UserError("--tune needs a CUDA GPU: in Triton's interpreter there is nothing to tune")
     classifier, checkpoint = load_classifier(args.ckpt_path or newest_best())
     overrides = {"batch_size": args.batch_size, "root": args.data_root and str(args.data_root)}
     data = data_module_from_checkpoint(checkpoint, **{k: v for k, v in overrides.items() if v is not None})
@@ -77,6 +80,7 @@ def evaluate(args: Namespace) -> bool:
         channels_last=args.channels_last,
         fuse=args.fuse,
         cuda_graph=args.cuda_graph,
+        tune=args.tune,
         log_dir=log_dir,
     )
     trainer = Trainer(

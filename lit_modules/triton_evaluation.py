@@ -41,6 +41,7 @@ class TritonEvaluation(Callback):
         channels_last: evaluate in channels_last, the module and the images; else in the format that the module has.
         fuse: prove and time the network fused by `tritonnn.fuse` too, as one more variant.
         cuda_graph: run that one in CUDA graphs.
+        tune: first tune the convolutions of all variants on the first batch (`tritonnn.tune`), on each rank.
         log_dir: folder to write to; None takes the Trainer's.
         budget_s: seconds to time one layer on one clock; the network as a whole gets twenty times that.
 
@@ -55,6 +56,7 @@ class TritonEvaluation(Callback):
         channels_last: bool = False,
         fuse: bool = False,
         cuda_graph: bool = False,
+        tune: bool = False,
         log_dir: str | Path | None = None,
         budget_s: float = 0.1,
     ) -> None:
@@ -66,6 +68,7 @@ class TritonEvaluation(Callback):
             raise ValueError("cuda_graph is for the fused network: it needs fuse")
         self.fuse = fuse
         self.cuda_graph = cuda_graph
+        self.tune = tune
         self.log_dir = log_dir
         self.budget_s = budget_s
         self.result: EvaluationResult | None = None
@@ -127,6 +130,8 @@ class TritonEvaluation(Callback):
         images = _in_format(images, self._format)
         if self._images is None:
             self._images = images
+            if self.tune:
+                self._tune(trainer, pl_module)
 
         float32 = None
         if not self._exact:
@@ -189,6 +194,16 @@ class TritonEvaluation(Callback):
         if name not in self._qualities:
             self._qualities[name] = QualityMeter(logits.shape[1], logits.device)
         return self._qualities[name]
+
+    def _tune(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        report = tritonnn.TuningReport()
+        with trainer.precision_plugin.forward_context():
+            for layers in self._variants.values():
+                report += tritonnn.tune(pl_module, self._images, layers, progress=trainer.is_global_zero)
+            for network in self._fused.values():
+                report += tritonnn.tune(network, self._images, progress=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            print(f"Tuning: {report.summary}")
 
     def _prove(
         self, name: str, pytorch: Tensor, logits: Tensor, float32: Tensor | None, labels: Tensor, places: Tensor

@@ -149,6 +149,23 @@ def test_a_cuda_graph_needs_a_gpu(folder, capsys):
     assert "--cuda-graph needs a CUDA GPU" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_needs_a_gpu(folder, checkpoint, capsys):
+    assert status("--ckpt-path", checkpoint, "--tune", *QUICK) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --tune needs a CUDA GPU")
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.gpu
+def test_tuning_comes_before_the_proof(folder, checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("TRITONNN_CACHE_DIR", str(folder / "cache"))
+    assert status("--ckpt-path", checkpoint, "--tune", "--fuse", *QUICK) == 0
+    output = capsys.readouterr().out
+    assert " convolutions tuned in " in output and output.index("Tuning: ") < output.index("Predictions on")
+    assert len(list((folder / "cache").iterdir())) == 1
+
+
 def test_digits_have_no_folder_to_move(folder, checkpoint, capsys):
     assert status("--ckpt-path", checkpoint, "--data-root", "elsewhere") == 2
     assert "root" in capsys.readouterr().err

@@ -240,6 +240,38 @@ def test_agreement_of_logits_counts_what_differs():
     assert vars(result.examples[0]) == {"sample": 5, "label": 0, "pytorch": 0, "other": 1, "margin": 0.5}
 
 
+class TestTuning:
+    def test_each_variant_before_the_first_proof(self, tmp_path, monkeypatch, capsys):
+        """With the layers of the variant, on the first batch as the networks get it."""
+        steps = []
+
+        def tune(model: nn.Module, images: Tensor, layers="all", progress=False) -> tritonnn.TuningReport:
+            last_channels = images.is_contiguous(memory_format=torch.channels_last)
+            steps.append((type(model).__name__, tuple(images.shape), last_channels, layers))
+            return tritonnn.TuningReport()
+
+        def prove(*arguments) -> None:
+            steps.append("proof")
+            right(*arguments)
+
+        right = TritonEvaluation._prove
+        monkeypatch.setattr(tritonnn, "tune", tune)
+        monkeypatch.setattr(TritonEvaluation, "_prove", prove)
+        evaluate(tmp_path, layers=["conv2d", "linear"], fuse=True, channels_last=True, tune=True)
+        images = (4, 3, 8, 8), True
+        assert steps[:3] == [
+            ("TinyClassifier", *images, ["conv2d", "linear"]),
+            ("FusedNetwork", *images, "all"),
+            "proof",
+        ]
+        assert set(steps[3:]) == {"proof"}
+        assert "Tuning: no convolution was tuned" in capsys.readouterr().out
+
+    def test_only_where_it_is_asked_for(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tritonnn, "tune", None)
+        assert evaluate(tmp_path).passed
+
+
 class TestRestored:
     def test_after_a_test(self, tmp_path):
         model = TinyClassifier().train()

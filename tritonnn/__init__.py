@@ -9,6 +9,7 @@ from .layers.linear import TritonLinear
 from .layers.max_pool2d import TritonMaxPool2d
 from .layers.relu import TritonReLU
 from .swap import KINDS, SwapReport, kind_of, restore, swap, swapped
+from .tuning import TuningReport, tune
 
 __all__ = [
     "KINDS",
@@ -22,9 +23,11 @@ __all__ = [
     "TritonLinear",
     "TritonMaxPool2d",
     "TritonReLU",
+    "TuningReport",
     "fuse",
     "kind_of",
     "restore",
     "swap",
     "swapped",
+    "tune",
 ]

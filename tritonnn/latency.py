@@ -247,24 +247,25 @@ def _eager_clock(call: Callable[[], object], synchronize: Callable[[], None]) ->
 
 def _device_clock(call: Callable[[], object]) -> tuple[Callable[[], float], str]:
     """Events around a CUDA graph of repeated calls, or around the calls themselves if they cannot be captured."""
-    name, launcher = "CUDA graph", _captured
+    name, launcher = "CUDA graph", captured
     try:
-        once = _event_clock(launcher(call, 1), 1)
+        once = event_clock(launcher(call, 1), 1)
     except RuntimeError:  # the call synchronises, or allocates on the host
         torch.cuda.synchronize()
-        _captured(
+        captured(
             lambda: torch.zeros(1, device="cuda"), 1
         )  # mends the random generator, which the failure left captured
         name, launcher = "CUDA events", _repeated
-        once = _event_clock(call, 1)
+        once = event_clock(call, 1)
     once()  # the first replay uploads the graph
     repeats = _repeats(once(), GRAPH_MS)
-    clock = _event_clock(launcher(call, repeats), repeats)
+    clock = event_clock(launcher(call, repeats), repeats)
     clock()
     return clock, name
 
 
-def _event_clock(launch: Callable[[], object], calls: int) -> Callable[[], float]:
+def event_clock(launch: Callable[[], object], calls: int) -> Callable[[], float]:
+    """Milliseconds of GPU time of one of the calls that `launch` makes."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def read() -> float:
@@ -277,7 +278,8 @@ def _event_clock(launch: Callable[[], object], calls: int) -> Callable[[], float
     return read
 
 
-def _captured(call: Callable[[], object], repeats: int) -> Callable[[], object]:
+def captured(call: Callable[[], object], repeats: int) -> Callable[[], object]:
+    """The replay of a CUDA graph of so many calls, which have been warmed up."""
     graph = torch.cuda.CUDAGraph()
     # The outer context puts the stream back after a failed capture; `torch.cuda.graph` itself does not.
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):

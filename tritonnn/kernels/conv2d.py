@@ -13,15 +13,17 @@ import triton.language as tl
 
 from ..precision import convolution_input_precision
 from .arithmetic import accumulator, index_type, round_to, round_to_tf32
-from .block_sizes import ceil_div, descriptor_blocks, pixel_blocks, split_blocks
+from .block_sizes import DescriptorBlocks, SplitBlocks, ceil_div, descriptor_blocks, pixel_blocks, split_blocks
 from .channels_last import channels_last, pack_weight
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .descriptor_gemm import descriptor_gemm, fits_descriptors
 from .epilogue import Epilogue
-from .implicit_gemm import implicit_gemm, spans_taps
+from .implicit_gemm import implicit_gemm, pointer_blocks, spans_taps
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
+from .product import Choice, Product
 from .split_gemm import Shortcut, split_gemm
+from .tuned_blocks import tuned_choice
 from .window import output_size
 
 
@@ -144,33 +146,74 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     return y
 
 
-def launch_gemm(
-    x, packed, y, channels_last_y, stride, padding, dilation, groups, input_precision, round_x, epilogue
-) -> None:
+def launch_gemm(*operands) -> None:
+    """Runs a product (`Product`) in the form and blocks that were tuned for it, or else in the default ones."""
+    product = Product(*operands)
+    choice = tuned_choice(product)
+    run_gemm(product, choice if choice is not None and can_run(product, choice) else default_choice(product))
+
+
+def default_choice(product: Product) -> Choice:
     """Picks the form of the product: split among warps for few pixels, over descriptors, or by pointers."""
-    N, C, H, W = x.shape
+    x, packed, y, _, stride, _, _, groups, input_precision, round_x, _ = product
+    N, C, _, _ = x.shape
     K, P, Q = y.shape[1:]
     R, S = packed.shape[1:3]
-    window = stride, padding, dilation
-    y_strides = pixel_strides(y, channels_last_y)
     blocks = split_blocks(N * P * Q, K, C, R * S, x.element_size()) if groups == 1 else None
     if blocks is not None:
-        weight = packed[2 * K :] if input_precision == "tf32x3" else packed
-        split_gemm(x, weight, y, y_strides, *window, input_precision, round_x, epilogue, blocks)
-        return
-    on_tensor_cores = x.element_size() == 2 or input_precision != "ieee"
-    descriptors = on_tensor_cores and fits_descriptors(x, K, stride, groups) and (x.stride(1) == 1 or R * S > 1)
+        return Choice(blocks, copies_x=False)
+    descriptors = fetches_by_descriptors(product) and (x.stride(1) == 1 or R * S > 1)
     gathers = R * S > 1 and not spans_taps(C // groups, R * S) and not triton.knobs.runtime.interpret
     # With NCHW each filter tap would read pixels apart: worth a copy (H200, bf16, 512 channels: 155 us for 449). Where
     # an element of x takes part in many products, rounding it first is worth one too (512 channels: 198 us for 236).
-    if gathers and (x.stride(1) != 1 or (descriptors and round_x and K * R * S >= 2304 * stride[0] * stride[1])):
-        x, round_x = channels_last(x, round_x).permute(0, 3, 1, 2), False
-    if descriptors and x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0:
-        swapped = input_precision != "tf32x3" and not round_x
+    many = K * R * S >= 2304 * stride[0] * stride[1]
+    copies_x = gathers and (x.stride(1) != 1 or (descriptors and round_x and many))
+    if descriptors and (copies_x or _is_aligned(x)):
+        swapped = input_precision != "tf32x3" and (copies_x or not round_x)
         blocks = descriptor_blocks(N, P, Q, K, R * S * C, x.element_size(), swapped)
+    else:
+        blocks = pointer_blocks(N * P * Q, K // groups, C // groups, R * S, x.element_size(), input_precision)
+    return Choice(blocks, copies_x)
+
+
+def fetches_by_descriptors(product: Product) -> bool:
+    """Whether a product is one of the tensor cores' whose x, once it is channels_last, descriptors can fetch."""
+    x = product.x
+    on_tensor_cores = x.element_size() == 2 or product.input_precision != "ieee"
+    return on_tensor_cores and fits_descriptors(x, product.y.shape[1], product.stride, product.groups)
+
+
+def _is_aligned(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
+
+
+def can_run(product: Product, choice: Choice) -> bool:
+    """Whether the form of a choice can take the product."""
+    x, residual, blocks = product.x, product.epilogue.residual, choice.blocks
+    if isinstance(blocks, SplitBlocks):
+        return product.groups == 1 and x.element_size() <= 4 and x.shape[1] % blocks.BLOCK_K == 0
+    if isinstance(blocks, DescriptorBlocks):
+        rounds = product.round_x and not choice.copies_x
+        forms = {"tf32x3": [False], "tf32": [False] if rounds else [False, True]}.get(product.input_precision, [True])
+        fits = fetches_by_descriptors(product) and blocks.SWAPPED in forms and x.shape[1] % blocks.BLOCK_K == 0
+        return fits and (choice.copies_x or _is_aligned(x)) and (residual is None or residual.data_ptr() % 16 == 0)
+    return True
+
+
+def run_gemm(product: Product, choice: Choice) -> None:
+    x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue = product
+    blocks, copies_x = choice
+    if copies_x:
+        x, round_x = channels_last(x, round_x).permute(0, 3, 1, 2), False
+    if isinstance(blocks, DescriptorBlocks):
         descriptor_gemm(x, packed, y, channels_last_y, *window, input_precision, epilogue, blocks)
         return
-    implicit_gemm(x, packed, y, y_strides, *window, groups, input_precision, round_x, epilogue)
+    y_strides = pixel_strides(y, channels_last_y)
+    if isinstance(blocks, SplitBlocks):
+        weight = packed[2 * y.shape[1] :] if input_precision == "tf32x3" else packed
+        split_gemm(x, weight, y, y_strides, *window, input_precision, round_x, epilogue, blocks)
+    else:
+        implicit_gemm(x, packed, y, y_strides, *window, groups, input_precision, round_x, epilogue, blocks)
 
 
 def _launch_depthwise(x, weight, y, channels_last_y, stride, padding, dilation, epilogue) -> None:

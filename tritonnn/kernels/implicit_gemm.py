@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import accumulator, add_rounded_dot, add_split_dot, dot, index_type, round_to, round_to_tf32
-from .block_sizes import FLUSH_STEPS, ceil_div, gemm_blocks
+from .block_sizes import FLUSH_STEPS, GemmBlocks, ceil_div, gemm_blocks
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .epilogue import Epilogue
 
@@ -169,6 +169,11 @@ def spans_taps(channels: int, taps: int) -> bool:
     return channels < 16 and taps > 1
 
 
+def pointer_blocks(m: int, k: int, c: int, taps: int, element_size: int, input_precision: str) -> GemmBlocks:
+    """For m pixels, and k output and c input channels of a group."""
+    return gemm_blocks(m, k, taps * c if spans_taps(c, taps) else c, element_size, input_precision)
+
+
 def implicit_gemm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -181,6 +186,7 @@ def implicit_gemm(
     input_precision: str,
     round_x: bool,
     epilogue: Epilogue,
+    blocks: GemmBlocks | None = None,
 ) -> None:
     """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and a weight of `pack_weight`.
 
@@ -191,8 +197,8 @@ def implicit_gemm(
     K, P, Q = y.shape[1:]
     R, S = weight.shape[1:3]
     C, K, M = C // groups, K // groups, N * P * Q
-    span_taps = spans_taps(C, R * S)
-    blocks = gemm_blocks(M, K, R * S * C if span_taps else C, x.element_size(), input_precision)
+    if blocks is None:
+        blocks = pointer_blocks(M, K, C, R * S, x.element_size(), input_precision)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N) * groups,)
     implicit_gemm_forward_kernel[grid](
         x,
@@ -215,7 +221,7 @@ def implicit_gemm(
         *dilation,
         **epilogue.flags,
         **dependent_launch(x),
-        SPAN_TAPS=span_taps,
+        SPAN_TAPS=spans_taps(C, R * S),
         GROUPS=groups,
         INPUT_PRECISION=input_precision,
         ROUND_X=round_x,

@@ -1,0 +1,581 @@
+"""Tuning: what is tried, that nothing wrong is chosen, where choices are kept, and that launches follow them."""
+
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from compare import DEVICE, image
+from torch import nn
+from trained import trained
+
+import tritonnn
+from tritonnn import trial as trials
+from tritonnn.candidates import Gpu, candidates
+from tritonnn.kernels import conv2d, implicit_gemm, tuned_blocks
+from tritonnn.kernels.block_sizes import DescriptorBlocks, GemmBlocks, SplitBlocks, gemm_blocks
+from tritonnn.kernels.epilogue import Epilogue
+from tritonnn.kernels.product import Choice, Problem, Product, problem_of
+from tritonnn.kernels.tuned_blocks import Entry
+from tritonnn.trial import Trial, Wrong, operands
+from tritonnn.tuning import Tuned, TuningReport, fastest, find_problems
+
+CPU = torch.device("cpu")
+H200 = Gpu(132, 232448)
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+
+
+@pytest.fixture(autouse=True)
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No tables but those of the test; the folder of the user's."""
+    monkeypatch.setenv("TRITONNN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuned_blocks, "SHIPPED", tmp_path / "shipped")
+    tuned_blocks.forget()
+    yield tmp_path / "cache"
+    tuned_blocks.forget()
+
+
+def problem(n=2, c=64, size=8, k=32, taps=3, **changes) -> Problem:
+    window = (1, 1), (taps // 2, taps // 2), (1, 1)
+    plain = Problem(n, c, size, size, k, taps, taps, *window, 1, torch.float32, "ieee", False, True, True, ())
+    return plain._replace(**changes)
+
+
+HALF = dict(dtype=torch.bfloat16)
+PROBLEMS = {
+    "bfloat16, 1024 images": problem(1024, 64, 32, 64, **HALF),
+    "bfloat16, 512 channels": problem(128, 512, 4, 512, **HALF, epilogue=("bias", "residual", "relu")),
+    "one image": problem(1, 256, 8, 512, stride=(2, 2), **HALF),
+    "1x1": problem(128, 64, 32, 128, 1, stride=(2, 2), **HALF),
+    "64 channels, NCHW": problem(128, 64, 32, 64, channels_last_x=False, channels_last_y=False, **HALF),
+    "3 channels, NCHW": problem(128, 3, 32, 64, channels_last_x=False, channels_last_y=False, **HALF),
+    "7x7 of 3 channels": problem(128, 3, 224, 64, 7, stride=(2, 2)),
+    "48 channels": problem(40, 48, 24, 80, **HALF),
+    "groups": problem(8, 128, 16, 128, groups=2, **HALF),
+    "TF32, rounded before": problem(128, 128, 16, 128, input_precision="tf32"),
+    "TF32, to be rounded": problem(128, 128, 16, 128, input_precision="tf32", round_x=True),
+    "TF32, NCHW": problem(128, 128, 16, 128, input_precision="tf32", round_x=True, channels_last_x=False),
+    "strict float32": problem(128, 128, 16, 128, input_precision="tf32x3"),
+    "strict float32, one image": problem(1, 128, 16, 128, input_precision="tf32x3"),
+    "linear": problem(128, 512, 1, 10, 1, **HALF),
+}
+ANY = Choice(GemmBlocks(16, 16, 16, 4, 1), False)
+
+
+def fits(p: Problem) -> bool:
+    """Whether descriptors could fetch the images."""
+    on_tensor_cores = p.dtype.itemsize == 2 or p.input_precision != "ieee"
+    return on_tensor_cores and p.groups == 1 and p.c * p.dtype.itemsize % 128 == 0
+
+
+def tried(name: str, gpu: Gpu = H200) -> list[Choice]:
+    return candidates(PROBLEMS[name], ANY, fits(PROBLEMS[name]), gpu)
+
+
+class TestCandidates:
+    @pytest.fixture(autouse=True)
+    def blocks_of_a_gpu(self, monkeypatch):
+        """Not those of the interpreter; nothing of it is remembered."""
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        monkeypatch.setattr(implicit_gemm, "gemm_blocks", gemm_blocks.__wrapped__)
+
+    @pytest.mark.parametrize("name", PROBLEMS)
+    def test_they_are_few_and_the_default_is_first(self, name):
+        choices = tried(name)
+        assert choices[0] == ANY
+        assert 4 <= len(choices) <= 16 and len(set(choices)) == len(choices)
+
+    @pytest.mark.parametrize("name", PROBLEMS)
+    def test_the_product_takes_each(self, name, monkeypatch):
+        p = PROBLEMS[name]
+        monkeypatch.setattr(conv2d, "fits_descriptors", lambda *_: fits(p))
+        x = torch.empty(1, p.c, p.h, p.w, dtype=p.dtype)
+        x = x.contiguous(memory_format=torch.channels_last if p.channels_last_x else torch.contiguous_format)
+        y, packed = torch.empty(1, p.k, *p.output), torch.empty(p.k, p.r, p.s, p.c // p.groups)
+        settings = p.stride, p.padding, p.dilation, p.groups, p.input_precision, p.round_x, Epilogue()
+        product = Product(x, packed, y, p.channels_last_y, *settings)
+        assert all(conv2d.can_run(product, choice) for choice in tried(name))
+
+    @pytest.mark.parametrize("shared_memory", [232448, 101376, 49152])
+    @pytest.mark.parametrize("name", PROBLEMS)
+    def test_sizes(self, name, shared_memory):
+        p = PROBLEMS[name]
+        (usual,) = tried(name, Gpu(132, 0))[1:]  # the default of the form, whatever the memory
+        for choice in tried(name, Gpu(132, shared_memory)):
+            sizes = choice.blocks._asdict()
+            sizes.pop("SWAPPED", None)
+            stages = sizes.pop("num_stages")
+            assert all(size & (size - 1) == 0 for size in sizes.values())
+            assert sizes["BLOCK_N"] <= max(64, 2 * p.k // p.groups - 1)
+            if not isinstance(choice.blocks, GemmBlocks):
+                assert p.c % sizes["BLOCK_K"] == 0
+            rows = math.prod(size for name, size in sizes.items() if name.startswith("TILE")) * sizes.get("BLOCK_M", 1)
+            step = sizes.get("SLICES", 1) * (rows + sizes["BLOCK_N"]) * sizes["BLOCK_K"]
+            assert choice in (ANY, usual) or stages * step * p.dtype.itemsize <= shared_memory
+
+    def test_forms(self):
+        forms = {name: {type(choice.blocks) for choice in tried(name)[1:]} for name in PROBLEMS}
+        assert forms["bfloat16, 1024 images"] == {DescriptorBlocks, GemmBlocks}
+        assert forms["one image"] == {SplitBlocks, DescriptorBlocks, GemmBlocks}
+        assert forms["groups"] == forms["3 channels, NCHW"] == {GemmBlocks}
+
+    def test_tf32_is_rounded_on_the_way_or_by_a_copy(self):
+        descriptors = [choice for choice in tried("TF32, to be rounded") if isinstance(choice.blocks, DescriptorBlocks)]
+        assert {(choice.blocks.SWAPPED, choice.copies_x) for choice in descriptors} == {(False, False), (True, True)}
+
+    @pytest.mark.parametrize("name", ["64 channels, NCHW", "TF32, NCHW"])
+    def test_nchw_is_copied_for_descriptors(self, name):
+        choices = [choice for choice in tried(name) if isinstance(choice.blocks, DescriptorBlocks)]
+        assert choices and all(choice.copies_x for choice in choices)
+
+
+class TestOperands:
+    @pytest.mark.parametrize(
+        "wanted",
+        {
+            "channels_last": problem(),
+            "NCHW": problem(channels_last_x=False, channels_last_y=False),
+            "TF32": problem(input_precision="tf32", epilogue=("bias", "relu", "round_y")),
+            "strict float32": problem(input_precision="tf32x3"),
+            "epilogue": problem(**HALF, epilogue=("scale", "bias", "residual", "relu")),
+            "stride, groups": problem(stride=(2, 2), groups=2, dilation=(2, 1)),
+        }.items(),
+        ids=lambda item: item[0],
+    )
+    def test_they_pose_the_problem(self, wanted):
+        assert problem_of(operands(wanted[1], CPU)[0]) == wanted[1]
+
+    def test_what_nobody_tunes(self):
+        product, _ = operands(problem(), CPU)
+        assert problem_of(product._replace(x=product.x[:, :, ::2, ::2])) is None
+        assert problem_of(product._replace(x=product.x.double())) is None
+
+
+SPLIT = Choice(SplitBlocks(4, 16, 16, 32, 4, 1), False)
+POINTERS = Choice(GemmBlocks(64, 32, 32, 4, 1), False)
+COPIED = Choice(GemmBlocks(128, 32, 64, 4, 1), True)
+DEFAULT = Choice(GemmBlocks(128, 32, 64, 4, 1), False)
+
+
+def garbage(y, runs):
+    y.normal_()
+
+
+def unwritten(y, runs):
+    y[1, 3, 2, 2] = float("nan")
+
+
+def image_between(y, runs):
+    y[5] *= 1.01  # neither among the first nor among the last
+
+
+def one_element(y, runs):
+    y[5, 3, 2, 2] += 0.1
+
+
+def another_every_time(y, runs):
+    y[5, 3, 2, 2] *= 1 + 3e-7 * len(runs)
+
+
+def less_precise(y, runs):
+    y *= 1 + 4e-7
+
+
+def crash(y, runs):
+    raise triton.runtime.errors.OutOfResources(300000, 232448, "shared memory")
+
+
+@in_the_interpreter
+class TestChoosing:
+    """`fastest`, with a clock that is told what to say."""
+
+    def choose(self, times: dict[Choice, float], trial: Trial | None = None) -> Tuned:
+        trial = trial or Trial(problem(10, size=4, taps=1), CPU)
+        return fastest(trial, list(times), lambda choice: lambda: times[choice])
+
+    @pytest.mark.parametrize("epilogue", [(), ("scale", "bias", "residual", "relu")], ids=["plain", "epilogue"])
+    def test_the_fastest(self, epilogue):
+        trial = Trial(problem(10, size=4, taps=1, epilogue=epilogue), CPU)
+        tuned = self.choose({DEFAULT: 9.0, POINTERS: 8.0, SPLIT: 5.0, COPIED: 7.0}, trial)
+        assert tuned.rejected == {}
+        assert (tuned.choice, tuned.us, tuned.default, tuned.default_us, tuned.tried) == (SPLIT, 5.0, DEFAULT, 9.0, 4)
+
+    def test_the_default_stays_where_the_gain_is_noise(self):
+        assert self.choose({DEFAULT: 9.0, POINTERS: 8.9}).choice == DEFAULT
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (garbage, "wrong: error"),
+            (unwritten, "wrong: not all of y"),
+            (image_between, "wrong: an image differs"),
+            (one_element, "wrong: an image differs"),
+            (another_every_time, "wrong: two runs differ"),
+            (less_precise, "wrong: error"),
+            (crash, "OutOfResources"),
+        ],
+    )
+    def test_what_is_wrong_is_never_chosen(self, change, reason, monkeypatch):
+        runs = []
+
+        def run(product, choice):
+            conv2d.run_gemm(product, choice)
+            if choice == POINTERS:
+                runs.append(choice)
+                change(product.y, runs)
+
+        monkeypatch.setattr(trials, "run_gemm", run)
+        tuned = self.choose({DEFAULT: 9.0, POINTERS: 1.0, SPLIT: 5.0})
+        assert tuned.choice == SPLIT
+        assert list(tuned.rejected) == [POINTERS] and tuned.rejected[POINTERS].startswith(reason)
+        assert tuned.wrong == reason.startswith("wrong")
+
+    def test_a_wrong_default_is_replaced(self, monkeypatch):
+        def run(product, choice):
+            conv2d.run_gemm(product, choice)
+            product.y.mul_(1.01 if choice == DEFAULT else 1)
+
+        monkeypatch.setattr(trials, "run_gemm", run)
+        assert self.choose({DEFAULT: 1.0, POINTERS: 8.0}).choice == POINTERS
+        with pytest.raises(Wrong, match="error"):
+            self.choose({DEFAULT: 1.0})
+
+
+SPLIT_ENTRY, POINTERS_ENTRY = Entry(SPLIT, 5.0, 9.0), Entry(COPIED, 7.25, 8.0)
+OTHER = problem(**HALF, n=4, epilogue=("bias", "relu"))
+
+
+class TestTables:
+    def test_round_trip(self, tmp_path):
+        path = tmp_path / "new folder" / "table.json"
+        swapped = Entry(Choice(DescriptorBlocks(1, 4, 16, 128, 64, True, 8, 3), False), 1.0, 2.0)
+        entries = {problem(): SPLIT_ENTRY, OTHER: POINTERS_ENTRY, problem(n=7): swapped}
+        tuned_blocks.add(path, entries)
+        assert tuned_blocks.read(path) == entries
+        assert [file.name for file in path.parent.iterdir()] == ["table.json"]
+
+    def test_what_is_there_stays(self, tmp_path):
+        path = tmp_path / "table.json"
+        tuned_blocks.add(path, {problem(): SPLIT_ENTRY, OTHER: SPLIT_ENTRY})
+        tuned_blocks.add(path, {OTHER: POINTERS_ENTRY})
+        assert tuned_blocks.read(path) == {problem(): SPLIT_ENTRY, OTHER: POINTERS_ENTRY}
+
+    def test_a_write_that_fails_leaves_the_table(self, tmp_path, monkeypatch):
+        path = tmp_path / "table.json"
+        tuned_blocks.add(path, {problem(): SPLIT_ENTRY})
+
+        def full(*_):
+            raise OSError("no space left")
+
+        monkeypatch.setattr("os.replace", full)
+        with pytest.raises(OSError, match="no space"):
+            tuned_blocks.add(path, {OTHER: POINTERS_ENTRY})
+        assert tuned_blocks.read(path) == {problem(): SPLIT_ENTRY}
+        assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+
+    @pytest.mark.parametrize(
+        "change",
+        {
+            "unknown form": lambda row: row.update(form="halo"),
+            "missing block size": lambda row: row["blocks"].pop("BLOCK_K"),
+            "block size of another version": lambda row: row["blocks"].update(BLOCK_X=4),
+            "no power of 2": lambda row: row["blocks"].update(BLOCK_M=24),
+            "no number": lambda row: row["blocks"].update(BLOCK_M="16"),
+            "no stages": lambda row: row["blocks"].update(num_stages=0),
+            "missing field": lambda row: row["problem"].pop("groups"),
+            "field of another version": lambda row: row["problem"].update(halo=True),
+            "unknown type": lambda row: row["problem"].update(dtype="bfloat15"),
+            "no time": lambda row: row.update(us=None),
+            "copies_x": lambda row: row.update(copies_x=None),
+        }.items(),
+        ids=lambda item: item[0],
+    )
+    def test_stale_entries_are_ignored(self, change, tmp_path):
+        path = tmp_path / "table.json"
+        tuned_blocks.add(path, {problem(): SPLIT_ENTRY, OTHER: POINTERS_ENTRY})
+        table = json.loads(path.read_text())
+        change[1](table["choices"][0])
+        path.write_text(json.dumps(table))
+        assert tuned_blocks.read(path) == {OTHER: POINTERS_ENTRY}
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"choices": 3}', '{"choices": {}, "a'], ids=repr)
+    def test_a_corrupt_file_is_ignored_with_one_warning(self, text, tmp_path):
+        path = tmp_path / "table.json"
+        path.write_text(text)
+        with pytest.warns(UserWarning, match="table.json is ignored") as caught:
+            assert tuned_blocks.read(path) == {}
+        assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+    def test_no_file_is_no_news(self, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert tuned_blocks.read(tmp_path / "table.json") == {}
+
+    def test_a_file_for_each_gpu_and_triton_version(self, monkeypatch):
+        monkeypatch.setattr(triton, "__version__", "3.6.0")
+        assert tuned_blocks.file_name("NVIDIA H200") == "nvidia-h200-triton-3.6.0.json"
+        assert tuned_blocks.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3-triton-3.6.0.json"
+        monkeypatch.setattr(triton, "__version__", "3.7.1")
+        assert tuned_blocks.file_name("NVIDIA H200") == "nvidia-h200-triton-3.7.1.json"
+
+    def test_folder(self, monkeypatch):
+        assert tuned_blocks.cache_folder().name == "cache"
+        monkeypatch.delenv("TRITONNN_CACHE_DIR")
+        monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+        assert tuned_blocks.cache_folder() == Path("/elsewhere/tritonnn")
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert tuned_blocks.cache_folder() == Path.home() / ".cache/tritonnn"
+
+    def test_the_users_table_precedes_the_shipped_one(self, tables, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
+        name = tuned_blocks.file_name("GPU 0")
+        tuned_blocks.add(tuned_blocks.SHIPPED / name, {problem(): SPLIT_ENTRY, OTHER: SPLIT_ENTRY})
+        tuned_blocks.add(tables / name, {OTHER: POINTERS_ENTRY})
+        assert tuned_blocks.tuned_choices(0) == {problem(): SPLIT, OTHER: COPIED}
+        assert tuned_blocks.tuned_choices(1) == {} == tuned_blocks.tuned_choices(-1)
+
+    def test_choices_change_with_the_generation_only(self, tables, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+        generation = tuned_blocks.generation
+        assert tuned_blocks.tuned_choices(0) == {}
+        tuned_blocks.add(tables / tuned_blocks.file_name("GPU"), {problem(): SPLIT_ENTRY})
+        assert tuned_blocks.tuned_choices(0) == {} and tuned_blocks.generation == generation
+        tuned_blocks.forget()
+        assert tuned_blocks.tuned_choices(0) == {problem(): SPLIT} and tuned_blocks.generation > generation
+
+
+@in_the_interpreter
+class TestLaunches:
+    """A table for CPU tensors stands for a GPU's."""
+
+    @pytest.fixture
+    def ran(self, monkeypatch) -> list[Choice]:
+        ran = []
+
+        def run(product, choice):
+            ran.append(choice)
+            right(product, choice)
+
+        right = conv2d.run_gemm
+        monkeypatch.setattr(conv2d, "run_gemm", run)
+        return ran
+
+    @pytest.mark.parametrize("choice", [SPLIT, POINTERS, COPIED], ids=str)
+    @pytest.mark.parametrize("fused", [False, True], ids=["swapped", "fused"])
+    def test_they_follow_the_table(self, choice, fused, ran):
+        layer, x = nn.Conv2d(64, 32, 3, padding=1).eval(), image(2, 64, 8, 8, channels_last=True)
+        network = tritonnn.fuse(layer) if fused else layer
+        (found,) = find_problems(network, (x,))
+        assert found == problem(epilogue=("bias",))
+        tuned_blocks._tables[-1] = {found: choice}
+        with torch.no_grad(), tritonnn.swapped(layer):
+            y = network(x)
+        assert ran[-1] == choice
+        torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        "choice",
+        {
+            "descriptors without a GPU": Choice(DescriptorBlocks(1, 4, 16, 32, 32, True, 4, 3), False),
+            "blocks that do not divide C": Choice(SplitBlocks(4, 16, 16, 128, 4, 3), False),
+        }.items(),
+        ids=lambda item: item[0],
+    )
+    def test_they_ignore_what_cannot_run(self, choice, ran):
+        tuned_blocks._tables[-1] = {problem(epilogue=("bias",)): choice[1]}
+        layer, x = nn.Conv2d(64, 32, 3, padding=1), image(2, 64, 8, 8, channels_last=True)
+        with torch.no_grad(), tritonnn.swapped(layer):
+            layer(x)
+        assert len(ran) == 1 and ran[0] != choice[1] and isinstance(ran[0].blocks, GemmBlocks)
+
+    def test_descriptors_want_aligned_channels_last_operands(self, monkeypatch):
+        monkeypatch.setattr(conv2d, "fits_descriptors", lambda *_: True)
+        product, _ = operands(problem(**HALF, epilogue=("residual",)), CPU)
+        direct = Choice(DescriptorBlocks(1, 4, 16, 32, 64, True, 4, 3), False)
+        copied = direct._replace(copies_x=True)
+        assert conv2d.can_run(product, direct) and conv2d.can_run(product, copied)
+        nchw = product._replace(x=product.x.contiguous())
+        assert not conv2d.can_run(nchw, direct) and conv2d.can_run(nchw, copied)
+        residual = torch.empty(product.y.numel() + 1, dtype=torch.bfloat16)[1:].view_as(product.y)
+        assert not conv2d.can_run(product._replace(epilogue=product.epilogue._replace(residual=residual)), direct)
+        assert not conv2d.can_run(product, direct._replace(blocks=direct.blocks._replace(SWAPPED=False)))
+
+    def test_a_problem_is_the_whole_key(self, ran):
+        tuned_blocks._tables[-1] = {problem(n=3, epilogue=("bias",)): SPLIT}
+        layer, x = nn.Conv2d(64, 32, 3, padding=1), image(2, 64, 8, 8, channels_last=True)
+        with torch.no_grad(), tritonnn.swapped(layer):
+            layer(x)
+        assert ran[0] != SPLIT
+
+
+@in_the_interpreter
+class TestFinding:
+    def model(self) -> nn.Module:
+        layers = (
+            nn.Conv2d(4, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1),
+        )
+        return nn.Sequential(*layers, nn.Dropout(0.5))
+
+    def test_the_model_is_left_as_it_was(self):
+        model = self.model()
+        model[2].eval()
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        found = find_problems(model, (image(2, 4, 6, 6),))
+        assert [p.c for p in found] == [4, 8]  # the two that are alike count once
+        assert [type(layer) for layer in model] == [type(layer) for layer in self.model()]
+        assert [layer.training for layer in model] == [True, True, False, True, True, True]
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name])
+
+    def test_after_an_error_too(self):
+        model = self.model()
+        with pytest.raises(RuntimeError, match="channels"):
+            find_problems(model, (image(2, 5, 6, 6),))
+        assert type(model[0]) is nn.Conv2d and model[0].training
+        assert tuned_blocks._recorded is None
+
+    def test_kinds(self):
+        assert find_problems(self.model(), (image(2, 4, 6, 6),), "relu") == []
+
+    def test_fused(self):
+        network = tritonnn.fuse(trained(self.model(), torch.float32), cuda_graph=True)
+        graphs = network._graphs
+        graphs._calls["before"] = 1
+        assert [p.epilogue for p in find_problems(network, (image(2, 4, 6, 6),))] == [("bias", "relu"), ("bias",)]
+        assert network._graphs is graphs and not graphs._calls  # captured with other choices
+
+    def test_float64_is_left_to_the_defaults(self):
+        assert find_problems(self.model().double(), (image(2, 4, 6, 6).double(),)) == []
+
+
+class TestRefusals:
+    @pytest.fixture
+    def with_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+
+    @in_the_interpreter
+    def test_without_a_gpu(self):
+        with pytest.raises(RuntimeError, match="needs a CUDA GPU"):
+            tritonnn.tune(nn.Conv2d(4, 4, 3), image(1, 4, 5, 5))
+
+    def test_under_deterministic_algorithms(self, with_gpu):
+        torch.use_deterministic_algorithms(True)
+        try:
+            with pytest.raises(RuntimeError, match="use_deterministic_algorithms"):
+                tritonnn.tune(nn.Conv2d(4, 4, 3), torch.zeros(1, 4, 5, 5))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def test_in_a_capture(self, with_gpu, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+            tritonnn.tune(nn.Conv2d(4, 4, 3), torch.zeros(1, 4, 5, 5))
+
+    def test_an_example_on_the_cpu(self, with_gpu):
+        with pytest.raises(RuntimeError, match="got one on cpu"):
+            tritonnn.tune(nn.Conv2d(4, 4, 3), torch.zeros(1, 4, 5, 5))
+
+
+class TestReport:
+    tuned = Tuned(OTHER, DEFAULT, 9.0, SPLIT, 5.0, 8, {POINTERS: "wrong: error 1.0", COPIED: "OutOfResources: ..."})
+
+    def test_table(self):
+        lines = str(TuningReport([self.tuned], {problem()}, seconds=12.3)).splitlines()
+        assert len(lines) == 3
+        cells = [cell.strip() for cell in lines[1].split("  ") if cell]
+        assert cells[:1] + cells[-1:] == [str(OTHER), str(SPLIT)] and cells[-5:-1] == ["9.0", "5.0", "8", "1"]
+        assert "1 convolutions tuned in 12 s: 5.0 us together, by default 9.0" in lines[2]
+        assert "8 candidates, 1 of them wrong, 1 were in the tables" in lines[2]
+
+    def test_nothing(self):
+        assert TuningReport().summary == "no convolution was tuned"
+
+    def test_sum_counts_what_the_first_tuned_once(self):
+        both = TuningReport([self.tuned], seconds=2.0) + TuningReport(known={OTHER, problem()}, seconds=1.0)
+        assert (both.tuned, both.known, both.seconds) == ([self.tuned], {problem()}, 3.0)
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    def network(self, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+        torch.manual_seed(0)
+        convs = nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 128, 3, 2, 1, bias=False)
+        model = trained(nn.Sequential(*convs), dtype).to(memory_format=torch.channels_last)
+        return model, image(8, 64, 16, 16, dtype=dtype, channels_last=True)
+
+    @pytest.mark.parametrize("fused", [False, True], ids=["swapped", "fused"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_launches_use_what_was_tuned(self, dtype, fused, tables, monkeypatch):
+        model, x = self.network(dtype)
+        network = tritonnn.fuse(model, cuda_graph=True) if fused else model
+        generation = tuned_blocks.generation
+        with torch.no_grad():
+            expected = model.double()(x.double())
+            model.to(dtype)
+            report = tritonnn.tune(network, x)
+            assert len(report.tuned) == 2 and not report.failed and not report.known
+            assert all(t.us <= t.default_us for t in report.tuned)
+            (path,) = tables.iterdir()
+            assert path.name == tuned_blocks.file_name(torch.cuda.get_device_name())
+            assert tuned_blocks.generation > generation
+            assert {p: e.choice for p, e in tuned_blocks.read(path).items()} == {
+                t.problem: t.choice for t in report.tuned
+            }
+
+            ran = []
+            run = conv2d.run_gemm
+            monkeypatch.setattr(conv2d, "run_gemm", lambda *args: (ran.append(args[1]), run(*args)))
+            tuned_blocks.forget()  # as in another process
+            with tritonnn.swapped(model):
+                for _ in range(3):
+                    y = network(x)
+        assert ran[:2] == [t.choice for t in report.tuned]
+        tolerance = 2**-6 if dtype == torch.bfloat16 else 1e-5
+        assert float((y.double() - expected).norm() / expected.norm()) < tolerance
+
+    def test_what_is_known_is_not_tuned_again(self):
+        model, x = self.network(torch.bfloat16)
+        first = tritonnn.tune(model, x)
+        second = tritonnn.tune(model, x)
+        assert second.tuned == [] and second.known == {t.problem for t in first.tuned}
+        assert len(tritonnn.tune(model, x, again=True).tuned) == 2
+
+    def test_a_folder_that_cannot_be_written(self, tables):
+        tables.write_text("a file")
+        model, x = self.network(torch.bfloat16)
+        with pytest.warns(UserWarning, match="lost with this process"):
+            report = tritonnn.tune(model, x)
+        assert tuned_blocks.tuned_choices(0) == {t.problem: t.choice for t in report.tuned}
+
+    def test_not_in_a_capture(self):
+        model, x = self.network(torch.bfloat16)
+        with (
+            pytest.raises(RuntimeError, match="while a CUDA graph is captured"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            tritonnn.tune(model, x)
+
+    @pytest.mark.parametrize("name", PROBLEMS)
+    def test_every_candidate_is_right(self, name):
+        trial = Trial(PROBLEMS[name], torch.device(DEVICE.type, 0))
+        product = trial.product
+        default = conv2d.default_choice(product)
+        choices = candidates(trial.problem, default, conv2d.fetches_by_descriptors(product), H200)
+        like, _ = trial.check(default)
+        rejected = {}
+        for choice in choices:
+            try:
+                trial.check(choice, like)
+            except triton.runtime.errors.OutOfResources as error:
+                rejected[choice] = str(error)
+        assert len(rejected) < len(choices) / 2, rejected

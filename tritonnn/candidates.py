@@ -1,0 +1,121 @@
+"""The forms and blocks worth trying for a convolution: few, as each costs a compilation."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+from .kernels.block_sizes import DescriptorBlocks, GemmBlocks, SplitBlocks, tile
+from .kernels.implicit_gemm import pointer_blocks, spans_taps
+from .kernels.product import Choice, Problem
+
+# BLOCK_M, BLOCK_N, warps, stages
+SWAPPED_TILES = [
+    (64, 64, 4, 4),
+    (128, 64, 4, 3),
+    (256, 64, 4, 2),
+    (64, 128, 4, 4),
+    (128, 128, 4, 3),
+    (128, 128, 4, 4),
+    (128, 128, 8, 3),
+    (256, 128, 8, 3),
+    (256, 128, 8, 4),
+    (128, 256, 8, 4),
+]
+NATURAL_TILES = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3)]
+POINTER_TILES = [
+    (32, 64, 4, 4),
+    (64, 32, 4, 4),
+    (64, 64, 4, 3),
+    (64, 128, 4, 3),
+    (128, 64, 4, 3),
+    (128, 64, 4, 4),
+    (128, 128, 4, 3),
+    (128, 128, 8, 3),
+]
+SPLIT_TILES = [(16, 8), (16, 16), (16, 32), (32, 32)]
+SPLIT_SLICES = {2: [(4, 4, 4), (8, 8, 3), (4, 4, 3)], 4: [(4, 4, 3), (8, 8, 3), (8, 4, 3)]}
+"""SLICES, warps, stages; by the bytes of an element."""
+
+MOST_OF_A_FORM = 6
+MOST_BESIDE_OTHERS = 2
+MOST_SPLIT_OUTPUTS = 2**19
+
+T = TypeVar("T", bound=Sequence[int])
+
+
+class Gpu(NamedTuple):
+    """What candidates have to fit: multiprocessors, and bytes of shared memory that a program may have."""
+
+    multiprocessors: int
+    shared_memory: int
+
+
+def candidates(problem: Problem, default: Choice, descriptors: bool, gpu: Gpu) -> list[Choice]:
+    """The default first; `descriptors` says whether x can be fetched by them."""
+    choices = [default]
+    if descriptors:
+        choices += islice(_descriptors(problem, gpu), MOST_OF_A_FORM)
+    choices += islice(_split(problem, gpu), MOST_OF_A_FORM)
+    choices += islice(_pointers(problem, default, gpu), MOST_OF_A_FORM if len(choices) == 1 else MOST_BESIDE_OTHERS)
+    return list(dict.fromkeys(choices))
+
+
+def _by_waves(problem: Problem, tiles: Sequence[T], gpu: Gpu) -> list[T]:
+    """Tiles no larger than the output and the GPU need, those first that make about two programs a multiprocessor."""
+    least_n, least_m = min(tile[1] for tile in tiles), min(tile[0] for tile in tiles)
+
+    def waves(tile: T) -> float:
+        return problem.programs(tile[0], tile[1]) / gpu.multiprocessors
+
+    fitting = [
+        tile
+        for tile in tiles
+        if (tile[1] == least_n or tile[1] < 2 * problem.k // problem.groups)
+        and (tile[0] == least_m or tile[0] < 2 * problem.pixels)
+        and (tile[:2] == (least_m, least_n) or waves(tile) >= 0.5)
+    ]
+    return sorted(fitting, key=lambda tile: abs(math.log2(waves(tile) / 2)))
+
+
+def _descriptors(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
+    """Both forms for TF32 whose x is to be rounded: on the way to the product, or by a copy before it."""
+    line = 128 // problem.dtype.itemsize
+    swapped = problem.input_precision != "tf32x3"
+    forms = [(SWAPPED_TILES, True, problem.round_x)] if swapped else [(NATURAL_TILES, False, False)]
+    if swapped and problem.round_x and problem.channels_last_x:
+        forms = [(NATURAL_TILES[:3], False, False), (SWAPPED_TILES, True, True)]
+    for tiles, swapped, rounds in forms:
+        for block_m, block_n, num_warps, num_stages in _by_waves(problem, tiles, gpu):
+            rows = block_m + (block_n if swapped or problem.input_precision == "tf32" else 2 * block_n)
+            if max(num_stages * rows * 128, block_m * block_n * problem.dtype.itemsize) <= gpu.shared_memory:
+                box = tile(problem.n, *problem.output, block_m)
+                blocks = DescriptorBlocks(*box, block_n, line, swapped, num_warps, num_stages)
+                yield Choice(blocks, copies_x=rounds or not problem.channels_last_x)
+
+
+def _split(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
+    size = problem.dtype.itemsize
+    block_k = math.gcd(problem.c, 128 // size)
+    if problem.groups > 1 or block_k < 16 or problem.pixels * problem.k > MOST_SPLIT_OUTPUTS:
+        return
+    for block_m, block_n in _by_waves(problem, SPLIT_TILES, gpu)[:2]:
+        for slices, num_warps, num_stages in SPLIT_SLICES[size]:
+            shared_memory = num_stages * slices * (block_m + block_n) * block_k * size
+            if slices * block_k <= problem.reduction and shared_memory <= gpu.shared_memory:
+                yield Choice(SplitBlocks(slices, block_m, block_n, block_k, num_warps, num_stages), copies_x=False)
+
+
+def _pointers(problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
+    c, k, taps = problem.c // problem.groups, problem.k // problem.groups, problem.r * problem.s
+    size = problem.dtype.itemsize
+    usual = pointer_blocks(problem.pixels, k, c, taps, size, problem.input_precision)
+    copies_x = default.copies_x or not (problem.channels_last_x or spans_taps(c, taps) or taps == 1)
+    yield Choice(usual, copies_x)
+    if problem.input_precision == "tf32x3":  # larger tiles, held in two parts, do not fit the registers
+        tiles = [tile for tile in POINTER_TILES if tile[0] * tile[1] <= 64 * 64]
+    else:
+        tiles = POINTER_TILES
+    for block_m, block_n, num_warps, num_stages in _by_waves(problem, tiles, gpu):
+        if num_stages * (block_m + block_n) * usual.BLOCK_K * size <= gpu.shared_memory:
+            yield Choice(GemmBlocks(block_m, block_n, usual.BLOCK_K, num_warps, num_stages), copies_x)

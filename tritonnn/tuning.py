@@ -1,0 +1,270 @@
+"""Tunes the convolutions of a network for this GPU: tries forms and blocks, and keeps the fastest right ones on disk.
+
+Triton's own autotuner does not check results, and keeps none on disk where arguments are tensor descriptors.
+"""
+
+import contextlib
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from .candidates import Gpu, candidates
+from .fusion import FusedNetwork
+from .kernels import tuned_blocks
+from .kernels.conv2d import default_choice, fetches_by_descriptors, run_gemm
+from .kernels.product import Choice, Problem
+from .kernels.tuned_blocks import Entry
+from .swap import swapped
+from .trial import WORSE_THAN_DEFAULT, Trial, Wrong, operands
+
+MOST_COMPILERS = 16
+SAMPLES, FINAL_SAMPLES, FINALISTS = 2, 5, 3
+FASTER_BY = 0.98
+"""What a choice has to take of the default's time to replace it: less than that is noise."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of one problem: microseconds of GPU time, and the candidates that were wrong or did not run."""
+
+    problem: Problem
+    default: Choice
+    default_us: float
+    choice: Choice
+    us: float
+    tried: int
+    rejected: Mapping[Choice, str]
+
+    @property
+    def wrong(self) -> int:
+        return sum(reason.startswith("wrong") for reason in self.rejected.values())
+
+
+@dataclass
+class TuningReport:
+    """Printed, it is a table; `known` problems were in the tables, `failed` ones keep the default."""
+
+    tuned: list[Tuned] = field(default_factory=list)
+    known: set[Problem] = field(default_factory=set)
+    failed: dict[Problem, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __add__(self, other: "TuningReport") -> "TuningReport":
+        """Of both; what the first tuned is not counted as known to the second."""
+        before = {t.problem for t in self.tuned}
+        known = (self.known | other.known) - before
+        failed = self.failed | other.failed
+        return TuningReport([*self.tuned, *other.tuned], known, failed, self.seconds + other.seconds)
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        known = f", {len(self.known)} were in the tables" if self.known else ""
+        failed = f", {len(self.failed)} could not be" if self.failed else ""
+        if not self.tuned:
+            return f"no convolution was tuned{known}{failed}"
+        us, default_us = sum(t.us for t in self.tuned), sum(t.default_us for t in self.tuned)
+        tried, wrong = sum(t.tried for t in self.tuned), sum(t.wrong for t in self.tuned)
+        return (
+            f"{len(self.tuned)} convolutions tuned in {self.seconds:.0f} s: {us:.1f} us together, by default "
+            f"{default_us:.1f}; {tried} candidates, {wrong} of them wrong{known}{failed}"
+        )
+
+    def __str__(self) -> str:
+        rows = [("convolution", "default us", "tuned us", "tried", "wrong", "choice")]
+        rows += [
+            (str(t.problem), f"{t.default_us:.1f}", f"{t.us:.1f}", str(t.tried), str(t.wrong), str(t.choice))
+            for t in self.tuned
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if 0 < i < 5 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths))
+            )
+            for row in rows
+        ]
+        lines = lines if self.tuned else []
+        lines += [f"{problem}: {reason}" for problem, reason in self.failed.items()]
+        return "\n".join([*(line.rstrip() for line in lines), self.summary])
+
+
+def tune(
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    layers: str | Sequence[str] = "all",
+    again: bool = False,
+    progress: bool = False,
+) -> TuningReport:
+    """Times forms and blocks for the convolutions that `model(*example)` runs, and uses the fastest from then on.
+
+    Every candidate's result is checked before it is timed. What is found is kept for later processes, in the folder
+    `TRITONNN_CACHE_DIR` or else the user's cache, by GPU, Triton version, shapes and type. The model is left as it was.
+    Call it as the model will be called: under the same autocast and TF32 switches, in the same memory format.
+
+    Args:
+        model: with PyTorch's layers, which run as if swapped, with Triton's, or fused.
+        example: its input, or a tuple of its inputs, on a GPU.
+        layers: the kinds to swap, as in `swap`.
+        again: tune also what the tables know.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an unknown kind.
+        RuntimeError: in the capture of a CUDA graph, under deterministic algorithms, or without a GPU.
+    """
+    start = time.perf_counter()
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    device = _check(inputs)
+    report = TuningReport()
+    with torch.cuda.device(device):
+        problems = find_problems(model, inputs, layers)
+        report.known = set() if again else set(problems) & tuned_blocks.tuned_choices(device.index).keys()
+        todo = [problem for problem in problems if problem not in report.known]
+        with _bar(progress) as advance, torch.autocast("cuda", enabled=False):
+            jobs = _compile(todo, device, advance)
+            for problem, choices in jobs.items():
+                try:
+                    trial = Trial(problem, device)
+                    report.tuned.append(fastest(trial, choices, trial.clock))
+                except (Wrong, torch.OutOfMemoryError) as error:
+                    report.failed[problem] = str(error)
+                advance("timing", len(jobs))
+        if report.tuned:
+            _keep(report.tuned, device)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _check(inputs: tuple) -> torch.device:
+    """The GPU of the inputs, if this is the time and place for tuning."""
+    if not torch.cuda.is_available() or triton.knobs.runtime.interpret:
+        raise RuntimeError("tritonnn.tune needs a CUDA GPU: in Triton's interpreter there is nothing to tune")
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tritonnn.tune cannot run while a CUDA graph is captured: tune before")
+    if torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError("tritonnn.tune picks by time: it does not run under torch.use_deterministic_algorithms")
+    device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
+    if device.type != "cuda":
+        raise RuntimeError(f"tritonnn.tune needs its example on a CUDA GPU, got one on {device}")
+    return device
+
+
+def find_problems(model: nn.Module, inputs: tuple, layers: str | Sequence[str] = "all") -> list[Problem]:
+    """The distinct problems of one call in eval mode, with these kinds of layers swapped."""
+    training = [module for module in model.modules() if module.training]
+    fused = [module for module in model.modules() if isinstance(module, FusedNetwork) and module._graphs is not None]
+    graphs = [network._graphs for network in fused]
+    try:
+        for module in training:
+            module.training = False
+        for network in fused:
+            network._graphs = None
+        with tuned_blocks.recording() as problems, torch.no_grad(), swapped(model, layers):
+            model(*inputs)
+    finally:
+        for module in training:
+            module.training = True
+        for network, captured in zip(fused, graphs):
+            captured.clear()  # they replay what was chosen before
+            network._graphs = captured
+    return list(dict.fromkeys(problems))
+
+
+def _compile(
+    problems: Sequence[Problem], device: torch.device, advance: Callable[[str, int], None]
+) -> dict[Problem, list[Choice]]:
+    """The candidates of each problem, compiled in parallel: compilers let go of Python's lock."""
+    jobs: dict[Problem, list[Choice]] = {}
+    properties = torch.cuda.get_device_properties(device)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    gpu = Gpu(properties.multi_processor_count, shared_memory)
+
+    def run(problem: Problem, choice: Choice) -> None:
+        with torch.cuda.device(device), contextlib.suppress(Exception):  # which the trial will meet too
+            run_gemm(operands(problem, device)[0], choice)
+
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_COMPILERS)) as pool:
+        for problem in problems:
+            product, _ = operands(problem, device)
+            jobs[problem] = candidates(problem, default_choice(product), fetches_by_descriptors(product), gpu)
+        futures = [pool.submit(run, problem, choice) for problem, choices in jobs.items() for choice in choices]
+        for _ in as_completed(futures):
+            advance("compiling", len(futures))
+    torch.cuda.synchronize()
+    return jobs
+
+
+def fastest(trial: Trial, choices: Sequence[Choice], clock: Callable[[Choice], Callable[[], float]]) -> Tuned:
+    """The fastest of the right choices; the first, the default, unless another is faster by more than noise.
+
+    Raises:
+        Wrong: no choice is right.
+    """
+    default = choices[0]
+    rejected: dict[Choice, str] = {}
+    clocks: dict[Choice, Callable[[], float]] = {}
+    like, limit = None, None
+    for choice in choices:
+        try:
+            y, error = trial.check(choice, like, limit)
+            if choice == default:
+                like, limit = y, WORSE_THAN_DEFAULT * error
+            clocks[choice] = clock(choice)
+        except Wrong as error:
+            rejected[choice] = f"wrong: {error}"
+        except Exception as error:  # whatever Triton makes of it: too many registers, too much shared memory
+            if trial.device.type == "cuda":
+                torch.cuda.synchronize()  # raises where the GPU is lost
+            rejected[choice] = f"{type(error).__name__}: {error}".splitlines()[0]
+    if not clocks:
+        raise Wrong("; ".join(dict.fromkeys(rejected.values())))
+    times = {choice: min(clock() for _ in range(SAMPLES)) for choice, clock in clocks.items()}
+    final = sorted(times, key=times.__getitem__)[:FINALISTS]
+    final += [default] if default in clocks and default not in final else []
+    rounds = [[clocks[choice]() for choice in final] for _ in range(FINAL_SAMPLES)]
+    times = dict(zip(final, map(statistics.median, zip(*rounds))))
+    choice = min(times, key=times.__getitem__)
+    if default in times and times[choice] > FASTER_BY * times[default]:
+        choice = default
+    return Tuned(
+        trial.problem, default, times.get(default, float("nan")), choice, times[choice], len(choices), rejected
+    )
+
+
+def _keep(tuned: Sequence[Tuned], device: torch.device) -> None:
+    entries = {t.problem: Entry(t.choice, t.us, t.default_us) for t in tuned}
+    path = tuned_blocks.cache_folder() / tuned_blocks.file_name(torch.cuda.get_device_name(device))
+    tuned_blocks.forget()
+    try:
+        tuned_blocks.add(path, entries)
+    except OSError as error:
+        warnings.warn(f"tritonnn: what was tuned is lost with this process: {error}", stacklevel=3)
+    tuned_blocks.tuned_choices(device.index).update((problem, entry.choice) for problem, entry in entries.items())
+
+
+@contextlib.contextmanager
+def _bar(shown: bool) -> Iterator[Callable[[str, int], None]]:
+    """Gives what advances the named bar by one of so many steps."""
+    if not shown:
+        yield lambda name, total: None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        tasks = {}
+
+        def advance(name: str, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(f"Convolutions, {name}", total=total)
+            progress.advance(tasks[name])
+
+        yield advance
