@@ -68,9 +68,12 @@ def _power_of_2(size: int, least: int, most: int) -> int:
 
 
 @functools.lru_cache
-def elementwise_block(numel: int) -> int:
-    """Elements a program of an element-wise kernel owns."""
-    return _power_of_2(numel, 1, INTERPRETER_TILE) if triton.knobs.runtime.interpret else 2048
+def elementwise_block(numel: int, element_size: int) -> int:
+    """Elements a program of an element-wise kernel owns.
+
+    4 KB: on an H200 float32 takes 135 us with 8 KB, 129 with 4 KB, as a copy does (2^26 elements).
+    """
+    return _power_of_2(numel, 1, INTERPRETER_TILE) if triton.knobs.runtime.interpret else 4096 // element_size
 
 
 @functools.lru_cache

@@ -15,7 +15,9 @@ from .dependent_launch import dependent_launch, start_successor, wait_for_predec
 from .operator import register
 
 MOST_OUTPUTS = 64
-"""Every image's program reads all weights: with more outputs a matrix product is the better tool."""
+"""Every image's program reads all weights: with more outputs a matrix product is the better tool,"""
+MOST_IMAGES = 128
+"""and with more images (H200, 1,024 of 512 channels: 27 us for 9)."""
 
 
 @triton.jit
@@ -26,12 +28,12 @@ def pooled_linear_forward_kernel(
     y_ptr,
     PIXELS,
     W,
-    C,
-    K,
     x_stride_n,
     x_stride_c,
     x_stride_h,
     x_stride_w,
+    C: tl.constexpr,
+    K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
@@ -44,8 +46,10 @@ def pooled_linear_forward_kernel(
     k = tl.arange(0, BLOCK_K)
     wait_for_predecessor(DEPENDENT)
     y = tl.full((BLOCK_K,), 0, ACC)
-    for first_c in range(0, C, BLOCK_C):
+    for first_c in tl.static_range(0, C, BLOCK_C):
         c = first_c + tl.arange(0, BLOCK_C)
+        mask = (k < K)[:, None] & (c < C)[None, :]
+        weight = tl.load(weight_ptr + k[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)  # [BLOCK_K, BLOCK_C]
         total = tl.full((BLOCK_C,), 0, ACC)
         for first in range(0, PIXELS, BLOCK_M):
             pixel = first + tl.arange(0, BLOCK_M)
@@ -53,8 +57,6 @@ def pooled_linear_forward_kernel(
             mask = (pixel < PIXELS)[:, None] & (c < C)[None, :]
             x_ptrs = x_ptr + n * x_stride_n + offs[:, None] + (c.to(tl.int64) * x_stride_c)[None, :]
             total += tl.sum(tl.load(x_ptrs, mask=mask, other=0.0).to(ACC), 0)
-        mask = (k < K)[:, None] & (c < C)[None, :]
-        weight = tl.load(weight_ptr + k[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)  # [BLOCK_K, BLOCK_C]
         y += tl.sum(weight * (total / PIXELS)[None, :], 1)
     start_successor(DEPENDENT)
     if HAS_BIAS:
@@ -80,14 +82,14 @@ def _launch(x, weight, bias) -> torch.Tensor:
         y,
         H * W,
         W,
+        *x.stride(),
         C,
         K,
-        *x.stride(),
         HAS_BIAS=bias is not None,
         **dependent_launch(x),
         ACC=accumulator(x.dtype),
         BLOCK_M=16,
-        BLOCK_C=512 if K <= 16 else 128,
+        BLOCK_C=min(triton.next_power_of_2(C), 512 if K <= 16 else 128),
         BLOCK_K=triton.next_power_of_2(max(K, 16)),
         num_warps=8,
     )

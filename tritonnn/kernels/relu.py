@@ -27,7 +27,7 @@ def relu_forward_kernel(x_ptr, y_ptr, numel, ACC: tl.constexpr, BLOCK: tl.conste
 
 def _run(x: torch.Tensor, y: torch.Tensor) -> None:
     if x.numel() > 0:
-        block = elementwise_block(x.numel())
+        block = elementwise_block(x.numel(), x.element_size())
         relu_forward_kernel[(ceil_div(x.numel(), block),)](x, y, x.numel(), ACC=accumulator(x.dtype), BLOCK=block)
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import accumulator, dot, index_type, round_to, round_to_tf32, split_to_tf32
+from .arithmetic import accumulator, add, dot, index_type, round_to, round_to_tf32, split_to_tf32
 from .block_sizes import SplitBlocks, ceil_div
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .epilogue import Epilogue
@@ -76,7 +76,7 @@ def split_product(
             # Two chains of products: the small ones may all be added up in the tensor core, whose sums are truncated.
             small = tl.dot(x_low, weight_high, small, input_precision="tf32")
             small = tl.dot(x_high, weight_low, small, input_precision="tf32")
-            acc += tl.dot(x_high, weight_high, input_precision="tf32")
+            acc = add(acc, tl.dot(x_high, weight_high, input_precision="tf32"))
         else:
             if ROUND_X:
                 x = round_to_tf32(x)

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..kernels.conv2d import conv2d_fused, conv2d_with_shortcut, pack_weight, takes_shortcut
-from ..kernels.pooled_linear import MOST_OUTPUTS, pooled_linear
+from ..kernels.pooled_linear import MOST_IMAGES, MOST_OUTPUTS, pooled_linear
 from ..kernels.window import output_size
 from ..precision import (
     autocast,
@@ -310,7 +310,7 @@ class FusedPooledLinear(FusedLinear):
         """Whether the kernel takes x and does all that there is to do."""
         if x.dim() != 4 or self.sums is not None or self.relu or self.weight.shape[0] > MOST_OUTPUTS:
             return False
-        if x.shape[1] != self.weight.shape[1] or x.numel() == 0:
+        if x.shape[1] != self.weight.shape[1] or not 0 < x.shape[0] <= MOST_IMAGES or x.numel() == 0:
             return False
         if reason_to_fall_back(x, self.weight) or self._reason_to_fall_back_types(x):
             return False
