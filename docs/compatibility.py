@@ -1,7 +1,7 @@
 """Writes compatibility.md from compatibility_table.py and the results of the tests that it names.
 
     python docs/compatibility.py                        # runs those tests
-    python docs/compatibility.py --junit results.xml    # takes a run's: pytest --junit-xml results.xml, on this machine
+    python docs/compatibility.py --junit *.xml          # takes those of runs: pytest --junit-xml a.xml, on this machine
 
 Exits with 1, and writes nothing, where a test of the table is missing, failed, or was skipped without a reason.
 """
@@ -119,14 +119,14 @@ def run_tests(junit: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--junit", type=Path, help="results of a run of the tests, instead of a new one")
-    junit = parser.parse_args().junit
+    parser.add_argument("--junit", nargs="+", type=Path, help="results of runs of the tests, instead of a new one")
+    runs = parser.parse_args().junit
     with tempfile.TemporaryDirectory() as folder:
-        if junit is None:
-            junit = Path(folder) / "results.xml"
-            run_tests(junit)
+        if runs is None:
+            runs = [Path(folder) / "results.xml"]
+            run_tests(*runs)
         try:
-            PAGE.write_text(page(results_of(junit), where()))
+            PAGE.write_text(page({case: result for run in runs for case, result in results_of(run).items()}, where()))
         except (ValueError, FileNotFoundError, ElementTree.ParseError) as error:
             sys.exit(str(error))
 

@@ -23,7 +23,7 @@ CONV, NORM, LINEAR, RELU = "test_conv2d", "test_batch_norm2d", "test_linear", "t
 MAX, AVG, SUITES, OPERATORS = "test_max_pool2d", "test_avg_pool2d", "test_pytorch_suites", "test_operators"
 SWAP, ECOSYSTEM, TRAINING, NETWORKS = "test_swap", "test_ecosystem", "test_training", "test_networks"
 LARGE, PRECISION, FORMS = "test_large_tensors", "test_precision", "test_conv2d_forms"
-COMPILERS, MODES = "test_compilers", "test_modes"
+COMPILERS, MODES, LATENCY = "test_compilers", "test_modes", "test_latency"
 
 SECTIONS: dict[str, list[Row]] = {
     "Conv2d": [
@@ -371,7 +371,7 @@ SECTIONS: dict[str, list[Row]] = {
     "Compilers and tracers": [
         row("`torch.compile(fullgraph=True)`", YES, f"{OPERATORS}::test_compiles_without_graph_breaks"),
         row("the same with inductor", YES, f"{COMPILERS}::test_inductor_compiles_without_graph_breaks"),
-        row("compiled is no slower than eager", YES, f"{COMPILERS}::test_compiled_is_no_slower_than_eager"),
+        row("compiled is no slower than eager", YES, f"{LATENCY}::test_compiled_is_no_slower_than_eager"),
         row(
             "a fallback inside compiled code",
             YES,

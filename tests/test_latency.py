@@ -1,4 +1,4 @@
-"""Recording a network's calls and timing them."""
+"""Recording a network's calls and timing them: on a GPU that nothing else uses meanwhile."""
 
 import time
 
@@ -7,6 +7,7 @@ import torch
 from compare import DEVICE, image
 from torch import nn
 
+from lit_modules.resnet import ResNet18
 from tritonnn import kind_of, swap
 from tritonnn.latency import LayerCall, record_calls, time_alternately, time_layers, time_networks, twin
 
@@ -201,3 +202,16 @@ class TestOnAGpu:
         rows = time_layers(model, images(), budget_s=0.02)
         assert all(side.device_clock == "CUDA graph" for row in rows for side in (row.pytorch, row.triton))
         assert [kind_of(model.get_submodule(row.call.name)) for row in rows] == [row.call.kind for row in rows]
+
+
+@pytest.mark.gpu
+def test_compiled_is_no_slower_than_eager():
+    model = ResNet18().eval().requires_grad_(False).to(DEVICE)
+    swap(model, strict=True)
+    torch._dynamo.reset()
+    compiled_model = torch.compile(model, fullgraph=True)
+    x = image(1024, 3, 32, 32)  # so that the GPU is waited for, not the launches: those of compiled code cost more
+    torch.testing.assert_close(compiled_model(x), model(x), rtol=1e-4, atol=1e-4)
+    eager, compiled = time_alternately([lambda: model(x), lambda: compiled_model(x)], DEVICE, budget_s=1.0)
+    assert compiled.eager.median <= 1.1 * eager.eager.median
+    assert compiled.device.median <= 1.1 * eager.device.median
