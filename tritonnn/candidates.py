@@ -34,8 +34,8 @@ POINTER_TILES = [
     (128, 128, 8, 3),
 ]
 SPLIT_TILES = [(16, 8), (16, 16), (16, 32), (32, 32)]
-SPLIT_SLICES = {2: [(4, 4, 4), (8, 8, 3), (4, 4, 3)], 4: [(4, 4, 3), (8, 8, 3), (8, 4, 3)]}
-"""SLICES, warps, stages; by the bytes of an element."""
+SPLIT_SLICES = [(4, 4, 4), (8, 8, 3), (8, 8, 5), (4, 4, 6)]
+"""SLICES, warps, stages."""
 
 MOST_OF_A_FORM = 6
 MOST_BESIDE_OTHERS = 2
@@ -56,7 +56,7 @@ def candidates(problem: Problem, default: Choice, descriptors: bool, gpu: Gpu) -
     choices = [default]
     if descriptors:
         choices += islice(_descriptors(problem, gpu), MOST_OF_A_FORM)
-    choices += islice(_split(problem, gpu), MOST_OF_A_FORM)
+    choices += _split(problem, gpu)
     choices += islice(_pointers(problem, default, gpu), MOST_OF_A_FORM if len(choices) == 1 else MOST_BESIDE_OTHERS)
     return list(dict.fromkeys(choices))
 
@@ -100,7 +100,7 @@ def _split(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
     if problem.groups > 1 or block_k < 16 or problem.pixels * problem.k > MOST_SPLIT_OUTPUTS:
         return
     for block_m, block_n in _by_waves(problem, SPLIT_TILES, gpu)[:2]:
-        for slices, num_warps, num_stages in SPLIT_SLICES[size]:
+        for slices, num_warps, num_stages in SPLIT_SLICES:
             shared_memory = num_stages * slices * (block_m + block_n) * block_k * size
             if slices * block_k <= problem.reduction and shared_memory <= gpu.shared_memory:
                 yield Choice(SplitBlocks(slices, block_m, block_n, block_k, num_warps, num_stages), copies_x=False)
