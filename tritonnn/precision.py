@@ -6,6 +6,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampe
 
 import torch
 
+CONVOLUTION, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 TINY_REDUCTION, SHORT_REDUCTION = 32, 256
 
 
@@ -26,9 +27,19 @@ def _input_precision(x: torch.Tensor, reduction: int, allow_tf32: bool) -> str:
     return "tf32" if allow_tf32 and reduction > SHORT_REDUCTION else "tf32x3"
 
 
+def convolutions_in_tf32() -> bool:
+    """As `torch.backends.cudnn` says."""
+    return CONVOLUTION.fp32_precision == "tf32"
+
+
+def matmuls_in_tf32() -> bool:
+    """As `torch.backends.cuda.matmul` says."""
+    return MATMUL.fp32_precision == "tf32"
+
+
 def convolution_input_precision(x: torch.Tensor, reduction: int) -> str:
-    """For a convolution of x with filters of `reduction` weights, as `torch.backends.cudnn` says."""
-    return _input_precision(x, reduction, torch.backends.cudnn.conv.fp32_precision == "tf32")
+    """For a convolution of x with filters of `reduction` weights."""
+    return _input_precision(x, reduction, convolutions_in_tf32())
 
 
 def convolution_allows_tf32(x: torch.Tensor) -> bool:
@@ -37,8 +48,8 @@ def convolution_allows_tf32(x: torch.Tensor) -> bool:
 
 
 def matmul_input_precision(x: torch.Tensor, reduction: int) -> str:
-    """For a matrix product of x along `reduction` elements, as `torch.backends.cuda.matmul` says."""
-    return _input_precision(x, reduction, torch.backends.cuda.matmul.fp32_precision == "tf32")
+    """For a matrix product of x along `reduction` elements."""
+    return _input_precision(x, reduction, matmuls_in_tf32())
 
 
 def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

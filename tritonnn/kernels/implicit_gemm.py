@@ -17,6 +17,7 @@ import triton.language as tl
 from .arithmetic import accumulator, add_rounded_dot, add_split_dot, dot, index_type, round_to, round_to_tf32
 from .block_sizes import FLUSH_STEPS, ceil_div, gemm_blocks
 from .epilogue import Epilogue
+from .launch_plan import launch
 
 
 @triton.jit
@@ -190,7 +191,9 @@ def implicit_gemm(
     span_taps = spans_taps(C, R * S)
     blocks = gemm_blocks(M, K, R * S * C if span_taps else C, x.element_size(), input_precision)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N) * groups,)
-    implicit_gemm_forward_kernel[grid](
+    launch(
+        implicit_gemm_forward_kernel,
+        grid,
         x,
         weight,
         *epilogue[:3],

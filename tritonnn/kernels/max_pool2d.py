@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .arithmetic import accumulator, index_type
 from .block_sizes import ceil_div, pixel_blocks
+from .launch_plan import launch
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
 from .window import output_size
@@ -122,7 +123,9 @@ def _launch(
     M = N * P * Q
     blocks = pixel_blocks(M, P * Q, C, channels_last)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
-    max_pool2d_forward_kernel[grid](
+    launch(
+        max_pool2d_forward_kernel,
+        grid,
         x,
         y,
         indices,

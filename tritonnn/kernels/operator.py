@@ -1,43 +1,42 @@
 """Registers launchers as PyTorch operators, `torch.ops.tritonnn.<name>`, so that autograd and compilers see them."""
 
-import functools
 import threading
 from collections.abc import Callable
 
 import torch
 import triton
 
+from .launch_plan import TENSORS, describe, planned
+
 LIBRARY = torch.library.Library("tritonnn", "DEF")
-PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
-CONSTANTS = (tuple, int, float, bool, str)
+PLAIN = (*TENSORS, type(None))
 INTERPRETER = threading.RLock()  # Triton's interpreter replaces the functions of triton.language while a kernel runs
 
 
-def _on_current_device(launch: Callable) -> Callable:
+def _on_current_device(run: Callable) -> Callable:
     """Triton launches on the current GPU: makes it the one of the first argument."""
 
-    @functools.wraps(launch)
-    def guarded(x: torch.Tensor, *args):
-        if x.device.index == torch.cuda.current_device():
-            return launch(x, *args)
-        with torch.cuda.device(x.device):
-            return launch(x, *args)
+    def guarded(args: tuple, described: tuple | None) -> object:
+        index = args[0].get_device()
+        if index == torch.cuda.current_device():
+            return run(args, described)
+        with torch.cuda.device(index):
+            return run(args, described)
 
     return guarded
 
 
-def _in_interpreter(launch: Callable) -> Callable:
+def _in_interpreter(run: Callable) -> Callable:
     """CPU tensors: only Triton's interpreter can run a kernel on them."""
 
-    @functools.wraps(launch)
-    def checked(x: torch.Tensor, *args):
+    def checked(args: tuple, described: tuple | None) -> object:
         if not triton.knobs.runtime.interpret:
             raise RuntimeError(
                 "tritonnn: CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before tritonnn is imported, "
                 "or move the module and its input to a GPU"
             )
         with INTERPRETER:
-            return launch(x, *args)
+            return run(args, described)
 
     return checked
 
@@ -71,26 +70,31 @@ def _differentiable_by_transforms(op: Callable, setup_context: Callable, backwar
     return Transformable.apply
 
 
-def _shortest_way(direct: dict[str, Callable], op: Callable, transformed: Callable) -> Callable:
-    """Calls `direct` where nobody watches, which saves the time of PyTorch's dispatcher; `op` where somebody may.
+def _shortest_way(on_gpu: Callable, on_cpu: Callable, op: Callable, transformed: Callable) -> Callable:
+    """Runs the kernel where nobody watches, which saves the time of PyTorch's dispatcher; `op` where somebody may.
 
     Watchers are autograd, compilers, tracers, the transforms of torch.func (which call `transformed`), and modes and
     subclasses of tensors that see the operators called.
     """
 
-    def call(x: torch.Tensor, *args):
+    def call(*args):
         if torch._C._are_functorch_transforms_active():
-            return transformed(x, *args)
-        watched = (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
+            return transformed(*args)
+        if (
+            torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
-            or torch.jit.is_tracing()
-            or x.device.type not in direct
-            or not all(type(t) in PLAIN or type(t) in CONSTANTS for t in (x, *args))
-        )
-        return op(x, *args) if watched else direct[x.device.type](x, *args)
+            or torch._C._is_tracing()
+        ):
+            return op(*args)
+        described = describe(args, torch.is_grad_enabled())
+        if described is not None:
+            x = args[0]
+            if x.is_cuda:
+                return on_gpu(args, described)
+            if x.is_cpu:
+                return on_cpu(args, described)
+        return op(*args)
 
     return call
 
@@ -101,23 +105,26 @@ def register(
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    state: Callable[[], object] | None = None,
 ) -> Callable:
     """Defines the operator `schema` and returns what calls it.
 
     `launch` computes it with a Triton kernel, `fake` allocates its outputs only; `setup_context` and `backward` are
-    those of `torch.library.register_autograd`, which are also those of a `torch.autograd.Function`.
+    those of `torch.library.register_autograd`, which are also those of a `torch.autograd.Function`. `state()` is what
+    `launch` decides by besides its arguments.
     """
     name = schema.partition("(")[0]
+    run = planned(launch, state)
+    on_gpu, on_cpu = _on_current_device(run), _in_interpreter(run)
     LIBRARY.define(schema)
-    LIBRARY.impl(name, _on_current_device(launch), "CUDA")
-    LIBRARY.impl(name, _in_interpreter(launch), "CPU")
+    LIBRARY.impl(name, lambda *args: on_gpu(args, describe(args)), "CUDA")
+    LIBRARY.impl(name, lambda *args: on_cpu(args, describe(args)), "CPU")
     torch.library.register_fake(f"tritonnn::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.tritonnn, name).default
     if "(a!" in schema:  # only the dispatcher counts that a tensor was overwritten
         return op
-    direct = {"cuda": _on_current_device(launch), "cpu": _in_interpreter(launch)}
     if backward is None:
-        return _shortest_way(direct, op, op)
+        return _shortest_way(on_gpu, on_cpu, op, op)
     torch.library.register_vmap(f"tritonnn::{name}", each_example(op), lib=LIBRARY)
     torch.library.register_autograd(f"tritonnn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return _shortest_way(direct, op, _differentiable_by_transforms(op, setup_context, backward))
+    return _shortest_way(on_gpu, on_cpu, op, _differentiable_by_transforms(op, setup_context, backward))

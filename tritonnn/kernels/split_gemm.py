@@ -14,6 +14,7 @@ import triton.language as tl
 from .arithmetic import accumulator, dot, index_type, round_to, round_to_tf32, split_to_tf32
 from .block_sizes import SplitBlocks, ceil_div
 from .epilogue import Epilogue
+from .launch_plan import launch
 
 
 @triton.jit
@@ -149,7 +150,9 @@ def split_gemm(
     K, P, Q = y.shape[1:]
     M = N * P * Q
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N),)
-    split_gemm_forward_kernel[grid](
+    launch(
+        split_gemm_forward_kernel,
+        grid,
         x,
         weight,
         *epilogue[:3],
