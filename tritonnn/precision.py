@@ -63,3 +63,18 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tenso
         return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
 
     return tuple(cast(t) for t in (x, *others))
+
+
+def autocast_state() -> tuple | None:
+    """What `autocast` depends on besides its arguments."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    return tuple((torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in ("cuda", "cpu"))
+
+
+def convolution_state() -> tuple:
+    return convolutions_in_tf32(), autocast_state()
+
+
+def matmul_state() -> tuple:
+    return matmuls_in_tf32(), autocast_state()

@@ -4,7 +4,7 @@ The first call with arguments of a new kind (`describe`) runs the launcher, and 
 later calls allocate and launch the same with their own addresses. A launcher that also computes with PyTorch's
 operators, a copy of an input say, has no plan and runs at every call.
 
-A launcher decides by what `describe` tells and by the state that `planned` is given, by nothing else.
+What has plans decides by what `describe` tells and by the state that `Plans` is given, by nothing else.
 """
 
 import threading
@@ -14,13 +14,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MOST_PLANS = 4096
 """Kinds of arguments an operator remembers."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
-CONSTANTS = (int, float, bool, str, type(None))
+CONSTANTS = (int, float, bool, str, type, type(None))
 ALLOCATIONS = (
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -29,6 +30,7 @@ ALLOCATIONS = (
     torch.ops.aten.new_empty_strided.default,
 )
 UNSEEN = object()
+current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 # That of compiled code, which does not ask the dispatcher.
 empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
@@ -75,34 +77,39 @@ def describe(args: tuple, grad: bool = False) -> tuple[tuple, list[int]] | None:
     return tuple(kind), addresses
 
 
-def planned(launcher: Callable, state: Callable[[], object] | None = None) -> Callable:
-    """run(args, described), which is launcher(*args), by plan for arguments whose kind was seen before.
+class Plans:
+    """What a function did for the kinds of arguments that it was called with; `state()` is what else it decides by."""
 
-    `described` is `describe(args)`; `state()` is what else the launcher decides by.
-    """
-    plans: dict[tuple, _Plan | None] = {}
+    def __init__(self, state: Callable[[], object] | None = None) -> None:
+        self.plans: dict[tuple, _Plan | None] = {}
+        self.state = state
 
-    def run(args: tuple, described: tuple[tuple, list[int]] | None) -> object:
-        if described is None:
-            return launcher(*args)
+    def run(self, described: tuple[tuple, list[int]], args: tuple, function: Callable, *function_args) -> object:
+        """function(*function_args), by plan where the kind of `args`, all that it depends on, was seen before.
+
+        `described` is `describe(args)`.
+        """
+        if LOCAL.recording is not None:
+            return function(*function_args)
         kind, addresses = described
-        if state is not None:
-            kind = kind, state()
-        plan = plans.get(kind, UNSEEN)
+        if self.state is not None:
+            kind = kind, self.state()
+        try:
+            plan = self.plans.get(kind, UNSEEN)
+        except TypeError:  # a tuple of what has no hash
+            plan = None
         if plan is None:
-            return launcher(*args)
+            return function(*function_args)
         if plan is not UNSEEN:
             return plan(addresses)
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if not _can_record() or _overlap(tensors):
-            return launcher(*args)
-        result, plan = _record(launcher, args, tensors)
-        if len(plans) >= MOST_PLANS:
-            plans.clear()
-        plans[kind] = plan
+            return function(*function_args)
+        result, plan = _record(tensors, function, *function_args)
+        if len(self.plans) >= MOST_PLANS:
+            self.plans.clear()
+        self.plans[kind] = plan
         return result
-
-    return run
 
 
 class _Box(NamedTuple):
@@ -146,6 +153,12 @@ class _Plan:
 
     def __call__(self, addresses: list[int]) -> object:
         """For tensors at these addresses; the list is overwritten."""
+        if self.device is not None and self.device != current_device():
+            with torch.cuda.device(self.device):
+                return self.replay(addresses)
+        return self.replay(addresses)
+
+    def replay(self, addresses: list[int]) -> object:
         created = []
         for allocation in self.allocations:
             y = self.empty(*allocation)
@@ -240,13 +253,13 @@ class _Recording(TorchDispatchMode):
         return None
 
 
-def _record(launcher: Callable, args: tuple, tensors: list[torch.Tensor]) -> tuple[object, _Plan | None]:
-    """launcher(*args), and the plan to do that again if there can be one."""
+def _record(tensors: list[torch.Tensor], function: Callable, *args) -> tuple[object, _Plan | None]:
+    """function(*args), and the plan to do that again if there can be one."""
     recording = _Recording(tensors)
     LOCAL.recording = recording
     try:
         with recording:
-            results = launcher(*args)
+            results = function(*args)
     finally:
         LOCAL.recording = None
     return results, recording.plan(results)
@@ -272,6 +285,18 @@ def _overlap(tensors: list[torch.Tensor]) -> bool:
     """Whether an address may belong to two of them."""
     memories = sorted((m.start, m.stop) for m in map(_memory, tensors) if m)
     return any(first[1] > second[0] for first, second in zip(memories, memories[1:]))
+
+
+def unwatched() -> bool:
+    """Whether nobody wants to see which operators run: compilers, tracers, transforms, forward mode, modes."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_dispatch_stack() and LOCAL.recording is None)
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _can_record() -> bool:

@@ -1,42 +1,44 @@
 """Registers launchers as PyTorch operators, `torch.ops.tritonnn.<name>`, so that autograd and compilers see them."""
 
+import functools
 import threading
 from collections.abc import Callable
 
 import torch
 import triton
 
-from .launch_plan import TENSORS, describe, planned
+from .launch_plan import TENSORS, Plans, describe, unwatched
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
 PLAIN = (*TENSORS, type(None))
 INTERPRETER = threading.RLock()  # Triton's interpreter replaces the functions of triton.language while a kernel runs
 
 
-def _on_current_device(run: Callable) -> Callable:
+def _on_current_device(launch: Callable) -> Callable:
     """Triton launches on the current GPU: makes it the one of the first argument."""
 
-    def guarded(args: tuple, described: tuple | None) -> object:
-        index = args[0].get_device()
-        if index == torch.cuda.current_device():
-            return run(args, described)
-        with torch.cuda.device(index):
-            return run(args, described)
+    @functools.wraps(launch)
+    def guarded(x: torch.Tensor, *args):
+        if x.device.index == torch.cuda.current_device():
+            return launch(x, *args)
+        with torch.cuda.device(x.device):
+            return launch(x, *args)
 
     return guarded
 
 
-def _in_interpreter(run: Callable) -> Callable:
+def _in_interpreter(launch: Callable) -> Callable:
     """CPU tensors: only Triton's interpreter can run a kernel on them."""
 
-    def checked(args: tuple, described: tuple | None) -> object:
+    @functools.wraps(launch)
+    def checked(x: torch.Tensor, *args):
         if not triton.knobs.runtime.interpret:
             raise RuntimeError(
                 "tritonnn: CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before tritonnn is imported, "
                 "or move the module and its input to a GPU"
             )
         with INTERPRETER:
-            return run(args, described)
+            return launch(x, *args)
 
     return checked
 
@@ -70,7 +72,7 @@ def _differentiable_by_transforms(op: Callable, setup_context: Callable, backwar
     return Transformable.apply
 
 
-def _shortest_way(on_gpu: Callable, on_cpu: Callable, op: Callable, transformed: Callable) -> Callable:
+def _shortest_way(plans: Plans, on_gpu: Callable, on_cpu: Callable, op: Callable, transformed: Callable) -> Callable:
     """Runs the kernel where nobody watches, which saves the time of PyTorch's dispatcher; `op` where somebody may.
 
     Watchers are autograd, compilers, tracers, the transforms of torch.func (which call `transformed`), and modes and
@@ -78,25 +80,29 @@ def _shortest_way(on_gpu: Callable, on_cpu: Callable, op: Callable, transformed:
     """
 
     def call(*args):
-        if torch._C._are_functorch_transforms_active():
+        if unwatched():
+            described = describe(args, torch.is_grad_enabled())
+            if described is not None:
+                x = args[0]
+                if x.is_cuda:
+                    return plans.run(described, args, on_gpu, *args)
+                if x.is_cpu:
+                    return plans.run(described, args, on_cpu, *args)
+        elif torch._C._are_functorch_transforms_active():
             return transformed(*args)
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._is_tracing()
-        ):
-            return op(*args)
-        described = describe(args, torch.is_grad_enabled())
-        if described is not None:
-            x = args[0]
-            if x.is_cuda:
-                return on_gpu(args, described)
-            if x.is_cpu:
-                return on_cpu(args, described)
         return op(*args)
 
     return call
+
+
+def _by_plan(plans: Plans, launch: Callable) -> Callable:
+    """The operator's kernel for PyTorch's dispatcher."""
+
+    def kernel(*args):
+        described = describe(args)
+        return launch(*args) if described is None else plans.run(described, args, launch, *args)
+
+    return kernel
 
 
 def register(
@@ -114,17 +120,14 @@ def register(
     `launch` decides by besides its arguments.
     """
     name = schema.partition("(")[0]
-    run = planned(launch, state)
-    on_gpu, on_cpu = _on_current_device(run), _in_interpreter(run)
+    plans, on_gpu, on_cpu = Plans(state), _on_current_device(launch), _in_interpreter(launch)
     LIBRARY.define(schema)
-    LIBRARY.impl(name, lambda *args: on_gpu(args, describe(args)), "CUDA")
-    LIBRARY.impl(name, lambda *args: on_cpu(args, describe(args)), "CPU")
+    LIBRARY.impl(name, _by_plan(plans, on_gpu), "CUDA")
+    LIBRARY.impl(name, _by_plan(plans, on_cpu), "CPU")
     torch.library.register_fake(f"tritonnn::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.tritonnn, name).default
-    if "(a!" in schema:  # only the dispatcher counts that a tensor was overwritten
-        return op
     if backward is None:
-        return _shortest_way(on_gpu, on_cpu, op, op)
+        return _shortest_way(plans, on_gpu, on_cpu, op, op)
     torch.library.register_vmap(f"tritonnn::{name}", each_example(op), lib=LIBRARY)
     torch.library.register_autograd(f"tritonnn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return _shortest_way(on_gpu, on_cpu, op, _differentiable_by_transforms(op, setup_context, backward))
+    return _shortest_way(plans, on_gpu, on_cpu, op, _differentiable_by_transforms(op, setup_context, backward))

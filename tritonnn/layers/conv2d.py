@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..kernels.conv2d import conv2d
-from ..precision import autocast
-from .layer import TritonLayer, batched, pair, reason_to_fall_back_image, windows_fit
+from ..precision import autocast, convolution_state
+from .layer import TritonLayer, batched, by_plan, pair, parameters, reason_to_fall_back_image, windows_fit
 
 
 class TritonConv2d(TritonLayer, nn.Conv2d):
@@ -16,6 +16,21 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
     `torch.backends.cudnn` allows it) or float64. Falls back to PyTorch for other types.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
     """
+
+    @by_plan(
+        lambda self: (
+            *parameters(self),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.padding_mode,
+            self._reversed_padding_repeated_twice,
+        ),
+        convolution_state,
+    )
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if input.numel() == 0 or weight.numel() == 0:  # nothing to compute but PyTorch's strides and errors

@@ -1,11 +1,14 @@
 """What every Triton layer has in common: which inputs its kernel takes, and PyTorch's own op for the others."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
+from ..kernels.launch_plan import Plans, describe, unwatched
 from ..kernels.operator import PLAIN
 from ..kernels.window import output_size
 
@@ -36,6 +39,37 @@ class TritonLayer:
         else:
             self.fallbacks[reason] += 1
         return y
+
+
+def by_plan(attributes: Callable[[TritonLayer], tuple], state: Callable[[], object] | None = None) -> Callable:
+    """Decorates a layer's forward(x) that computes nothing but one kernel's result (see launch_plan.py).
+
+    `attributes(layer)` are the tensors and constants of the layer that it depends on, `state()` all the rest.
+    """
+
+    def decorate(forward: Callable) -> Callable:
+        plans = Plans(state)
+
+        @functools.wraps(forward)
+        def planned(self: TritonLayer, input: torch.Tensor) -> torch.Tensor:
+            if unwatched():
+                args = (input, type(self), *attributes(self))
+                described = describe(args, torch.is_grad_enabled())
+                if described is not None:
+                    return plans.run(described, args, forward, self, input)
+            return forward(self, input)
+
+        return planned
+
+    return decorate
+
+
+def parameters(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias; attributes of a module that are parameters are slow to ask for."""
+    try:
+        return layer._parameters["weight"], layer._parameters["bias"]
+    except KeyError:
+        return layer.weight, layer.bias
 
 
 def reason_to_fall_back(

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ..kernels.linear import linear
-from ..precision import autocast
-from .layer import TritonLayer, reason_to_fall_back
+from ..precision import autocast, matmul_state
+from .layer import TritonLayer, by_plan, parameters, reason_to_fall_back
 
 
 class TritonLinear(TritonLayer, nn.Linear):
@@ -18,6 +18,7 @@ class TritonLinear(TritonLayer, nn.Linear):
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html
     """
 
+    @by_plan(parameters, matmul_state)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x, weight, bias = autocast(input, self.weight, self.bias)
         reason = reason_to_fall_back(x, weight, bias)
