@@ -16,6 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 from twins import assert_same, images, twins
 
+import tritonnn
 from tritonnn.kernels import avg_pool2d, batch_norm2d, conv2d, launch_plan, linear, max_pool2d, relu
 from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.launch_plan import Plans, describe, launch
@@ -437,3 +438,61 @@ def test_numbers_seen_as_their_negatives():
     assert x.is_neg()
     with torch.no_grad():
         torch.testing.assert_close(swapped[7](x), pytorch[7](x))
+
+
+def test_momentum_of_a_layer_that_counts_no_batches(replays):
+    """Nothing but kernels runs then, in training too."""
+    pytorch, swapped = twins(training=True)
+    for momentum in (0.1, 0.5, 0.9):
+        x = images(4)
+        for layer in (pytorch[1], swapped[1]):
+            layer.num_batches_tracked, layer.momentum = None, momentum
+            with torch.no_grad():
+                layer(x.repeat(1, 3, 1, 1)[:, :8])
+        assert_same(list(swapped[1].buffers()), list(pytorch[1].buffers()))
+
+
+class Narrow(tritonnn.TritonConv2d):
+    channels = 4
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input[:, : self.channels], weight[:, : self.channels].contiguous(), bias)
+
+
+def test_subclasses_may_depend_on_more(replays):
+    layer, x = Narrow(4, 3, 1, device=DEVICE), image(1, 4, 3, 3)
+    with torch.no_grad():
+        for layer.channels in (4, 4, 2, 2, 4):
+            expected = torch.nn.functional.conv2d(x[:, : layer.channels], layer.weight[:, : layer.channels], layer.bias)
+            torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_method_replaced_in_one_layer(replays):
+    layers = [tritonnn.TritonConv2d(4, 4, 3, device=DEVICE) for _ in range(2)]
+    x = image(1, 4, 3, 3)
+    layers[1]._conv_forward = lambda input, weight, bias: input
+    with torch.no_grad():
+        for _ in range(3):
+            layers[0](x)
+            assert layers[1](x) is x
+    assert len(replays) == 2
+
+
+def test_parameters_are_those_of_the_moment(replays):
+    """Written through .data, replaced, or computed from others."""
+    pytorch, swapped = (model[0] for model in twins())
+    x = images()
+    with torch.no_grad():
+        for change in (
+            lambda layer: None,
+            lambda layer: layer.weight.data.mul_(2),
+            lambda layer: setattr(layer, "weight", torch.nn.Parameter(layer.weight * 3)),
+            lambda layer: setattr(layer, "stride", (2, 2)),
+            lambda layer: setattr(layer, "bias", None),
+            lambda layer: torch.nn.utils.parametrizations.weight_norm(layer),
+        ):
+            for layer in (pytorch, swapped):
+                change(layer)
+            for _ in range(2):
+                assert_same(swapped(x), pytorch(x))
+    assert len(replays) >= 7

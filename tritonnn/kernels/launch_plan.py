@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 MOST_PLANS = 4096
 """Kinds of arguments an operator remembers."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
-CONSTANTS = (int, float, bool, str, type, type(None))
+CONSTANTS = frozenset((int, float, bool, str, tuple, torch.Size, torch.dtype, type(None)))
 ALLOCATIONS = (
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -30,6 +30,7 @@ ALLOCATIONS = (
     torch.ops.aten.new_empty_strided.default,
 )
 UNSEEN = object()
+COMPILATION = triton.knobs.compilation
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 # That of compiled code, which does not ask the dispatcher.
 empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
@@ -68,7 +69,7 @@ def describe(args: tuple, grad: bool = False) -> tuple[tuple, list[int]] | None:
             address = arg.data_ptr()
             addresses.append(address)
             kind += arg.shape, arg.stride(), arg.dtype, arg.get_device(), address & 15
-        elif cls is tuple or cls in CONSTANTS:
+        elif cls in CONSTANTS:
             kind.append(arg)
         elif cls is list:  # from PyTorch's dispatcher
             kind.append(tuple(arg))
@@ -89,7 +90,7 @@ class Plans:
 
         `described` is `describe(args)`.
         """
-        if LOCAL.recording is not None:
+        if LOCAL.recording is not None or COMPILATION.instrumentation_mode:
             return function(*function_args)
         kind, addresses = described
         if self.state is not None:
@@ -155,10 +156,7 @@ class _Plan:
         """For tensors at these addresses; the list is overwritten."""
         if self.device is not None and self.device != current_device():
             with torch.cuda.device(self.device):
-                return self.replay(addresses)
-        return self.replay(addresses)
-
-    def replay(self, addresses: list[int]) -> object:
+                return self(addresses)
         created = []
         for allocation in self.allocations:
             y = self.empty(*allocation)
@@ -213,7 +211,7 @@ class _Recording(TorchDispatchMode):
                 box = tuple(arg.shape), tuple(arg.strides), arg.padding
                 boxes.append((position, *self._source(arg.base), *box))
                 arguments[position] = None
-            elif not isinstance(arg, (*CONSTANTS, tl.dtype)):
+            elif type(arg) not in CONSTANTS and not isinstance(arg, tl.dtype):
                 self.complete = False
         grid = (*grid, 1, 1)[:3]
         try:
@@ -311,5 +309,6 @@ def current_stream(device: int) -> int:
 
 def _launch_hooks() -> tuple | None:
     """What Triton calls before and after a launch, for a profiler; None where nobody listens."""
-    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    return hooks if any(hook is not None and getattr(hook, "calls", True) for hook in hooks) else None
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return (enter, leave) if getattr(enter, "calls", enter) or getattr(leave, "calls", leave) else None

@@ -22,10 +22,14 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
     PyTorch for other types. https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
     """
 
-    @by_plan(
-        lambda self: (*parameters(self), *_running_statistics(self), self.eps, self.training, self.track_running_stats)
-    )
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._compute(input) if self.training else self._evaluate(input)
+
+    @by_plan(lambda self: (*parameters(self), *_running_statistics(self), self.eps))
+    def _evaluate(self, input: torch.Tensor) -> torch.Tensor:
+        return self._compute(input)
+
+    def _compute(self, input: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(input)
         if input.numel() == 0:  # nothing to compute, and PyTorch's formulas for the gradient do not expect it
             return super().forward(input)

@@ -17,9 +17,11 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
     """
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, *parameters(self))
+
     @by_plan(
         lambda self: (
-            *parameters(self),
             self.stride,
             self.padding,
             self.dilation,
@@ -29,9 +31,6 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
         ),
         convolution_state,
     )
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input)
-
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if input.numel() == 0 or weight.numel() == 0:  # nothing to compute but PyTorch's strides and errors
             return super()._conv_forward(input, weight, bias)

@@ -1,18 +1,22 @@
 """A convolution or linear layer and what follows it, batch norm, residual sum, ReLU, in one kernel: for inference."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..kernels.conv2d import conv2d_fused, pack_weight
+from ..kernels.launch_plan import unwatched
 from ..kernels.window import output_size
 from ..precision import (
     autocast,
     convolution_allows_tf32,
     convolution_input_precision,
+    convolution_state,
     matmul_input_precision,
 )
-from .layer import TritonLayer, reason_to_fall_back, reason_to_fall_back_image, windows_fit
+from .layer import TritonLayer, by_plan, reason_to_fall_back, reason_to_fall_back_image, windows_fit
 
 
 class _Fused(TritonLayer, nn.Module):
@@ -21,7 +25,8 @@ class _Fused(TritonLayer, nn.Module):
     The scale is folded into a float32 or float64 weight, and then None: rounding a product of it to 16 bits would cost
     precision that the kernel keeps by scaling the sums.
 
-    Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` has changed.
+    Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` has changed;
+    the `_recent` ones by what a call knows that has checked nothing: the type of its input and the state of PyTorch.
     `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y" or "into residual".
     """
 
@@ -44,7 +49,8 @@ class _Fused(TritonLayer, nn.Module):
         self.register_buffer("scale", None if scale is None else scale.to(_sum_type(weight)))
         self.register_buffer("bias", None if bias is None else bias.to(_sum_type(weight)))
         self.sums, self.relu = sums, relu
-        self._packed: dict[tuple, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._packed: dict[tuple, _Packed] = {}
+        self._recent: dict[tuple, _Packed] = {}
         self.eval()
 
     def extra_repr(self) -> str:
@@ -52,7 +58,7 @@ class _Fused(TritonLayer, nn.Module):
         return f"weight={list(self.weight.shape)}, bias={self.bias is not None}, then={steps}"
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_packed": {}}
+        return self.__dict__ | {"_packed": {}, "_recent": {}}
 
     def _apply(self, fn, recurse: bool = True) -> "_Fused":
         before = {"scale": self.scale, "bias": self.bias}
@@ -60,20 +66,18 @@ class _Fused(TritonLayer, nn.Module):
         for name, t in before.items():
             if t is not None and getattr(self, name).dtype != _sum_type(self.weight):
                 setattr(self, name, t.to(self.weight.device, _sum_type(self.weight)))
-        self._packed = {}
+        self._packed, self._recent = {}, {}
         return self
 
-    def _packed_weight(self, dtype: torch.dtype, input_precision: str) -> torch.Tensor:
+    def _packed_weight(self, dtype: torch.dtype, input_precision: str) -> "_Packed":
         weight = self.weight
-        version = 0 if weight.is_inference() else weight._version
         key = (dtype, input_precision, weight.device)
-        source, packed_version, packed = self._packed.get(key, (None, None, None))
-        if source is None or source.data_ptr() != weight.data_ptr() or packed_version != version:
+        kept = self._packed.get(key)
+        if kept is None or not kept.is_of(weight):
             filters = weight if weight.dim() == 4 else weight[:, :, None, None]
             packed = pack_weight(filters.to(dtype), input_precision)
-            # The detached source keeps its memory from being given to another weight, at the same address.
-            self._packed[key] = weight.detach(), version, packed
-        return packed
+            kept = self._packed[key] = _Packed(weight.detach(), _version(weight), packed)
+        return kept
 
     def _reason_to_fall_back_types(self, x: torch.Tensor) -> str | None:
         """x as autocast has it."""
@@ -114,6 +118,21 @@ class _Fused(TritonLayer, nn.Module):
         return None
 
 
+class _Packed(NamedTuple):
+    """A packed weight, and the weight that it was made of: its memory is not given to another, at the same address."""
+
+    source: torch.Tensor
+    version: int
+    packed: torch.Tensor
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        return self.source.data_ptr() == weight.data_ptr() and self.version == _version(weight)
+
+
+def _version(weight: torch.Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
 class FusedConv2d(_Fused):
     """y = relu(scale * conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
 
@@ -141,6 +160,33 @@ class FusedConv2d(_Fused):
         self.rounded_input = self.round_output = False
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        kept = self._recent.get((input.dtype, convolution_state())) if unwatched() else None
+        if kept is None or not kept.is_of(self._buffers["weight"]):
+            return self._compute(input, residual)
+        return self._compute_again(input, residual, kept.packed)
+
+    @by_plan(
+        lambda self: (
+            self._buffers["weight"].shape,
+            self._buffers["weight"].dtype,
+            self._buffers["scale"],
+            self._buffers["bias"],
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.sums,
+            self.relu,
+            self.rounded_input,
+            self.round_output,
+        ),
+        convolution_state,
+    )
+    def _compute_again(self, input: torch.Tensor, residual: torch.Tensor | None, packed: torch.Tensor) -> torch.Tensor:
+        """With the weight packed before, which `_compute` finds for itself."""
+        return self._compute(input, residual)
+
+    def _compute(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         (x,) = autocast(input)
         reason = self._reason_to_fall_back(x)
         if reason is not None:
@@ -149,10 +195,13 @@ class FusedConv2d(_Fused):
         windows = zip(x.shape[-2:], (R, S), self.stride, self.padding, self.dilation)
         apart = self._reason_to_add_apart(x, (*x.shape[:-3], K, *(output_size(*w) for w in windows)), residual)
         input_precision = convolution_input_precision(x, channels * R * S)
+        kept = self._packed_weight(x.dtype, input_precision)
+        if unwatched():
+            self._recent[input.dtype, convolution_state()] = kept
         added = None if self.sums is None or apart else residual
         y = conv2d_fused(
             _images(x),
-            self._packed_weight(x.dtype, input_precision),
+            kept.packed,
             self.scale,
             self.bias,
             None if added is None else _images(added),
@@ -201,7 +250,7 @@ class FusedLinear(_Fused):
         input_precision = matmul_input_precision(x, C)
         y = conv2d_fused(
             x.reshape(rows, C, 1, 1),
-            self._packed_weight(x.dtype, input_precision),
+            self._packed_weight(x.dtype, input_precision).packed,
             self.scale,
             self.bias,
             None if self.sums is None or apart else residual.reshape(rows, K, 1, 1),

@@ -42,22 +42,23 @@ class TritonLayer:
 
 
 def by_plan(attributes: Callable[[TritonLayer], tuple], state: Callable[[], object] | None = None) -> Callable:
-    """Decorates a layer's forward(x) that computes nothing but one kernel's result (see launch_plan.py).
+    """Decorates a layer's method of tensors that hands out what kernels compute, by plan (see launch_plan.py).
 
-    `attributes(layer)` are the tensors and constants of the layer that it depends on, `state()` all the rest.
+    `attributes(layer)` are the constants and tensors of the layer that it depends on, `state()` all the rest. In
+    subclasses, which may depend on more, only the operators have plans.
     """
 
-    def decorate(forward: Callable) -> Callable:
+    def decorate(method: Callable) -> Callable:
         plans = Plans(state)
 
-        @functools.wraps(forward)
-        def planned(self: TritonLayer, input: torch.Tensor) -> torch.Tensor:
-            if unwatched():
-                args = (input, type(self), *attributes(self))
+        @functools.wraps(method)
+        def planned(self: TritonLayer, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+            if type(self).__dict__.get(method.__name__) is planned and unwatched():
+                args = (*tensors, *attributes(self))
                 described = describe(args, torch.is_grad_enabled())
                 if described is not None:
-                    return plans.run(described, args, forward, self, input)
-            return forward(self, input)
+                    return plans.run(described, args, method, self, *tensors)
+            return method(self, *tensors)
 
         return planned
 
