@@ -110,10 +110,19 @@ def packed(*shape: int, input_precision: str = "ieee") -> torch.Tensor:
     return pack_weight(image(*shape), input_precision)
 
 
+def half(*shape: int) -> torch.Tensor:
+    return image(*shape, dtype=torch.bfloat16)
+
+
+def large(batch: int = 32) -> torch.Tensor:
+    return last(batch, 64, 16, 16, dtype=torch.bfloat16)
+
+
 CASES = {
     "conv2d": (conv2d._launch, lambda: (image(2, 4, 5, 5), image(3, 4, 3, 3), None, *ONCE)),
     "conv2d, bias": (conv2d._launch, lambda: (last(2, 4, 6, 6), image(3, 4, 3, 3), image(3), *HALVED, (1, 1), 1)),
     "conv2d, packed": (conv2d._launch, lambda: (last(2, 4, 5, 5), last(3, 4, 3, 3), image(3), *ONCE)),
+    "conv2d, few pixels": (conv2d._launch, lambda: (image(1, 32, 5, 5), image(8, 32, 3, 3), image(8), *ONCE)),
     "conv2d, groups": (conv2d._launch, lambda: (image(1, 4, 5, 5), image(6, 2, 3, 3), image(6), *ONCE[:3], 2)),
     "conv2d, depthwise": (conv2d._launch, lambda: (image(1, 4, 5, 5), image(4, 1, 3, 3), None, *ONCE[:3], 4)),
     "conv2d_fused": (
@@ -150,6 +159,28 @@ CASES = {
     ),
     "batch_norm2d, training": (batch_norm2d._launch_training, lambda: (last(2, 3, 4, 4), image(3), image(3), 1e-5)),
 }
+LARGE = {
+    "conv2d, descriptors": (conv2d._launch, lambda: (large(), half(64, 64, 3, 3), half(64), *ONCE)),
+    "conv2d, descriptors, contiguous": (
+        conv2d._launch,
+        lambda: (image(32, 64, 16, 16), image(64, 64, 3, 3), image(64), *ONCE),
+    ),
+    "conv2d_fused, descriptors": (
+        conv2d._launch_fused,
+        lambda: (
+            (large(), pack_weight(half(64, 64, 3, 3), "ieee"), image(64), image(64), large(), True, (3, 3), *ONCE)
+            + ("ieee", False, False)
+        ),
+    ),
+    "conv2d_fused, descriptors, stride 2": (
+        conv2d._launch_fused,
+        lambda: (
+            (large(128), pack_weight(half(256, 64, 1, 1), "ieee"), None, image(256), None, True, (1, 1), *HALVED)
+            + ((1, 1), 1, "ieee", False, False)
+        ),
+    ),
+}
+"""Too large for the interpreter, or forms that it does not take."""
 IN_PLACE = {
     "relu_": (relu._launch_in_place, lambda: (image(3, 5),)),
     "batch_norm2d_update_": (
@@ -185,9 +216,9 @@ def assert_identical(actual, expected):
         assert torch.equal(a, e)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.gpu) for name in LARGE)])
 def test_replays_give_what_the_launcher_gives(name, replays):
-    launcher, make = CASES[name]
+    launcher, make = (CASES | LARGE)[name]
     run = planned(launcher)
     kept = []
     for i in range(4):
@@ -444,27 +475,27 @@ def test_momentum_of_a_layer_that_counts_no_batches(replays):
     """Nothing but kernels runs then, in training too."""
     pytorch, swapped = twins(training=True)
     for momentum in (0.1, 0.5, 0.9):
-        x = images(4)
+        x = image(4, 8, 3, 3, dtype=torch.float64)
         for layer in (pytorch[1], swapped[1]):
             layer.num_batches_tracked, layer.momentum = None, momentum
             with torch.no_grad():
-                layer(x.repeat(1, 3, 1, 1)[:, :8])
+                layer(x)
         assert_same(list(swapped[1].buffers()), list(pytorch[1].buffers()))
 
 
-class Narrow(tritonnn.TritonConv2d):
-    channels = 4
+class Cropped(tritonnn.TritonConv2d):
+    first = 0
 
-    def _conv_forward(self, input, weight, bias):
-        return super()._conv_forward(input[:, : self.channels], weight[:, : self.channels].contiguous(), bias)
+    def _padded(self, x):
+        return x[:, :, self.first : self.first + 3], (0, 0)
 
 
 def test_subclasses_may_depend_on_more(replays):
-    layer, x = Narrow(4, 3, 1, device=DEVICE), image(1, 4, 3, 3)
+    layer, x = Cropped(4, 3, 3, device=DEVICE), image(1, 4, 5, 5)
     with torch.no_grad():
-        for layer.channels in (4, 4, 2, 2, 4):
-            expected = torch.nn.functional.conv2d(x[:, : layer.channels], layer.weight[:, : layer.channels], layer.bias)
-            torch.testing.assert_close(layer(x), expected)
+        for layer.first in (0, 0, 2, 1):
+            expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias)[:, :, layer.first : layer.first + 1]
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_method_replaced_in_one_layer(replays):
@@ -496,3 +527,36 @@ def test_parameters_are_those_of_the_moment(replays):
             for _ in range(2):
                 assert_same(swapped(x), pytorch(x))
     assert len(replays) >= 7
+
+
+@pytest.mark.gpu
+def test_a_second_gpu_while_the_first_is_current(replays):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    pytorch, swapped = twins()
+    with torch.no_grad():
+        for device in ("cuda:0", "cuda:1", "cuda:0", "cuda:1"):
+            pytorch, swapped = pytorch.to(device), swapped.to(device)
+            x = images().to(device)
+            for _ in range(3):
+                y = swapped(x)
+                assert y.device == torch.device(device) and torch.cuda.current_device() == 0
+                assert_same(y, pytorch(x))
+    assert {plan.device for plan in replays} == {0, 1}
+
+
+@pytest.mark.gpu
+def test_replays_in_a_cuda_graph(replays):
+    _, swapped = twins()
+    x = images()
+    with torch.no_grad():
+        expected = [swapped(x) for _ in range(3)][-1]
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        before = len(replays)
+        with torch.cuda.graph(graph):
+            y = swapped(x)
+    assert len(replays) == before + 7
+    y.zero_()
+    graph.replay()
+    assert_same(y, expected)

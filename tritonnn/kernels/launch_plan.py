@@ -61,20 +61,23 @@ def describe(args: tuple, grad: bool = False) -> tuple[tuple, list[int]] | None:
     None where one is neither a plain tensor nor a constant or, with `grad`, requires a gradient.
     """
     kind, addresses = [], []
-    for arg in args:
-        cls = type(arg)
-        if cls in TENSORS:
-            if (grad and arg.requires_grad) or arg.is_neg():
+    try:
+        for arg in args:
+            cls = type(arg)
+            if cls in TENSORS:
+                if (grad and arg.requires_grad) or arg.is_neg():
+                    return None
+                address = arg.data_ptr()
+                addresses.append(address)
+                kind += arg.shape, arg.stride(), arg.dtype, arg.get_device(), address & 15
+            elif cls in CONSTANTS:
+                kind.append(arg)
+            elif cls is list:  # from PyTorch's dispatcher
+                kind.append(tuple(arg))
+            else:
                 return None
-            address = arg.data_ptr()
-            addresses.append(address)
-            kind += arg.shape, arg.stride(), arg.dtype, arg.get_device(), address & 15
-        elif cls in CONSTANTS:
-            kind.append(arg)
-        elif cls is list:  # from PyTorch's dispatcher
-            kind.append(tuple(arg))
-        else:
-            return None
+    except RuntimeError:  # a nested or sparse tensor has no strides
+        return None
     return tuple(kind), addresses
 
 
