@@ -90,7 +90,7 @@ def replays(monkeypatch) -> Iterator[list]:
     monkeypatch.setattr(launch_plan._Plan, "__call__", counted)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(InterpretedFunction, "run", _run_and_return_compiled)
-        monkeypatch.setattr(launch_plan, "_can_record", lambda: True)
+        monkeypatch.setattr(launch_plan, "_can_record", lambda tensors: True)
         monkeypatch.setattr(launch_plan, "current_stream", lambda device: 0)
     yield seen
     _forget_plans()
@@ -370,6 +370,24 @@ def test_precision_flags_have_other_plans(flag, replays):
         assert not replays
         layer(x)
     assert len(replays) == 1
+
+
+def test_autocast_has_other_plans(replays):
+    """Layer and input are in bfloat16, which one of the types of autocast leaves alone."""
+    pytorch, swapped = (model[7].to(torch.bfloat16) for model in twins())
+    x = half(2, 8)
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.bfloat16, torch.float16, torch.bfloat16):
+            with torch.autocast(DEVICE.type, dtype):
+                assert swapped(x).dtype == pytorch(x).dtype == dtype
+    assert len(replays) == 2
+
+
+def test_an_input_that_is_no_tensor_is_pytorchs_error(replays):
+    pytorch, swapped = twins()
+    for layer in (pytorch[4], swapped[4]):
+        with pytest.raises((AttributeError, TypeError)), torch.no_grad():
+            layer(3.0)
 
 
 def test_the_number_of_plans_is_bounded(replays, monkeypatch):

@@ -107,7 +107,7 @@ class Plans:
         if plan is not UNSEEN:
             return plan(addresses)
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if not _can_record() or _overlap(tensors):
+        if not _can_record(tensors) or _overlap(tensors):
             return function(*function_args)
         result, plan = _record(tensors, function, *function_args)
         if len(self.plans) >= MOST_PLANS:
@@ -240,18 +240,21 @@ class _Recording(TorchDispatchMode):
 
     def plan(self, results: object) -> _Plan | None:
         device = self.tensors[0].device
-        indices = [self._index(y) for y in results] if isinstance(results, tuple) else self._index(results)
+        if isinstance(results, tuple):
+            indices = [self._index(y) for y in results]
+        else:
+            indices = None if results is None else self._index(results)
         if not self.complete or any(y.device != device for y in self.created):
             return None
         return _Plan(device, [_form(y)[:3] for y in self.created], self.launches, indices)
 
-    def _index(self, y: torch.Tensor | None) -> int | None:
+    def _index(self, y: torch.Tensor) -> int:
         """Which allocation y is; not all of them are handed out as the very objects that were made."""
         for index, created in enumerate(self.created):
-            if y is not None and _same_storage(y, created) and _form(y) == _form(created):
+            if isinstance(y, torch.Tensor) and _same_storage(y, created) and _form(y) == _form(created):
                 return index
-        self.complete = self.complete and y is None
-        return None
+        self.complete = False
+        return 0
 
 
 def _record(tensors: list[torch.Tensor], function: Callable, *args) -> tuple[object, _Plan | None]:
@@ -300,10 +303,10 @@ def unwatched() -> bool:
     )
 
 
-def _can_record() -> bool:
-    """The interpreter compiles nothing; modes and transforms may not expect another mode."""
+def _can_record(tensors: list[torch.Tensor]) -> bool:
+    """On a GPU, where kernels are compiled; modes and transforms may not expect another mode."""
     watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-    return not (triton.knobs.runtime.interpret or watched)
+    return bool(tensors) and tensors[0].is_cuda and not (triton.knobs.runtime.interpret or watched)
 
 
 def current_stream(device: int) -> int:

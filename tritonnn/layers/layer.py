@@ -109,6 +109,8 @@ def recorded(x: torch.Tensor) -> bool:
 
 def pair(sizes: int | Sequence[int]) -> tuple[int, int] | None:
     """(rows, columns) of an argument given as one number, one in a tuple, or two; None for other lengths."""
+    if type(sizes) is tuple and len(sizes) == 2:  # as torch.nn keeps them
+        return sizes
     if not isinstance(sizes, Sequence):
         return sizes, sizes
     if len(sizes) == 1:
