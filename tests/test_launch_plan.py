@@ -22,6 +22,7 @@ from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.launch_plan import Plans, describe, launch
 from tritonnn.kernels.operator import INTERPRETER
 from tritonnn.kernels.relu import relu_forward_kernel
+from tritonnn.layers.fused_conv2d import FusedConv2d
 
 ONCE = (1, 1), (1, 1), (1, 1), 1
 HALVED = (2, 2), (0, 0)
@@ -381,6 +382,33 @@ def test_autocast_has_other_plans(replays):
             with torch.autocast(DEVICE.type, dtype):
                 assert swapped(x).dtype == pytorch(x).dtype == dtype
     assert len(replays) == 2
+
+
+def test_what_autocast_allows_a_fused_layer_is_refused_without(replays):
+    layer = next(m for m in tritonnn.fuse(twins(dtype=torch.float32)[0]).modules() if isinstance(m, FusedConv2d))
+    x = half(2, 3, 8, 8)
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        expected, *others = (layer(x) for _ in range(4))
+        assert all(torch.equal(y, expected) for y in others)
+    assert len(replays) == 2
+    with torch.no_grad(), pytest.raises(RuntimeError, match="type"):
+        layer(x)
+
+
+def test_fused_weights_of_the_moment(replays):
+    layer = next(m for m in tritonnn.fuse(twins()[0]).modules() if isinstance(m, FusedConv2d))
+    x = images()
+    with torch.no_grad():
+        before = [layer(x) for _ in range(3)][-1]
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+        for _ in range(3):
+            assert_same(layer(x), 2 * before)
+        layer.weight = layer.weight / 2
+        layer.bias = layer.bias / 2
+        for _ in range(3):
+            assert_same(layer(x), before)
+    assert len(replays) >= 5
 
 
 def test_an_input_that_is_no_tensor_is_pytorchs_error(replays):

@@ -54,6 +54,8 @@ def matmul_input_precision(x: torch.Tensor, reduction: int) -> str:
 
 def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers."""
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+        return x, *others
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return x, *others
@@ -65,16 +67,9 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tenso
     return tuple(cast(t) for t in (x, *others))
 
 
-def autocast_state() -> tuple | None:
-    """What `autocast` depends on besides its arguments."""
-    if not torch._C._is_any_autocast_enabled():
-        return None
-    return tuple((torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in ("cuda", "cpu"))
-
-
 def convolution_state() -> tuple:
-    return convolutions_in_tf32(), autocast_state()
-
-
-def matmul_state() -> tuple:
-    return matmuls_in_tf32(), autocast_state()
+    """What the functions above depend on besides their arguments, where it concerns convolutions."""
+    if not torch._C._is_any_autocast_enabled():
+        return convolutions_in_tf32(), None
+    autocast = [(torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in ("cuda", "cpu")]
+    return convolutions_in_tf32(), *autocast

@@ -14,6 +14,7 @@ from ..precision import (
     convolution_allows_tf32,
     convolution_input_precision,
     convolution_state,
+    convolutions_in_tf32,
     matmul_input_precision,
 )
 from .layer import TritonLayer, by_plan, reason_to_fall_back, reason_to_fall_back_image, windows_fit
@@ -26,7 +27,7 @@ class _Fused(TritonLayer, nn.Module):
     precision that the kernel keeps by scaling the sums.
 
     Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` has changed;
-    the `_recent` ones by what a call knows that has checked nothing: the type of its input and the state of PyTorch.
+    the `_recent` ones by what a call knows that has checked nothing: the type of its input and PyTorch's switch.
     `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y" or "into residual".
     """
 
@@ -160,7 +161,8 @@ class FusedConv2d(_Fused):
         self.rounded_input = self.round_output = False
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        kept = self._recent.get((input.dtype, convolution_state())) if unwatched() else None
+        (input,) = autocast(input)
+        kept = self._recent.get((input.dtype, convolutions_in_tf32())) if unwatched() else None
         if kept is None or not kept.is_of(self._buffers["weight"]):
             return self._compute(input, residual)
         return self._compute_again(input, residual, kept.packed)
@@ -182,22 +184,21 @@ class FusedConv2d(_Fused):
         ),
         convolution_state,
     )
-    def _compute_again(self, input: torch.Tensor, residual: torch.Tensor | None, packed: torch.Tensor) -> torch.Tensor:
+    def _compute_again(self, x: torch.Tensor, residual: torch.Tensor | None, packed: torch.Tensor) -> torch.Tensor:
         """With the weight packed before, which `_compute` finds for itself."""
-        return self._compute(input, residual)
+        return self._compute(x, residual)
 
-    def _compute(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        (x,) = autocast(input)
+    def _compute(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         reason = self._reason_to_fall_back(x)
         if reason is not None:
-            return self._fall_back(reason, self._with_pytorch, input, residual)
+            return self._fall_back(reason, self._with_pytorch, x, residual)
         K, channels, R, S = self.weight.shape
         windows = zip(x.shape[-2:], (R, S), self.stride, self.padding, self.dilation)
         apart = self._reason_to_add_apart(x, (*x.shape[:-3], K, *(output_size(*w) for w in windows)), residual)
         input_precision = convolution_input_precision(x, channels * R * S)
         kept = self._packed_weight(x.dtype, input_precision)
         if unwatched():
-            self._recent[input.dtype, convolution_state()] = kept
+            self._recent[x.dtype, convolutions_in_tf32()] = kept
         added = None if self.sums is None or apart else residual
         y = conv2d_fused(
             _images(x),
