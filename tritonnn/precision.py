@@ -56,15 +56,15 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tenso
     """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers."""
     if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
         return x, *others
-    device_type = x.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return x, *others
-    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None else t.to(autocast_type(t)) for t in (x, *others))
 
-    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
-        return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
 
-    return tuple(cast(t) for t in (x, *others))
+def autocast_type(t: torch.Tensor) -> torch.dtype:
+    """The type in which `autocast` has a tensor."""
+    if t.device.type == "meta" or not torch.is_autocast_enabled(t.device.type):
+        return t.dtype
+    keeps = not t.is_floating_point() or t.dtype == torch.float64
+    return t.dtype if keeps else torch.get_autocast_dtype(t.device.type)
 
 
 def convolution_state() -> tuple:

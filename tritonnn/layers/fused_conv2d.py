@@ -11,6 +11,7 @@ from ..kernels.launch_plan import unwatched
 from ..kernels.window import output_size
 from ..precision import (
     autocast,
+    autocast_type,
     convolution_allows_tf32,
     convolution_input_precision,
     convolution_state,
@@ -82,7 +83,7 @@ class _Fused(TritonLayer, nn.Module):
 
     def _reason_to_fall_back_types(self, x: torch.Tensor) -> str | None:
         """x as autocast has it."""
-        if x.dtype == self.weight.dtype or x.dtype == autocast(self.weight[:0])[0].dtype:
+        if x.dtype == self.weight.dtype or x.dtype == autocast_type(self.weight):
             return None
         return "input and parameters of several types"
 
