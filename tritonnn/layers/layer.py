@@ -53,7 +53,7 @@ def by_plan(attributes: Callable[[TritonLayer], tuple], state: Callable[[], obje
 
         @functools.wraps(method)
         def planned(self: TritonLayer, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
-            if type(self).__dict__.get(method.__name__) is planned and unwatched():
+            if unwatched() and type(self).__dict__.get(method.__name__) is planned:
                 args = (*tensors, *attributes(self))
                 described = describe(args, torch.is_grad_enabled())
                 if described is not None:
