@@ -8,6 +8,7 @@ import torch
 
 from .kernels.memory_format import is_channels_last
 
+CONVOLUTION, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 TINY_REDUCTION, SHORT_REDUCTION = 32, 256
 
 
@@ -32,9 +33,19 @@ def _input_precision(x: torch.Tensor, reduction: int, allow_tf32: bool, always: 
     return "ieee" if reduction <= TINY_REDUCTION else "tf32x3"
 
 
+def convolutions_in_tf32() -> bool:
+    """As `torch.backends.cudnn` says."""
+    return CONVOLUTION.fp32_precision == "tf32"
+
+
+def matmuls_in_tf32() -> bool:
+    """As `torch.backends.cuda.matmul` says."""
+    return MATMUL.fp32_precision == "tf32"
+
+
 def convolution_input_precision(x: torch.Tensor, reduction: int) -> str:
-    """For a convolution of x with filters of `reduction` weights, as `torch.backends.cudnn` says."""
-    allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    """For a convolution of x with filters of `reduction` weights."""
+    allow_tf32 = convolutions_in_tf32()
     return _input_precision(x, reduction, allow_tf32, always=allow_tf32 and is_channels_last(x))
 
 
@@ -44,18 +55,28 @@ def convolution_allows_tf32(x: torch.Tensor) -> bool:
 
 
 def matmul_input_precision(x: torch.Tensor, reduction: int) -> str:
-    """For a matrix product of x along `reduction` elements, as `torch.backends.cuda.matmul` says."""
-    return _input_precision(x, reduction, torch.backends.cuda.matmul.fp32_precision == "tf32")
+    """For a matrix product of x along `reduction` elements."""
+    return _input_precision(x, reduction, matmuls_in_tf32())
 
 
 def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers."""
-    device_type = x.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
         return x, *others
-    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None else t.to(autocast_type(t)) for t in (x, *others))
 
-    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
-        return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
 
-    return tuple(cast(t) for t in (x, *others))
+def autocast_type(t: torch.Tensor) -> torch.dtype:
+    """The type in which `autocast` has a tensor."""
+    if t.device.type == "meta" or not torch.is_autocast_enabled(t.device.type):
+        return t.dtype
+    keeps = not t.is_floating_point() or t.dtype == torch.float64
+    return t.dtype if keeps else torch.get_autocast_dtype(t.device.type)
+
+
+def convolution_state() -> tuple:
+    """What the functions above depend on besides their arguments, where it concerns convolutions."""
+    if not torch._C._is_any_autocast_enabled():
+        return convolutions_in_tf32(), None
+    autocast = [(torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in ("cuda", "cpu")]
+    return convolutions_in_tf32(), *autocast

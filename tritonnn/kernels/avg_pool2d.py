@@ -13,6 +13,7 @@ import triton.language as tl
 from .arithmetic import accumulator, index_type, round_to
 from .block_sizes import ceil_div, pixel_blocks
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
+from .launch_plan import launch
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
 from .window import output_size
@@ -119,7 +120,9 @@ def _run(x, y, kernel_size, stride, padding, adaptive, count_include_pad, diviso
     if adaptive:  # windows begin at p * H // P
         largest_index = max(largest_index, (P + 1) * H, (Q + 1) * W)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
-    avg_pool2d_forward_kernel[grid](
+    launch(
+        avg_pool2d_forward_kernel,
+        grid,
         x,
         y,
         M,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .arithmetic import accumulator, index_type, round_to
 from .block_sizes import PixelBlocks, ceil_div, pixel_blocks
+from .launch_plan import launch
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import LIBRARY, each_example, register
 
@@ -205,7 +206,9 @@ def _normalize(x, weight, bias, mean, var, eps, inverted=False) -> torch.Tensor:
     M = N * H * W
     blocks = pixel_blocks(M, H * W, C, channels_last)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
-    batch_norm2d_normalize_kernel[grid](
+    launch(
+        batch_norm2d_normalize_kernel,
+        grid,
         x,
         y,
         weight,
@@ -244,7 +247,9 @@ def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = _statistics_dtype(x)
     partial = torch.empty(3, splits, C, dtype=torch.float64, device=x.device)
     mean, var, inverse = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(3))
-    batch_norm2d_partial_statistics_kernel[(splits * blocks_c,)](
+    launch(
+        batch_norm2d_partial_statistics_kernel,
+        (splits * blocks_c,),
         x,
         partial,
         M,
@@ -259,7 +264,9 @@ def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
     # 1,024 splits x 4 channels in float64 just fit the registers of 8 warps.
     block_c = 16 if triton.knobs.runtime.interpret else 4
-    batch_norm2d_combine_statistics_kernel[(ceil_div(C, block_c),)](
+    launch(
+        batch_norm2d_combine_statistics_kernel,
+        (ceil_div(C, block_c),),
         partial,
         mean,
         var,
@@ -294,8 +301,17 @@ def _launch_update(mean, var, running_mean, running_var, momentum, count) -> Non
         running_var.copy_(copies[1])
         return
     block = 1024 if triton.knobs.runtime.interpret else 128
-    batch_norm2d_update_kernel[(ceil_div(C, block),)](
-        mean, var, running_mean, running_var, C, momentum, count / (count - 1), BLOCK_C=block
+    launch(
+        batch_norm2d_update_kernel,
+        (ceil_div(C, block),),
+        mean,
+        var,
+        running_mean,
+        running_var,
+        C,
+        momentum,
+        count / (count - 1),
+        BLOCK_C=block,
     )
 
 

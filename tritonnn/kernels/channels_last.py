@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .arithmetic import index_type, round_to_tf32, split_to_tf32
 from .block_sizes import ceil_div, transpose_blocks
+from .launch_plan import launch
 
 
 @triton.jit
@@ -82,7 +83,9 @@ def _copy(x: torch.Tensor, y: torch.Tensor, round_to_tf32: bool, split: bool) ->
         H, W = 1, H * W
     blocks = transpose_blocks(N * H * W, C)
     grid = (ceil_div(N * H * W, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
-    channels_last_kernel[grid](
+    launch(
+        channels_last_kernel,
+        grid,
         x,
         y,
         N * H * W,

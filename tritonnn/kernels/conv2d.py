@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..precision import convolution_input_precision
+from ..precision import convolution_input_precision, convolutions_in_tf32
 from .arithmetic import accumulator, index_type, round_to, round_to_tf32
 from .block_sizes import DescriptorBlocks, SplitBlocks, ceil_div, descriptor_blocks, pixel_blocks, split_blocks
 from .channels_last import channels_last, pack_weight
@@ -19,6 +19,7 @@ from .dependent_launch import dependent_launch, start_successor, wait_for_predec
 from .descriptor_gemm import descriptor_gemm, fits_descriptors
 from .epilogue import Epilogue
 from .implicit_gemm import implicit_gemm, pointer_blocks, spans_taps
+from .launch_plan import launch
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
 from .product import Choice, Product
@@ -222,7 +223,9 @@ def _launch_depthwise(x, weight, y, channels_last_y, stride, padding, dilation, 
     M = N * P * Q
     blocks = pixel_blocks(M, P * Q, K, channels_last_y)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_C),)
-    conv2d_depthwise_forward_kernel[grid](
+    launch(
+        conv2d_depthwise_forward_kernel,
+        grid,
         x,
         weight,
         *epilogue[:3],
@@ -279,6 +282,7 @@ conv2d = register(
     _output,
     _setup_context,
     _backward,
+    convolutions_in_tf32,
 )
 
 

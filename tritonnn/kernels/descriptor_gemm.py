@@ -18,6 +18,7 @@ from .arithmetic import add_rounded_dot, add_split_dot, round_to, round_to_tf32
 from .block_sizes import FLUSH_STEPS, DescriptorBlocks, ceil_div
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .epilogue import Epilogue
+from .launch_plan import launch
 
 
 @triton.jit
@@ -196,7 +197,9 @@ def descriptor_gemm(
         residual_desc = TensorDescriptor.from_tensor(_pixels(epilogue.residual), y_box)
     tiles_p, tiles_q = ceil_div(P, tile_p), ceil_div(Q, tile_q)
     tiles = ceil_div(N, tile_n) * tiles_p * tiles_q * ceil_div(K, block_n)
-    descriptor_gemm_forward_kernel[(tiles,)](
+    launch(
+        descriptor_gemm_forward_kernel,
+        (tiles,),
         x_desc,
         weight_desc,
         epilogue.scale,

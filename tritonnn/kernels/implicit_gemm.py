@@ -18,6 +18,7 @@ from .arithmetic import accumulator, add_rounded_dot, add_split_dot, dot, index_
 from .block_sizes import FLUSH_STEPS, GemmBlocks, ceil_div, gemm_blocks
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .epilogue import Epilogue
+from .launch_plan import launch
 
 
 @triton.jit
@@ -200,7 +201,9 @@ def implicit_gemm(
     if blocks is None:
         blocks = pointer_blocks(M, K, C, R * S, x.element_size(), input_precision)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N) * groups,)
-    implicit_gemm_forward_kernel[grid](
+    launch(
+        implicit_gemm_forward_kernel,
+        grid,
         x,
         weight,
         *epilogue[:3],

@@ -6,7 +6,7 @@ pixel, the weight a 1x1 filter.
 
 import torch
 
-from ..precision import matmul_input_precision
+from ..precision import matmul_input_precision, matmuls_in_tf32
 from .channels_last import pack_weight
 from .conv2d import launch_gemm
 from .epilogue import Epilogue
@@ -48,5 +48,10 @@ def _backward(ctx, grad_y):
 
 
 linear = register(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _launch, _output, _setup_context, _backward
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _launch,
+    _output,
+    _setup_context,
+    _backward,
+    matmuls_in_tf32,
 )

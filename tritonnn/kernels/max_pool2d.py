@@ -16,6 +16,7 @@ from triton.language.target_info import cuda_capability_geq
 from .arithmetic import INTERPRET, accumulator, index_type
 from .block_sizes import ceil_div, pixel_blocks
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
+from .launch_plan import launch
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
 from .window import output_size
@@ -141,7 +142,9 @@ def _launch(
     M = N * P * Q
     blocks = pixel_blocks(M, P * Q, C, channels_last)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
-    max_pool2d_forward_kernel[grid](
+    launch(
+        max_pool2d_forward_kernel,
+        grid,
         x,
         y,
         indices,

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 import triton
 
+from .launch_plan import TENSORS, Plans, describe, unwatched
+
 LIBRARY = torch.library.Library("tritonnn", "DEF")
-PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
-CONSTANTS = (tuple, int, float, bool, str)
+PLAIN = (*TENSORS, type(None))
 INTERPRETER = threading.RLock()  # Triton's interpreter replaces the functions of triton.language while a kernel runs
 
 
@@ -71,28 +72,37 @@ def _differentiable_by_transforms(op: Callable, setup_context: Callable, backwar
     return Transformable.apply
 
 
-def _shortest_way(direct: dict[str, Callable], op: Callable, transformed: Callable) -> Callable:
-    """Calls `direct` where nobody watches, which saves the time of PyTorch's dispatcher; `op` where somebody may.
+def _shortest_way(plans: Plans, on_gpu: Callable, on_cpu: Callable, op: Callable, transformed: Callable) -> Callable:
+    """Runs the kernel where nobody watches, which saves the time of PyTorch's dispatcher; `op` where somebody may.
 
     Watchers are autograd, compilers, tracers, the transforms of torch.func (which call `transformed`), and modes and
     subclasses of tensors that see the operators called.
     """
 
-    def call(x: torch.Tensor, *args):
-        if torch._C._are_functorch_transforms_active():
-            return transformed(x, *args)
-        watched = (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch.jit.is_tracing()
-            or x.device.type not in direct
-            or not all(type(t) in PLAIN or type(t) in CONSTANTS for t in (x, *args))
-        )
-        return op(x, *args) if watched else direct[x.device.type](x, *args)
+    def call(*args):
+        if unwatched():
+            described = describe(args, torch.is_grad_enabled())
+            if described is not None:
+                x = args[0]
+                if x.is_cuda:
+                    return plans.run(described, args, on_gpu, *args)
+                if x.is_cpu:
+                    return plans.run(described, args, on_cpu, *args)
+        elif torch._C._are_functorch_transforms_active():
+            return transformed(*args)
+        return op(*args)
 
     return call
+
+
+def _by_plan(plans: Plans, launch: Callable) -> Callable:
+    """The operator's kernel for PyTorch's dispatcher."""
+
+    def kernel(*args):
+        described = describe(args)
+        return launch(*args) if described is None else plans.run(described, args, launch, *args)
+
+    return kernel
 
 
 def register(
@@ -101,23 +111,23 @@ def register(
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    state: Callable[[], object] | None = None,
 ) -> Callable:
     """Defines the operator `schema` and returns what calls it.
 
     `launch` computes it with a Triton kernel, `fake` allocates its outputs only; `setup_context` and `backward` are
-    those of `torch.library.register_autograd`, which are also those of a `torch.autograd.Function`.
+    those of `torch.library.register_autograd`, which are also those of a `torch.autograd.Function`. `state()` is what
+    `launch` decides by besides its arguments.
     """
     name = schema.partition("(")[0]
+    plans, on_gpu, on_cpu = Plans(state), _on_current_device(launch), _in_interpreter(launch)
     LIBRARY.define(schema)
-    LIBRARY.impl(name, _on_current_device(launch), "CUDA")
-    LIBRARY.impl(name, _in_interpreter(launch), "CPU")
+    LIBRARY.impl(name, _by_plan(plans, on_gpu), "CUDA")
+    LIBRARY.impl(name, _by_plan(plans, on_cpu), "CPU")
     torch.library.register_fake(f"tritonnn::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.tritonnn, name).default
-    if "(a!" in schema:  # only the dispatcher counts that a tensor was overwritten
-        return op
-    direct = {"cuda": _on_current_device(launch), "cpu": _in_interpreter(launch)}
     if backward is None:
-        return _shortest_way(direct, op, op)
+        return _shortest_way(plans, on_gpu, on_cpu, op, op)
     torch.library.register_vmap(f"tritonnn::{name}", each_example(op), lib=LIBRARY)
     torch.library.register_autograd(f"tritonnn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return _shortest_way(direct, op, _differentiable_by_transforms(op, setup_context, backward))
+    return _shortest_way(plans, on_gpu, on_cpu, op, _differentiable_by_transforms(op, setup_context, backward))

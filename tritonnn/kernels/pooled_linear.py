@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .arithmetic import accumulator, round_to
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
+from .launch_plan import launch
 from .operator import register
 
 MOST_OUTPUTS = 64
@@ -75,7 +76,9 @@ def _launch(x, weight, bias) -> torch.Tensor:
     N, C, H, W = x.shape
     K = weight.shape[0]
     weight = weight.contiguous()
-    pooled_linear_forward_kernel[(N,)](
+    launch(
+        pooled_linear_forward_kernel,
+        (N,),
         x,
         weight,
         bias,

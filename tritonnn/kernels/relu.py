@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .arithmetic import INTERPRET, accumulator
 from .block_sizes import ceil_div, elementwise_block
+from .launch_plan import launch
 from .operator import LIBRARY, register
 
 
@@ -28,7 +29,9 @@ def relu_forward_kernel(x_ptr, y_ptr, numel, ACC: tl.constexpr, BLOCK: tl.conste
 def _run(x: torch.Tensor, y: torch.Tensor) -> None:
     if x.numel() > 0:
         block = elementwise_block(x.numel(), x.element_size())
-        relu_forward_kernel[(ceil_div(x.numel(), block),)](x, y, x.numel(), ACC=accumulator(x.dtype), BLOCK=block)
+        launch(
+            relu_forward_kernel, (ceil_div(x.numel(), block),), x, y, x.numel(), ACC=accumulator(x.dtype), BLOCK=block
+        )
 
 
 def _output(x) -> torch.Tensor:

@@ -17,6 +17,7 @@ from .arithmetic import accumulator, add, dot, index_type, round_to, round_to_tf
 from .block_sizes import SplitBlocks, ceil_div
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .epilogue import Epilogue
+from .launch_plan import launch
 
 
 @triton.jit
@@ -285,7 +286,9 @@ def split_gemm(
     K, P, Q = y.shape[1:]
     M = N * P * Q
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N),)
-    split_gemm_forward_kernel[grid](
+    launch(
+        split_gemm_forward_kernel,
+        grid,
         x,
         weight,
         *epilogue[:3],

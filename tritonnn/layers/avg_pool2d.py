@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..kernels.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
-from .layer import TritonLayer, batched, pair, reason_to_fall_back_image
+from .layer import TritonLayer, batched, by_plan, pair, reason_to_fall_back_image
 from .max_pool2d import pools
 
 
@@ -15,6 +15,16 @@ class TritonAvgPool2d(TritonLayer, nn.AvgPool2d):
     others. https://docs.pytorch.org/docs/stable/generated/torch.nn.AvgPool2d.html
     """
 
+    @by_plan(
+        lambda self: (
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+    )
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         kernel_size, padding = pair(self.kernel_size), pair(self.padding)
         stride = pair(self.kernel_size if self.stride == () else self.stride)
@@ -37,6 +47,7 @@ class TritonAdaptiveAvgPool2d(TritonLayer, nn.AdaptiveAvgPool2d):
     PyTorch for others. https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveAvgPool2d.html
     """
 
+    @by_plan(lambda self: (self.output_size,))
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         reason = reason_to_fall_back_image(input)
         if reason is None and 0 in input.shape[-2:]:

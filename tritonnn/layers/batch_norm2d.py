@@ -4,7 +4,15 @@ import torch
 from torch import nn
 
 from ..kernels.batch_norm2d import batch_norm2d_inference, batch_norm2d_training, batch_norm2d_update_
-from .layer import TritonLayer, reason_to_fall_back_image
+from .layer import TritonLayer, by_plan, parameters, reason_to_fall_back_image
+
+
+def _running_statistics(layer: nn.BatchNorm2d) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As `parameters` does."""
+    try:
+        return layer._buffers["running_mean"], layer._buffers["running_var"]
+    except KeyError:
+        return layer.running_mean, layer.running_var
 
 
 class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
@@ -15,6 +23,13 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._compute(input) if self.training else self._evaluate(input)
+
+    @by_plan(lambda self: (*parameters(self), *_running_statistics(self), self.eps))
+    def _evaluate(self, input: torch.Tensor) -> torch.Tensor:
+        return self._compute(input)
+
+    def _compute(self, input: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(input)
         if input.numel() == 0:  # nothing to compute, and PyTorch's formulas for the gradient do not expect it
             return super().forward(input)

@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..kernels.conv2d import conv2d
-from ..precision import autocast
-from .layer import TritonLayer, batched, pair, reason_to_fall_back_image, windows_fit
+from ..precision import autocast, convolutions_in_tf32
+from .layer import TritonLayer, batched, by_plan, pair, parameters, reason_to_fall_back_image, windows_fit
 
 
 class TritonConv2d(TritonLayer, nn.Conv2d):
@@ -17,19 +17,35 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
     """
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, *parameters(self))
+
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._convolve(*autocast(input, weight, bias))
+
+    @by_plan(
+        lambda self: (
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.padding_mode,
+            self._reversed_padding_repeated_twice,
+        ),
+        convolutions_in_tf32,
+    )
+    def _convolve(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if input.numel() == 0 or weight.numel() == 0:  # nothing to compute but PyTorch's strides and errors
             return super()._conv_forward(input, weight, bias)
-        x, w, b = autocast(input, weight, bias)
         stride, dilation = pair(self.stride), pair(self.dilation)
-        reason = self._reason_to_fall_back(x, w, b)
+        reason = self._reason_to_fall_back(input, weight, bias)
         if reason is None:
-            x, padding = self._padded(x)
-            if not windows_fit(x, w.shape[-2:], stride, padding, dilation):
+            x, padding = self._padded(input)
+            if not windows_fit(x, weight.shape[-2:], stride, padding, dilation):
                 reason = "no output, or arguments that PyTorch refuses"
         if reason is not None:
             return self._fall_back(reason, super()._conv_forward, input, weight, bias)
-        return batched(conv2d, x, w, b, stride, padding, dilation, self.groups)
+        return batched(conv2d, x, weight, bias, stride, padding, dilation, self.groups)
 
     def _padded(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int] | None]:
         """x and the (rows, columns) of zeros that the kernel adds on either side; what it cannot add, x already has."""

@@ -1,19 +1,25 @@
 """A convolution or linear layer and what follows it, batch norm, residual sum, ReLU, in one kernel: for inference."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..kernels.conv2d import conv2d_fused, conv2d_with_shortcut, pack_weight, takes_shortcut
+from ..kernels.launch_plan import unwatched
 from ..kernels.pooled_linear import MOST_IMAGES, MOST_OUTPUTS, pooled_linear
 from ..kernels.window import output_size
 from ..precision import (
     autocast,
+    autocast_type,
     convolution_allows_tf32,
     convolution_input_precision,
+    convolution_state,
+    convolutions_in_tf32,
     matmul_input_precision,
 )
-from .layer import TritonLayer, pair, reason_to_fall_back, reason_to_fall_back_image, windows_fit
+from .layer import TritonLayer, by_plan, pair, reason_to_fall_back, reason_to_fall_back_image, windows_fit
 
 
 class _Fused(TritonLayer, nn.Module):
@@ -22,7 +28,8 @@ class _Fused(TritonLayer, nn.Module):
     The scale is folded into a float32 or float64 weight, and then None: rounding a product of it to 16 bits would cost
     precision that the kernel keeps by scaling the sums.
 
-    Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` has changed.
+    Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` has changed;
+    the `_recent` ones by what a call knows that has checked nothing: the type of its input and PyTorch's switch.
     `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y" or "into residual".
     """
 
@@ -45,7 +52,8 @@ class _Fused(TritonLayer, nn.Module):
         self.register_buffer("scale", None if scale is None else scale.to(_sum_type(weight)))
         self.register_buffer("bias", None if bias is None else bias.to(_sum_type(weight)))
         self.sums, self.relu = sums, relu
-        self._packed: dict[tuple, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._packed: dict[tuple, _Packed] = {}
+        self._recent: dict[tuple, _Packed] = {}
         self.eval()
 
     def extra_repr(self) -> str:
@@ -53,7 +61,7 @@ class _Fused(TritonLayer, nn.Module):
         return f"weight={list(self.weight.shape)}, bias={self.bias is not None}, then={steps}"
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_packed": {}}
+        return self.__dict__ | {"_packed": {}, "_recent": {}}
 
     def _apply(self, fn, recurse: bool = True) -> "_Fused":
         before = {"scale": self.scale, "bias": self.bias}
@@ -61,24 +69,22 @@ class _Fused(TritonLayer, nn.Module):
         for name, t in before.items():
             if t is not None and getattr(self, name).dtype != _sum_type(self.weight):
                 setattr(self, name, t.to(self.weight.device, _sum_type(self.weight)))
-        self._packed = {}
+        self._packed, self._recent = {}, {}
         return self
 
-    def _packed_weight(self, dtype: torch.dtype, input_precision: str) -> torch.Tensor:
+    def _packed_weight(self, dtype: torch.dtype, input_precision: str) -> "_Packed":
         weight = self.weight
-        version = 0 if weight.is_inference() else weight._version
         key = (dtype, input_precision, weight.device)
-        source, packed_version, packed = self._packed.get(key, (None, None, None))
-        if source is None or source.data_ptr() != weight.data_ptr() or packed_version != version:
+        kept = self._packed.get(key)
+        if kept is None or not kept.is_of(weight):
             filters = weight if weight.dim() == 4 else weight[:, :, None, None]
             packed = pack_weight(filters.to(dtype), input_precision)
-            # The detached source keeps its memory from being given to another weight, at the same address.
-            self._packed[key] = weight.detach(), version, packed
-        return packed
+            kept = self._packed[key] = _Packed(weight.detach(), _version(weight), packed)
+        return kept
 
     def _reason_to_fall_back_types(self, x: torch.Tensor) -> str | None:
         """x as autocast has it."""
-        if x.dtype == self.weight.dtype or x.dtype == autocast(self.weight[:0])[0].dtype:
+        if x.dtype == self.weight.dtype or x.dtype == autocast_type(self.weight):
             return None
         return "input and parameters of several types"
 
@@ -115,6 +121,21 @@ class _Fused(TritonLayer, nn.Module):
         return None
 
 
+class _Packed(NamedTuple):
+    """A packed weight, and the weight that it was made of: its memory is not given to another, at the same address."""
+
+    source: torch.Tensor
+    version: int
+    packed: torch.Tensor
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        return self.source.data_ptr() == weight.data_ptr() and self.version == _version(weight)
+
+
+def _version(weight: torch.Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
 class FusedConv2d(_Fused):
     """y = relu(scale * conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
 
@@ -142,17 +163,47 @@ class FusedConv2d(_Fused):
         self.rounded_input = self.round_output = False
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        (x,) = autocast(input)
+        (input,) = autocast(input)
+        kept = self._recent.get((input.dtype, convolutions_in_tf32())) if unwatched() else None
+        if kept is None or not kept.is_of(self._buffers["weight"]):
+            return self._compute(input, residual)
+        return self._compute_again(input, residual, kept.packed)
+
+    @by_plan(
+        lambda self: (
+            self._buffers["weight"].shape,
+            self._buffers["weight"].dtype,
+            self._buffers["scale"],
+            self._buffers["bias"],
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.sums,
+            self.relu,
+            self.rounded_input,
+            self.round_output,
+        ),
+        convolution_state,
+    )
+    def _compute_again(self, x: torch.Tensor, residual: torch.Tensor | None, packed: torch.Tensor) -> torch.Tensor:
+        """With the weight packed before, which `_compute` finds for itself."""
+        return self._compute(x, residual)
+
+    def _compute(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         reason = self._reason_to_fall_back(x)
         if reason is not None:
-            return self._fall_back(reason, self._with_pytorch, input, residual)
+            return self._fall_back(reason, self._with_pytorch, x, residual)
         _, channels, R, S = self.weight.shape
         apart = self._reason_to_add_apart(x, (*x.shape[:-3], *self.output_shape(x)), residual)
         input_precision = convolution_input_precision(x, channels * R * S)
+        kept = self._packed_weight(x.dtype, input_precision)
+        if unwatched():
+            self._recent[x.dtype, convolutions_in_tf32()] = kept
         added = None if self.sums is None or apart else residual
         y = conv2d_fused(
             _images(x),
-            self._packed_weight(x.dtype, input_precision),
+            kept.packed,
             self.scale,
             self.bias,
             None if added is None else _images(added),
@@ -212,11 +263,11 @@ class FusedSum(TritonLayer, nn.Module):
         precisions = [convolution_input_precision(t, layer.weight[0].numel()) for layer, t in operands]
         return conv2d_with_shortcut(
             a,
-            main._packed_weight(a.dtype, precisions[0]),
+            main._packed_weight(a.dtype, precisions[0]).packed,
             main.scale,
             main.bias,
             b,
-            shortcut._packed_weight(b.dtype, precisions[1]),
+            shortcut._packed_weight(b.dtype, precisions[1]).packed,
             shortcut.scale,
             shortcut.bias,
             self.last.relu,
@@ -270,7 +321,7 @@ class FusedLinear(_Fused):
         input_precision = matmul_input_precision(x, C)
         y = conv2d_fused(
             x.reshape(rows, C, 1, 1),
-            self._packed_weight(x.dtype, input_precision),
+            self._packed_weight(x.dtype, input_precision).packed,
             self.scale,
             self.bias,
             None if self.sums is None or apart else residual.reshape(rows, K, 1, 1),

@@ -1,11 +1,14 @@
 """What every Triton layer has in common: which inputs its kernel takes, and PyTorch's own op for the others."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
+from ..kernels.launch_plan import Plans, describe, unwatched
 from ..kernels.operator import PLAIN
 from ..kernels.window import output_size
 
@@ -36,6 +39,38 @@ class TritonLayer:
         else:
             self.fallbacks[reason] += 1
         return y
+
+
+def by_plan(attributes: Callable[[TritonLayer], tuple], state: Callable[[], object] | None = None) -> Callable:
+    """Decorates a layer's method of tensors that hands out what kernels compute, by plan (see launch_plan.py).
+
+    `attributes(layer)` are the constants and tensors of the layer that it depends on, `state()` all the rest. In
+    subclasses, which may depend on more, only the operators have plans.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        plans = Plans(state)
+
+        @functools.wraps(method)
+        def planned(self: TritonLayer, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+            if unwatched() and type(self).__dict__.get(method.__name__) is planned:
+                args = (*tensors, *attributes(self))
+                described = describe(args, torch.is_grad_enabled())
+                if described is not None:
+                    return plans.run(described, args, method, self, *tensors)
+            return method(self, *tensors)
+
+        return planned
+
+    return decorate
+
+
+def parameters(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias; attributes of a module that are parameters are slow to ask for."""
+    try:
+        return layer._parameters["weight"], layer._parameters["bias"]
+    except KeyError:
+        return layer.weight, layer.bias
 
 
 def reason_to_fall_back(
@@ -74,6 +109,8 @@ def recorded(x: torch.Tensor) -> bool:
 
 def pair(sizes: int | Sequence[int]) -> tuple[int, int] | None:
     """(rows, columns) of an argument given as one number, one in a tuple, or two; None for other lengths."""
+    if type(sizes) is tuple and len(sizes) == 2:  # as torch.nn keeps them
+        return sizes
     if not isinstance(sizes, Sequence):
         return sizes, sizes
     if len(sizes) == 1:

@@ -4,10 +4,11 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..kernels.linear import linear
-from ..precision import autocast
-from .layer import TritonLayer, reason_to_fall_back
+from ..precision import autocast, matmuls_in_tf32
+from .layer import TritonLayer, by_plan, parameters, reason_to_fall_back
 
 
 class TritonLinear(TritonLayer, nn.Linear):
@@ -19,13 +20,16 @@ class TritonLinear(TritonLayer, nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        x, weight, bias = autocast(input, self.weight, self.bias)
+        return self._product(*autocast(input, *parameters(self)))
+
+    @by_plan(lambda self: (), matmuls_in_tf32)
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         reason = reason_to_fall_back(x, weight, bias)
         if reason is None and any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
             reason = "input and parameters of several types"
         if reason is None and (x.dim() == 0 or x.shape[-1] != weight.shape[1]):
             reason = "input features"
         if reason is not None:
-            return self._fall_back(reason, super().forward, input)
+            return self._fall_back(reason, F.linear, x, weight, bias)
         *leading, features = x.shape
         return linear(x.reshape(math.prod(leading), features), weight, bias).view(*leading, weight.shape[0])

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..kernels.max_pool2d import max_pool2d
-from .layer import TritonLayer, batched, pair, reason_to_fall_back_image, recorded, windows_fit
+from .layer import TritonLayer, batched, by_plan, pair, reason_to_fall_back_image, recorded, windows_fit
 
 
 class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
@@ -18,6 +18,17 @@ class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
 
     signed_zeros: bool = True
 
+    @by_plan(
+        lambda self: (
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+            self.signed_zeros,
+        )
+    )
     def forward(self, input: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         kernel_size, stride = pair(self.kernel_size), pair(self.kernel_size if self.stride == () else self.stride)
         padding, dilation = pair(self.padding), pair(self.dilation)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..kernels.relu import relu, relu_
-from .layer import FLOATING_POINT, TritonLayer, reason_to_fall_back, recorded
+from .layer import FLOATING_POINT, TritonLayer, by_plan, reason_to_fall_back, recorded
 
 SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -18,17 +18,30 @@ class TritonReLU(TritonLayer, nn.ReLU):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        reason = reason_to_fall_back(input, dtypes=SUPPORTED)
-        if reason is not None:
-            return self._fall_back(reason, super().forward, input)
         if not self.inplace:
-            return relu(input)
-        if recorded(input) or not _is_dense(input):
-            return input.copy_(relu(input))
-        relu_(input)
+            return self._beside(input)
+        y = self._overwrite(input)
+        if y is not None:
+            return y
         if not input.is_inference():
             torch.autograd.graph.increment_version(input)
         return input
+
+    @by_plan(lambda self: ())
+    def _beside(self, input: torch.Tensor) -> torch.Tensor:
+        reason = reason_to_fall_back(input, dtypes=SUPPORTED)
+        return relu(input) if reason is None else self._fall_back(reason, super().forward, input)
+
+    @by_plan(lambda self: ())
+    def _overwrite(self, input: torch.Tensor) -> torch.Tensor | None:
+        """Returns input where something else than the kernel overwrote it."""
+        reason = reason_to_fall_back(input, dtypes=SUPPORTED)
+        if reason is not None:
+            return self._fall_back(reason, super().forward, input)
+        if recorded(input) or not _is_dense(input):
+            return input.copy_(relu(input))
+        relu_(input)
+        return None
 
 
 def _is_dense(x: torch.Tensor) -> bool:
