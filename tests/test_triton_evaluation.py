@@ -17,7 +17,7 @@ from lit_modules import triton_evaluation
 from lit_modules.agreement import Agreement, AgreementMeter, Quality, judge
 from lit_modules.evaluation_result import EvaluationResult, timing
 from lit_modules.triton_evaluation import TritonEvaluation
-from tritonnn.layers.fused_conv2d import FusedLinear
+from tritonnn.layers.fused_conv2d import FusedPooledLinear
 
 CLOCK = "device" if torch.cuda.is_available() else "interpreter"
 
@@ -128,8 +128,8 @@ class TestProof:
         result = evaluate(tmp_path, layers=layers, fuse=True, latency=True, budget_s=0)
         *swapped, fused = result.proof.variants
         assert result.passed and fused.fused and fused.agreement.differing == 0
-        assert fused.swapped == {"conv2d + batch_norm2d + relu": 1, "linear": 1, "max_pool2d": 1, "avg_pool2d": 1}
-        assert fused.stayed == {"no Triton layer for Flatten": ["layers.5"]} and fused.fallbacks == {}
+        assert fused.swapped == {"conv2d + batch_norm2d + relu": 1, "avg_pool2d + linear": 1, "max_pool2d": 1}
+        assert fused.stayed == {} and fused.fallbacks == {}
         assert result.proof.main.name == ("fused" if layers == "none" else "relu")
         assert list(result.latency.networks) == [variant.name for variant in (*swapped, fused)]
         assert result.latency.networks["fused"][CLOCK].triton > 0
@@ -138,7 +138,7 @@ class TestProof:
         assert "| fused |" in (tmp_path / "results.md").read_text()
 
     def test_a_wrong_fused_network_fails(self, tmp_path, monkeypatch):
-        break_layer(monkeypatch, FusedLinear, lambda y: -y)
+        break_layer(monkeypatch, FusedPooledLinear, lambda y: -y)
         result = evaluate(tmp_path, layers="all", fuse=True)
         assert [variant.verdict.passed for variant in result.proof.variants] == [True, False] and not result.passed
 
