@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -27,6 +28,9 @@ CASES += [Case("cifar", "default", n) for n in (1024, 128)]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--cases", nargs="+", default=["*"], help="shell patterns of names: cifar-bf16-1024 'imagenet-*'"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="no case begins that would take longer")
     parser.add_argument("--folder", type=Path, default=SHIPPED, help="where the table is, or is to be")
     parser.add_argument("--again", action="store_true", help="tune also what the tables know")
@@ -38,6 +42,8 @@ def main() -> None:
     print(f"{options.folder / file_name(torch.cuda.get_device_name(device))}\n", flush=True)
     start, longest = time.perf_counter(), 0.0
     for case in CASES:
+        if not any(fnmatchcase(case.name, pattern) for pattern in options.cases):
+            continue
         for fused in (True, False):
             begin = time.perf_counter()
             name = f"{case.name}, {'fused' if fused else 'swapped'}"

@@ -13,6 +13,8 @@ import triton
 INTERPRETER_TILE = 2**18
 ENOUGH_PROGRAMS = 99
 """Three quarters of an H200's multiprocessors."""
+SHARED_MEMORY = 2**17
+"""Bytes that a program of few takes on a GPU for what it loads ahead."""
 FLUSH_STEPS = 8
 """Steps of a float32 product whose results are added up apart before they join the sum (see `add_split_dot`)."""
 
@@ -131,7 +133,10 @@ def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitB
     else:
         block_m, block_n = 16, 8
     slices = 8 if block_n == 8 and blocks_k >= 64 else 4
-    return SplitBlocks(slices, block_m, block_n, block_k, slices, 3 if slices == 8 else 4)
+    # As many loads in flight as there are steps and memory for: every byte is waited for, none is used twice.
+    step_bytes = slices * (block_m + block_n) * block_k * element_size
+    num_stages = min(ceil_div(blocks_k, slices) + 1, SHARED_MEMORY // step_bytes, 6)
+    return SplitBlocks(slices, block_m, block_n, block_k, slices, num_stages)
 
 
 def tile(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
