@@ -7,12 +7,17 @@ from typing import NamedTuple
 
 import torch
 
-from .block_sizes import DescriptorBlocks, GemmBlocks, SplitBlocks, ceil_div
+from .block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, SplitBlocks, ceil_div
 from .epilogue import Epilogue
 from .window import output_size
 
-Blocks = SplitBlocks | DescriptorBlocks | GemmBlocks
-FORMS: dict[str, type[Blocks]] = {"split": SplitBlocks, "descriptors": DescriptorBlocks, "pointers": GemmBlocks}
+Blocks = SplitBlocks | HaloBlocks | DescriptorBlocks | GemmBlocks
+FORMS: dict[str, type[Blocks]] = {
+    "split": SplitBlocks,
+    "halo": HaloBlocks,
+    "descriptors": DescriptorBlocks,
+    "pointers": GemmBlocks,
+}
 
 
 class Product(NamedTuple):
@@ -40,8 +45,16 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         form = next(name for name, cls in FORMS.items() if isinstance(self.blocks, cls))
         sizes = [size for name, size in self.blocks._asdict().items() if name.startswith(("SLICES", "TILE", "BLOCK"))]
+        notes = [f"{self.blocks.num_warps} warps"]
+        if isinstance(self.blocks, HaloBlocks):
+            notes += [
+                f"{self.blocks.X_SLOTS} + {self.blocks.W_SLOTS} slots",
+                f"{self.blocks.PROGRAMS} a multiprocessor",
+            ]
+            notes += ["staged in a slot" if self.blocks.IN_SLOT else "staged"] * self.blocks.STAGED
+        else:
+            notes += [f"{self.blocks.num_stages} stages"]
         natural = isinstance(self.blocks, DescriptorBlocks) and not self.blocks.SWAPPED
-        notes = [f"{self.blocks.num_warps} warps", f"{self.blocks.num_stages} stages"]
         notes += ["natural"] * natural + ["x copied"] * self.copies_x
         return f"{form} {'x'.join(map(str, sizes))}, {', '.join(notes)}"
 
