@@ -4,10 +4,10 @@
                     * x[n, group(k) + c, p*stride_h + r*dilation_h - padding_h, q*stride_w + s*dilation_w - padding_w]
 
 x: [N, C, H, W], any strides; weight: [K, C / groups, R, S]; y: [N, K, P, Q], channels_last where x or weight is. It is
-a matrix product in one of four forms: for few pixels its sums are split among warps (split_gemm.py); on Hopper GPUs the
-copy engine brings the tiles, with a halo under a 3x3 filter (halo_gemm.py), or one filter tap after the other
-(descriptor_gemm.py); everything else goes by pointers (implicit_gemm.py). A kernel of its own, below, where each channel
-has its own filter.
+a matrix product in one of four forms. For few pixels its sums are split among warps (split_gemm.py). On Hopper GPUs
+the copy engine brings the tiles, under a 3x3 filter with a halo (halo_gemm.py) or else for one tap after the other
+(descriptor_gemm.py). What is left goes by pointers (implicit_gemm.py). Where each channel has a filter of its own, so
+it has a kernel, below.
 """
 
 import torch
@@ -167,7 +167,7 @@ def launch_gemm(*operands) -> None:
 
 
 def default_choice(product: Product) -> Choice:
-    """Picks the form of the product: split among warps for few pixels, from a halo, over descriptors, or by pointers."""
+    """Picks the form of the product: split among warps for few pixels, halo, over descriptors, or by pointers."""
     x, packed, y, _, stride, _, _, groups, input_precision, round_x, _ = product
     N, C, _, _ = x.shape
     K, P, Q = y.shape[1:]

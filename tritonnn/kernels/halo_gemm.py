@@ -110,6 +110,40 @@ def round_box(x_ring, slot, TILE_P: gl.constexpr, LAYOUT: gl.constexpr, num_warp
 
 
 @gluon.jit
+def store_pixels(
+    acc,
+    residual_ptr,
+    y_ptr,
+    p,
+    q,
+    P,
+    Q,
+    FIRST: gl.constexpr,
+    K: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    RELU: gl.constexpr,
+    ROUND_Y: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr,
+    MASKED: gl.constexpr,
+    TILE_Q: gl.constexpr,
+):
+    """acc [channels, pixels] to y; the pixels are those from FIRST on of the tile at (p, q), where y_ptr points."""
+    ACC: gl.constexpr = acc.type.layout
+    offs_m = FIRST + gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
+    offs_n = gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
+    offs_pixel = offs_m if WHOLE_ROWS else offs_m // TILE_Q * Q + offs_m % TILE_Q
+    offs = gl.expand_dims(offs_pixel * K, 0) + gl.expand_dims(offs_n, 1)
+    mask = gl.expand_dims((p + offs_m // TILE_Q < P) & (q + offs_m % TILE_Q < Q), 0) if MASKED else None
+    if HAS_RESIDUAL:
+        acc += gl.load(residual_ptr + offs, mask=mask, other=0.0 if MASKED else None).to(gl.float32)
+    if RELU:
+        acc = gl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND_Y:
+        acc = round_to_tf32(acc)
+    gl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
 def start_successor_if(condition):
     """See dependent_launch.py. Around a branch the compiler would spill 720 bytes of a thread's sums."""
     asm: gl.constexpr = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p griddepcontrol.launch_dependents; mov.b32 $0, 0; }"
@@ -139,6 +173,7 @@ def halo_gemm_forward_kernel(
     ROUND_Y: gl.constexpr,
     DEPENDENT: gl.constexpr,
     ROUND_X: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr,
     MASKED: gl.constexpr,
     TILE_P: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -155,7 +190,8 @@ def halo_gemm_forward_kernel(
     acc [channels, pixels] = weight @ x.T, both in shared memory. Step t of a tile is the filter's row t % 3 of box
     t // 3; box b is the filter's column b % 3 and the block b // 3 of the channels. With W_SLOTS for every step the
     weight is brought once: the programs are a multiple of the blocks of channels, so that each keeps to one. y_desc
-    and residual_desc are pointers unless y is STAGED; then, unless they are MASKED, tiles lie inside the image.
+    and residual_desc are pointers unless y is STAGED. WHOLE_ROWS: a tile is as wide as the image; unless it is MASKED,
+    it lies inside.
     """
     BLOCK_M: gl.constexpr = TILE_P * TILE_Q
     BLOCKS_N: gl.constexpr = K // BLOCK_N
@@ -320,26 +356,31 @@ def halo_gemm_forward_kernel(
             if HAS_RESIDUAL:
                 mbarrier.wait(residual_bar, count & 1)
                 acc += y_lines.load(ACC).to(gl.float32)
-        else:
-            offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC))
-            p += offs_m // TILE_Q
-            q += offs_m % TILE_Q
-            start = n.to(gl.int64) * P * Q * K
-            offs = gl.expand_dims((p * Q + q) * K, 0) + gl.expand_dims(offs_n, 1)
-            mask = gl.expand_dims((p < P) & (q < Q), 0) if MASKED else None
-            if HAS_RESIDUAL:
-                acc += gl.load(residual_desc + start + offs, mask=mask, other=0.0 if MASKED else None).to(gl.float32)
-        if RELU:
-            acc = gl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        if ROUND_Y:
-            acc = round_to_tf32(acc)
-        if STAGED:
+            if RELU:
+                acc = gl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            if ROUND_Y:
+                acc = round_to_tf32(acc)
             y_lines.store(acc.to(DTYPE))
             fence_async_shared()
             gl.thread_barrier()
             tma.async_copy_shared_to_global(y_desc, [n, p, q, k], y_box)
         else:
-            gl.store(y_desc + start + offs, acc.to(DTYPE), mask=mask)
+            start = (n.to(gl.int64) * P * Q + p * Q + q) * K + k
+            y_ptr = y_desc + start
+            residual_ptr = residual_desc + start if HAS_RESIDUAL else y_ptr
+            HALF: gl.constexpr = BLOCK_M // 2
+            if HAS_RESIDUAL:  # the whole of it would not fit the registers beside the sums
+                upper, lower = gl.split(acc.reshape([BLOCK_N, 2, HALF]).permute([0, 2, 1]))
+                store_pixels(
+                    upper, residual_ptr, y_ptr, p, q, P, Q, 0, K, True, RELU, ROUND_Y, WHOLE_ROWS, MASKED, TILE_Q
+                )
+                store_pixels(
+                    lower, residual_ptr, y_ptr, p, q, P, Q, HALF, K, True, RELU, ROUND_Y, WHOLE_ROWS, MASKED, TILE_Q
+                )
+            else:
+                store_pixels(
+                    acc, residual_ptr, y_ptr, p, q, P, Q, 0, K, False, RELU, ROUND_Y, WHOLE_ROWS, MASKED, TILE_Q
+                )
         count += 1
     if STAGED:
         tma.store_wait(0)
@@ -444,6 +485,7 @@ def halo_gemm(
         **epilogue.flags,
         **dependent_launch(x),
         ROUND_X=round_x,
+        WHOLE_ROWS=Q == tile_q,
         MASKED=P % tile_p != 0 or Q % tile_q != 0,
         **options,
     )

@@ -45,16 +45,13 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         form = next(name for name, cls in FORMS.items() if isinstance(self.blocks, cls))
         sizes = [size for name, size in self.blocks._asdict().items() if name.startswith(("SLICES", "TILE", "BLOCK"))]
-        notes = [f"{self.blocks.num_warps} warps"]
-        if isinstance(self.blocks, HaloBlocks):
-            notes += [
-                f"{self.blocks.X_SLOTS} + {self.blocks.W_SLOTS} slots",
-                f"{self.blocks.PROGRAMS} a multiprocessor",
-            ]
-            notes += ["staged in a slot" if self.blocks.IN_SLOT else "staged"] * self.blocks.STAGED
+        blocks, notes = self.blocks, [f"{self.blocks.num_warps} warps"]
+        if isinstance(blocks, HaloBlocks):
+            notes += [f"{blocks.X_SLOTS} + {blocks.W_SLOTS} slots", f"{blocks.PROGRAMS} a multiprocessor"]
+            notes += ["staged in a slot" if blocks.IN_SLOT else "staged"] * blocks.STAGED
         else:
-            notes += [f"{self.blocks.num_stages} stages"]
-        natural = isinstance(self.blocks, DescriptorBlocks) and not self.blocks.SWAPPED
+            notes += [f"{blocks.num_stages} stages"]
+        natural = isinstance(blocks, DescriptorBlocks) and not blocks.SWAPPED
         notes += ["natural"] * natural + ["x copied"] * self.copies_x
         return f"{form} {'x'.join(map(str, sizes))}, {', '.join(notes)}"
 
