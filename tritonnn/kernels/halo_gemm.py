@@ -110,6 +110,16 @@ def round_box(x_ring, slot, TILE_P: gl.constexpr, LAYOUT: gl.constexpr, num_warp
 
 
 @gluon.jit
+def halves_of(acc, RUN: gl.constexpr):
+    """Every other RUN of columns, and those between."""
+    BLOCK_N: gl.constexpr = acc.shape[0]
+    BLOCK_M: gl.constexpr = acc.shape[1]
+    runs = acc.reshape([BLOCK_N, BLOCK_M // (2 * RUN), 2, RUN]).permute([0, 1, 3, 2])
+    first, second = gl.split(runs)
+    return first.reshape([BLOCK_N, BLOCK_M // 2]), second.reshape([BLOCK_N, BLOCK_M // 2])
+
+
+@gluon.jit
 def store_pixels(
     acc,
     residual_ptr,
@@ -118,7 +128,6 @@ def store_pixels(
     q,
     P,
     Q,
-    FIRST: gl.constexpr,
     K: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     RELU: gl.constexpr,
@@ -126,10 +135,13 @@ def store_pixels(
     WHOLE_ROWS: gl.constexpr,
     MASKED: gl.constexpr,
     TILE_Q: gl.constexpr,
+    RUN: gl.constexpr,
+    FIRST: gl.constexpr,
 ):
-    """acc [channels, pixels] to y; the pixels are those from FIRST on of the tile at (p, q), where y_ptr points."""
+    """acc [channels, pixels] to y: every other RUN of pixels, from FIRST on, of the tile at (p, q) and at y_ptr."""
     ACC: gl.constexpr = acc.type.layout
-    offs_m = FIRST + gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
+    columns = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
+    offs_m = FIRST + columns // RUN * (2 * RUN) + columns % RUN
     offs_n = gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
     offs_pixel = offs_m if WHOLE_ROWS else offs_m // TILE_Q * Q + offs_m % TILE_Q
     offs = gl.expand_dims(offs_pixel * K, 0) + gl.expand_dims(offs_n, 1)
@@ -368,18 +380,28 @@ def halo_gemm_forward_kernel(
             start = (n.to(gl.int64) * P * Q + p * Q + q) * K + k
             y_ptr = y_desc + start
             residual_ptr = residual_desc + start if HAS_RESIDUAL else y_ptr
-            HALF: gl.constexpr = BLOCK_M // 2
-            if HAS_RESIDUAL:  # the whole of it would not fit the registers beside the sums
-                upper, lower = gl.split(acc.reshape([BLOCK_N, 2, HALF]).permute([0, 2, 1]))
+            # With a residual in two parts: the whole of it would not fit the registers beside the sums.
+            PARTS: gl.constexpr = 2 if HAS_RESIDUAL else 1
+            RUN: gl.constexpr = INSTRUCTION_N // 2 if HAS_RESIDUAL else BLOCK_M
+            parts = halves_of(acc, RUN) if HAS_RESIDUAL else (acc,)
+            for i in gl.static_range(PARTS):
                 store_pixels(
-                    upper, residual_ptr, y_ptr, p, q, P, Q, 0, K, True, RELU, ROUND_Y, WHOLE_ROWS, MASKED, TILE_Q
-                )
-                store_pixels(
-                    lower, residual_ptr, y_ptr, p, q, P, Q, HALF, K, True, RELU, ROUND_Y, WHOLE_ROWS, MASKED, TILE_Q
-                )
-            else:
-                store_pixels(
-                    acc, residual_ptr, y_ptr, p, q, P, Q, 0, K, False, RELU, ROUND_Y, WHOLE_ROWS, MASKED, TILE_Q
+                    parts[i],
+                    residual_ptr,
+                    y_ptr,
+                    p,
+                    q,
+                    P,
+                    Q,
+                    K,
+                    HAS_RESIDUAL,
+                    RELU,
+                    ROUND_Y,
+                    WHOLE_ROWS,
+                    MASKED,
+                    TILE_Q,
+                    RUN,
+                    FIRST=i * RUN,
                 )
         count += 1
     if STAGED:
@@ -422,8 +444,8 @@ def are_halo_blocks(blocks: HaloBlocks, C: int, K: int, element_size: int) -> bo
     in_slot = not blocks.IN_SLOT or blocks.BLOCK_N == line  # y's box is then one of x's
     slots = min(blocks.X_SLOTS, blocks.W_SLOTS) >= 2  # one is read while the next is filled
     divided = C % blocks.BLOCK_K == 0 and K % blocks.BLOCK_N == 0 and blocks.BLOCK_N % 64 == 0
-    rows = blocks.TILE_Q >= 8 and blocks.TILE_P * blocks.TILE_Q >= 64
-    return blocks.BLOCK_K == line and staging and in_slot and slots and divided and rows
+    tile = blocks.TILE_Q >= 8 and blocks.TILE_P * blocks.TILE_Q >= 64 and blocks.num_warps >= 4
+    return blocks.BLOCK_K == line and staging and in_slot and slots and divided and tile
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
