@@ -25,6 +25,11 @@ SPLIT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee
 SPLIT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
 DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAPPED=True, FLUSH=8)
 DESCRIPTORS |= dict(HAS_RESIDUAL=True, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee")
+HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, WHOLE_ROWS=True, MASKED=False)
+HALO_64 = HALO | dict(C=64, K=64, TILE_P=8, TILE_Q=32, BLOCK_N=64, BLOCK_K=64, X_SLOTS=2, W_SLOTS=4)
+HALO_64 |= dict(STAGED=True, IN_SLOT=True, num_warps=4)
+HALO_128 = HALO | dict(C=128, K=128, TILE_P=16, TILE_Q=16, BLOCK_N=128, BLOCK_K=32, X_SLOTS=3, W_SLOTS=6)
+HALO_128 |= dict(STAGED=False, IN_SLOT=False, num_warps=8)
 DEPTHWISE = FILTER | EPILOGUE | dict(K=64, MULTIPLIER=1)
 MAX_POOL = FILTER | dict(
     DEPENDENT=True, RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None
@@ -74,6 +79,14 @@ KERNELS = {
         LAST,
         DESCRIPTORS | dict(INPUT_PRECISION="tf32x3", BLOCK_K=32, SWAPPED=False),
     ),
+    "conv2d, halo": ("halo_gemm.halo_gemm_forward_kernel", "bf16", LAST, HALO_64),
+    "conv2d, halo, TF32": ("halo_gemm.halo_gemm_forward_kernel", "fp32", LAST, HALO_128),
+    "conv2d, halo, TF32, rounded": (
+        "halo_gemm.halo_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        HALO_64 | dict(BLOCK_K=32, STAGED=False, IN_SLOT=False, ROUND_X=True, HAS_RESIDUAL=False),
+    ),
     "conv2d, depthwise": ("conv2d.conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
     "max_pool2d": ("max_pool2d.max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
     "max_pool2d, contiguous": ("max_pool2d.max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
@@ -93,7 +106,15 @@ ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2
 BY_DESCRIPTORS = [name for name in KERNELS if "descriptors" in name]
 COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", *BY_DESCRIPTORS[2:]]
 """Kernels that round or split x in registers, from which the tensor cores then read it."""
-ROUNDS = ["conv2d, TF32", "conv2d, float32", "conv2d, descriptors, TF32, rounded", "conv2d, descriptors, float32"]
+WITH_HALO = [name for name in KERNELS if "halo" in name]
+BY_COPY_ENGINE = BY_DESCRIPTORS + WITH_HALO
+ROUNDS = [
+    "conv2d, halo, TF32, rounded",
+    "conv2d, TF32",
+    "conv2d, float32",
+    "conv2d, descriptors, TF32, rounded",
+    "conv2d, descriptors, float32",
+]
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last"]
 """Kernels that read neighbouring pixels, one by one."""
 
@@ -109,6 +130,7 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     module, _, name = path.partition(".")
     kernel = getattr(importlib.import_module(f"tritonnn.kernels.{module}"), name)
@@ -125,6 +147,8 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
         )
         boxes = {"x_desc": tile + k, "weight_desc": n + k, "residual_desc": tile + n, "y_desc": tile + n}
         types |= {name: f"tensordesc<{dtype}{box}>" for name, box in boxes.items()}
+    if "X_SLOTS" in constants:
+        types |= halo_types(dtype, constants)
     types |= {name: f"*{dtype}" for name in names if name.endswith("_ptr") and name not in types}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     attributes = {
@@ -133,8 +157,25 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
         if signature[name] == "i32" or signature[name].startswith("*")
     }
     values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4)).asm["ptx"]
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source(kernel, signature, constexprs=values, attrs=attributes)
+    options = dict(num_warps=constants.get("num_warps", 4))
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def halo_types(dtype: str, constants: dict) -> dict[str, str]:
+    """The types of the descriptors, and of the pointers that y and the residual are where they are not staged."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    rows, columns, n, k = (constants[size] for size in ("TILE_P", "TILE_Q", "BLOCK_N", "BLOCK_K"))
+    y = [1, rows, columns, n] if constants["STAGED"] else None
+    boxes = {"x_desc": [1, rows, columns, k], "edge_desc": [1, 2, columns, k], "weight_desc": [n, k]}
+    boxes |= {"y_desc": y, "residual_desc": y}
+    bits = 32 if dtype == "fp32" else 16
+    return {
+        name: f"tensordesc<{dtype}{box},{NVMMASharedLayout(128, bits, len(box))!r}>" if box else f"*{dtype}"
+        for name, box in boxes.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -152,20 +193,21 @@ def test_no_pairs_of_16_bit_integers(name, ptx):
     assert not re.search(r"\.[su]16x2", ptx[name])
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in [*BY_DESCRIPTORS, "conv2d, few pixels"]])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in [*BY_COPY_ENGINE, "conv2d, few pixels"]])
 def test_stores_take_16_bytes(name, ptx):
     assert re.search(r"st\.global\.v4\.b32", ptx[name])
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS + BY_DESCRIPTORS])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS + BY_COPY_ENGINE])
 def test_loads_take_16_bytes(name, ptx):
     assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
 
 
-@pytest.mark.parametrize("name", BY_DESCRIPTORS)
+@pytest.mark.parametrize("name", BY_COPY_ENGINE)
 def test_the_copy_engine_brings_the_tiles(name, ptx):
     assert "cp.async.bulk.tensor.4d.shared" in ptx[name]
-    assert "cp.async.bulk.tensor.4d.global" in ptx[name]
+    staged = KERNELS[name][3].get("STAGED", True)
+    assert ("cp.async.bulk.tensor.4d.global" in ptx[name]) == staged
 
 
 @pytest.mark.parametrize("name", COMPUTED_OPERANDS)
@@ -174,9 +216,18 @@ def test_a_product_of_computed_operands_is_awaited(name, ptx):
     assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == {"0"}
 
 
-@pytest.mark.parametrize("name", ON_TENSOR_CORES + BY_DESCRIPTORS)
+@pytest.mark.parametrize("name", ON_TENSOR_CORES + BY_COPY_ENGINE)
 def test_products_run_on_the_tensor_cores(name, ptx):
     assert "wgmma.mma_async" in ptx[name]
+
+
+@pytest.mark.parametrize("name", WITH_HALO)
+def test_products_overlap_and_all_fits_the_registers(name, ptx, tmp_path):
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == {"0", "1"}
+    (tmp_path / "kernel.ptx").write_text(ptx[name])
+    command = ptxas(), "-arch=sm_90a", "-v", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores" in said and "serializ" not in said
 
 
 @pytest.mark.parametrize("name", [name for name, (*_, constants) in KERNELS.items() if constants.get("DEPENDENT")])
@@ -189,6 +240,13 @@ def test_dependent_launches_touch_no_tensor_before_they_waited(name, ptx):
 @pytest.mark.parametrize("name", ROUNDS)
 def test_rounding_to_tf32_is_one_instruction(name, ptx):
     assert "cvt.rn.tf32.f32" in ptx[name] and "cvt.rna" not in ptx[name]
+
+
+def ptxas() -> Path:
+    """The assembler that comes with Triton."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
 class Hopper:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from .kernels.block_sizes import DescriptorBlocks, GemmBlocks, SplitBlocks, tile
+from .kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, SplitBlocks, ceil_div, tile
 from .kernels.implicit_gemm import pointer_blocks, spans_taps
 from .kernels.product import Choice, Problem
 
@@ -33,10 +33,34 @@ POINTER_TILES = [
     (128, 128, 4, 3),
     (128, 128, 8, 3),
 ]
+HALO_TILES = {
+    2: [
+        (8, 32, 64, 2, 4, True, True, 4, 2),
+        (16, 16, 128, 3, 3, True, False, 8, 1),
+        (16, 16, 64, 2, 4, True, True, 4, 2),
+        (16, 32, 64, 2, 9, True, True, 8, 1),
+        (4, 32, 128, 2, 2, True, False, 4, 2),
+        (8, 32, 128, 2, 5, True, False, 8, 1),
+        (16, 16, 128, 2, 5, True, False, 8, 1),
+    ],
+    4: [
+        (8, 32, 64, 2, 4, False, False, 4, 2),
+        (16, 16, 128, 3, 6, False, False, 8, 1),
+        (16, 16, 64, 2, 4, False, False, 4, 2),
+        (16, 32, 64, 2, 8, False, False, 8, 1),
+        (4, 32, 128, 2, 4, False, False, 4, 2),
+        (8, 32, 128, 3, 6, False, False, 8, 1),
+    ],
+}
+"""TILE_P, TILE_Q, BLOCK_N, X_SLOTS, W_SLOTS, STAGED, IN_SLOT, warps, programs; by the bytes of an element."""
+LEAST_OF_A_TILE = 0.75
+"""The part of the tiles with a halo that is to lie inside the image."""
 SPLIT_TILES = [(16, 8), (16, 16), (16, 32), (32, 32)]
 SPLIT_SLICES = [(4, 4, 4), (8, 8, 3), (8, 8, 5), (4, 4, 6)]
 """SLICES, warps, stages."""
 
+BARRIERS = 256
+"""Bytes of shared memory, at most."""
 MOST_OF_A_FORM = 6
 MOST_BESIDE_OTHERS = 2
 MOST_SPLIT_OUTPUTS = 2**19
@@ -51,9 +75,11 @@ class Gpu(NamedTuple):
     shared_memory: int
 
 
-def candidates(problem: Problem, default: Choice, descriptors: bool, gpu: Gpu) -> list[Choice]:
-    """The default first; `descriptors` says whether x can be fetched by them."""
+def candidates(problem: Problem, default: Choice, descriptors: bool, halo: bool, gpu: Gpu) -> list[Choice]:
+    """The default first; `descriptors` and `halo` say whether x can be fetched by them, or with it."""
     choices = [default]
+    if halo:
+        choices += islice(_halo(problem, gpu), MOST_OF_A_FORM)
     if descriptors:
         choices += islice(_descriptors(problem, gpu), MOST_OF_A_FORM)
     choices += _split(problem, gpu)
@@ -76,6 +102,27 @@ def _by_waves(problem: Problem, tiles: Sequence[T], gpu: Gpu) -> list[T]:
         and (tile[:2] == (least_m, least_n) or waves(tile) >= 0.5)
     ]
     return sorted(fitting, key=lambda tile: abs(math.log2(waves(tile) / 2)))
+
+
+def _halo(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
+    """The tiles that waste least first. TF32's x is rounded on the way unless NCHW is copied."""
+    (p, q), size = problem.output, problem.dtype.itemsize
+
+    def waste(sizes: Sequence[int]) -> int:
+        return ceil_div(p, sizes[0]) * sizes[0] * ceil_div(q, sizes[1]) * sizes[1]
+
+    for tile_p, tile_q, block_n, x_slots, w_slots, staged, in_slot, num_warps, programs in sorted(
+        HALO_TILES[size], key=waste
+    ):
+        fits = problem.k % block_n == 0 and LEAST_OF_A_TILE * waste((tile_p, tile_q)) <= p * q
+        busy = 2 * problem.programs(tile_p * tile_q, block_n) >= gpu.multiprocessors
+        lines = x_slots * (tile_p + 2) * tile_q + w_slots * block_n
+        stage = tile_p * tile_q * block_n * size if staged and not in_slot else 0
+        if fits and busy and programs * (128 * lines + stage + BARRIERS) <= gpu.shared_memory:
+            blocks = HaloBlocks(
+                tile_p, tile_q, block_n, 128 // size, x_slots, w_slots, staged, in_slot, num_warps, programs
+            )
+            yield Choice(blocks, copies_x=not problem.channels_last_x)
 
 
 def _descriptors(problem: Problem, gpu: Gpu) -> Iterator[Choice]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .candidates import Gpu, candidates
 from .fusion import FusedNetwork
 from .kernels import tuned_blocks
-from .kernels.conv2d import default_choice, fetches_by_descriptors, run_gemm
+from .kernels.conv2d import default_choice, fetches_by_descriptors, fetches_with_halo, run_gemm
 from .kernels.product import Choice, Problem
 from .kernels.tuned_blocks import Entry
 from .swap import swapped
@@ -195,7 +195,8 @@ def _compile(
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_COMPILERS)) as pool:
         for problem in problems:
             product, _ = operands(problem, device)
-            jobs[problem] = candidates(problem, default_choice(product), fetches_by_descriptors(product), gpu)
+            fetches = fetches_by_descriptors(product), fetches_with_halo(product)
+            jobs[problem] = candidates(problem, default_choice(product), *fetches, gpu)
         futures = [pool.submit(run, problem, choice) for problem, choices in jobs.items() for choice in choices]
         for _ in as_completed(futures):
             advance("compiling", len(futures))

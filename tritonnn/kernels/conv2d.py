@@ -3,8 +3,11 @@
     y[n, k, p, q] = bias[k] + sum over c, r, s of weight[k, c, r, s]
                     * x[n, group(k) + c, p*stride_h + r*dilation_h - padding_h, q*stride_w + s*dilation_w - padding_w]
 
-x: [N, C, H, W], any strides; weight: [K, C / groups, R, S]; y: [N, K, P, Q], channels_last where x or weight is. Two
-forms: an implicit GEMM (implicit_gemm.py), and a kernel of its own where each channel has its own filter.
+x: [N, C, H, W], any strides; weight: [K, C / groups, R, S]; y: [N, K, P, Q], channels_last where x or weight is. It is
+a matrix product in one of four forms. For few pixels its sums are split among warps (split_gemm.py). On Hopper GPUs
+the copy engine brings the tiles, under a 3x3 filter with a halo (halo_gemm.py) or else for one tap after the other
+(descriptor_gemm.py). What is left goes by pointers (implicit_gemm.py). Where each channel has a filter of its own, so
+it has a kernel, below.
 """
 
 import torch
@@ -13,11 +16,21 @@ import triton.language as tl
 
 from ..precision import convolution_input_precision, convolutions_in_tf32
 from .arithmetic import accumulator, index_type, round_to, round_to_tf32
-from .block_sizes import DescriptorBlocks, SplitBlocks, ceil_div, descriptor_blocks, pixel_blocks, split_blocks
+from .block_sizes import (
+    DescriptorBlocks,
+    HaloBlocks,
+    SplitBlocks,
+    ceil_div,
+    descriptor_blocks,
+    halo_blocks,
+    pixel_blocks,
+    split_blocks,
+)
 from .channels_last import channels_last, pack_weight
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .descriptor_gemm import descriptor_gemm, fits_descriptors
 from .epilogue import Epilogue
+from .halo_gemm import are_halo_blocks, fits_halo, halo_gemm
 from .implicit_gemm import implicit_gemm, pointer_blocks, spans_taps
 from .launch_plan import launch
 from .memory_format import empty_image, is_channels_last, pixel_strides
@@ -155,7 +168,7 @@ def launch_gemm(*operands) -> None:
 
 
 def default_choice(product: Product) -> Choice:
-    """Picks the form of the product: split among warps for few pixels, over descriptors, or by pointers."""
+    """Picks the form of the product: split among warps for few pixels, halo, over descriptors, or by pointers."""
     x, packed, y, _, stride, _, _, groups, input_precision, round_x, _ = product
     N, C, _, _ = x.shape
     K, P, Q = y.shape[1:]
@@ -163,13 +176,20 @@ def default_choice(product: Product) -> Choice:
     blocks = split_blocks(N * P * Q, K, C, R * S, x.element_size()) if groups == 1 else None
     if blocks is not None:
         return Choice(blocks, copies_x=False)
+    halo = halo_blocks(N, P, Q, C, K, x.element_size())
+    if halo is not None and not fetches_with_halo(product):
+        halo = None
+    aligned = _is_aligned(x)
     descriptors = fetches_by_descriptors(product) and (x.stride(1) == 1 or R * S > 1)
     gathers = R * S > 1 and not spans_taps(C // groups, R * S) and not triton.knobs.runtime.interpret
     # With NCHW each filter tap would read pixels apart: worth a copy (H200, bf16, 512 channels: 155 us for 449). Where
-    # an element of x takes part in many products, rounding it first is worth one too (512 channels: 198 us for 236).
-    many = K * R * S >= 2304 * stride[0] * stride[1]
-    copies_x = gathers and (x.stride(1) != 1 or (descriptors and round_x and many))
-    if descriptors and (copies_x or _is_aligned(x)):
+    # an element of x takes part in many products, rounding it first is worth one too (128 channels: 295 us for 324).
+    many = K * R * S >= 1152 * stride[0] * stride[1]
+    rounds = descriptors and round_x and many and not (halo is not None and aligned)
+    copies_x = gathers and (x.stride(1) != 1 or rounds)
+    if halo is not None and (copies_x or aligned):
+        blocks = halo
+    elif descriptors and (copies_x or aligned):
         swapped = input_precision != "tf32x3" and (copies_x or not round_x)
         blocks = descriptor_blocks(N, P, Q, K, R * S * C, x.element_size(), swapped)
     else:
@@ -181,23 +201,41 @@ def fetches_by_descriptors(product: Product) -> bool:
     """Whether a product is one of the tensor cores' whose x, once it is channels_last, descriptors can fetch."""
     x = product.x
     on_tensor_cores = x.element_size() == 2 or product.input_precision != "ieee"
-    return on_tensor_cores and fits_descriptors(x, product.y.shape[1], product.stride, product.groups)
+    fits = on_tensor_cores and fits_descriptors(x, product.y.shape[1], product.stride, product.groups)
+    return fits and _has_aligned_residual(product)
+
+
+def fetches_with_halo(product: Product) -> bool:
+    """Whether a product is one of the tensor cores', of a 3x3 filter, that makes a channels_last y from boxes of x."""
+    x, packed, y, channels_last_y, *window, groups, input_precision, _, _ = product
+    on_tensor_cores = x.element_size() == 2 or input_precision == "tf32"
+    fits = on_tensor_cores and channels_last_y and fits_halo(x, y.shape[1], packed.shape[1:3], *window, groups)
+    return fits and _has_aligned_residual(product)
 
 
 def _is_aligned(x: torch.Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
 
 
+def _has_aligned_residual(product: Product) -> bool:
+    residual = product.epilogue.residual
+    return residual is None or residual.data_ptr() % 16 == 0
+
+
 def can_run(product: Product, choice: Choice) -> bool:
     """Whether the form of a choice can take the product."""
-    x, residual, blocks = product.x, product.epilogue.residual, choice.blocks
+    x, blocks = product.x, choice.blocks
+    C, K = x.shape[1], product.y.shape[1]
     if isinstance(blocks, SplitBlocks):
-        return product.groups == 1 and x.element_size() <= 4 and x.shape[1] % blocks.BLOCK_K == 0
+        return product.groups == 1 and x.element_size() <= 4 and C % blocks.BLOCK_K == 0
+    if isinstance(blocks, HaloBlocks):
+        fits = fetches_with_halo(product) and are_halo_blocks(blocks, C, K, x.element_size())
+        return fits and (choice.copies_x or _is_aligned(x))
     if isinstance(blocks, DescriptorBlocks):
         rounds = product.round_x and not choice.copies_x
         forms = {"tf32x3": [False], "tf32": [False] if rounds else [False, True]}.get(product.input_precision, [True])
-        fits = fetches_by_descriptors(product) and blocks.SWAPPED in forms and x.shape[1] % blocks.BLOCK_K == 0
-        return fits and (choice.copies_x or _is_aligned(x)) and (residual is None or residual.data_ptr() % 16 == 0)
+        fits = fetches_by_descriptors(product) and blocks.SWAPPED in forms and C % blocks.BLOCK_K == 0
+        return fits and (choice.copies_x or _is_aligned(x))
     return True
 
 
@@ -206,6 +244,9 @@ def run_gemm(product: Product, choice: Choice) -> None:
     blocks, copies_x = choice
     if copies_x:
         x, round_x = channels_last(x, round_x).permute(0, 3, 1, 2), False
+    if isinstance(blocks, HaloBlocks):
+        halo_gemm(x, packed, y, round_x, epilogue, blocks)
+        return
     if isinstance(blocks, DescriptorBlocks):
         descriptor_gemm(x, packed, y, channels_last_y, *window, input_precision, epilogue, blocks)
         return

@@ -6,12 +6,11 @@
 A tile is TILE_P rows x TILE_Q columns of one image. For each block of channels the copy engine brings the rows under it
 and one more on either side three times, shifted by a column each time; what lies outside the image it fills with zeros.
 The filter's rows are slices of the same box in shared memory, as a row is a multiple of the 1024 bytes after which the
-swizzle repeats: x is read from L2 three times instead of nine. Programs are persistent: while a box is multiplied the
-next ones arrive, those of the next tile as well.
+swizzle repeats: a tile reads 3 (TILE_P + 2) rows of x from L2, where nine taps would each read TILE_P. Programs are
+persistent: while a box is multiplied the next ones arrive, those of the next tile as well.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -27,37 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .block_sizes import ceil_div
+from .arithmetic import round_to_tf32
+from .block_sizes import HaloBlocks, ceil_div
+from .dependent_launch import dependent_launch, wait_for_predecessor
 from .epilogue import Epilogue
 
-SHARED_MEMORY = 232448
-"""Bytes a program may take on Hopper."""
-
-
-class HaloBlocks(NamedTuple):
-    """A tile of TILE_P rows x TILE_Q columns x BLOCK_N channels, reduced BLOCK_K channels at a time.
-
-    X_SLOTS boxes of x and W_SLOTS tiles of the weight in shared memory; y is STAGED there (IN_SLOT: in a box of x) or
-    stored from registers; `programs` run on a multiprocessor. `turns`: two warp groups take turns, a third fetches.
-    """
-
-    TILE_P: int
-    TILE_Q: int
-    BLOCK_N: int
-    BLOCK_K: int
-    X_SLOTS: int
-    W_SLOTS: int
-    STAGED: bool
-    IN_SLOT: bool
-    num_warps: int
-    programs: int = 1
-    turns: bool = False
-
-
-@gluon.jit
-def round_to_tf32(x):
-    """The nearest TF32 value, ties away from zero (see arithmetic.py)."""
-    return gl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+VERIFIED = "3.6."
+"""Gluon is experimental: the versions of Triton in which this kernel's results were checked."""
 
 
 @gluon.jit
@@ -135,6 +110,59 @@ def round_box(x_ring, slot, TILE_P: gl.constexpr, LAYOUT: gl.constexpr, num_warp
 
 
 @gluon.jit
+def halves_of(acc, RUN: gl.constexpr):
+    """Every other RUN of columns, and those between."""
+    BLOCK_N: gl.constexpr = acc.shape[0]
+    BLOCK_M: gl.constexpr = acc.shape[1]
+    runs = acc.reshape([BLOCK_N, BLOCK_M // (2 * RUN), 2, RUN]).permute([0, 1, 3, 2])
+    first, second = gl.split(runs)
+    return first.reshape([BLOCK_N, BLOCK_M // 2]), second.reshape([BLOCK_N, BLOCK_M // 2])
+
+
+@gluon.jit
+def store_pixels(
+    acc,
+    residual_ptr,
+    y_ptr,
+    p,
+    q,
+    P,
+    Q,
+    K: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    RELU: gl.constexpr,
+    ROUND_Y: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr,
+    MASKED: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    RUN: gl.constexpr,
+    FIRST: gl.constexpr,
+):
+    """acc [channels, pixels] to y: every other RUN of pixels, from FIRST on, of the tile at (p, q) and at y_ptr."""
+    ACC: gl.constexpr = acc.type.layout
+    columns = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
+    offs_m = FIRST + columns // RUN * (2 * RUN) + columns % RUN
+    offs_n = gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
+    offs_pixel = offs_m if WHOLE_ROWS else offs_m // TILE_Q * Q + offs_m % TILE_Q
+    offs = gl.expand_dims(offs_pixel * K, 0) + gl.expand_dims(offs_n, 1)
+    mask = gl.expand_dims((p + offs_m // TILE_Q < P) & (q + offs_m % TILE_Q < Q), 0) if MASKED else None
+    if HAS_RESIDUAL:
+        acc += gl.load(residual_ptr + offs, mask=mask, other=0.0 if MASKED else None).to(gl.float32)
+    if RELU:
+        acc = gl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND_Y:
+        acc = round_to_tf32(acc)
+    gl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def start_successor_if(condition):
+    """See dependent_launch.py. Around a branch the compiler would spill 720 bytes of a thread's sums."""
+    asm: gl.constexpr = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p griddepcontrol.launch_dependents; mov.b32 $0, 0; }"
+    gl.inline_asm_elementwise(asm, "=r,r", [condition.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def halo_gemm_forward_kernel(
     x_desc,
     edge_desc,
@@ -155,7 +183,10 @@ def halo_gemm_forward_kernel(
     HAS_RESIDUAL: gl.constexpr,
     RELU: gl.constexpr,
     ROUND_Y: gl.constexpr,
+    DEPENDENT: gl.constexpr,
     ROUND_X: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr,
+    MASKED: gl.constexpr,
     TILE_P: gl.constexpr,
     TILE_Q: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -171,10 +202,11 @@ def halo_gemm_forward_kernel(
     acc [channels, pixels] = weight @ x.T, both in shared memory. Step t of a tile is the filter's row t % 3 of box
     t // 3; box b is the filter's column b % 3 and the block b // 3 of the channels. With W_SLOTS for every step the
     weight is brought once: the programs are a multiple of the blocks of channels, so that each keeps to one. y_desc
-    and residual_desc are pointers unless y is STAGED.
+    and residual_desc are pointers unless y is STAGED. WHOLE_ROWS: a tile is as wide as the image; unless it is MASKED,
+    it lies inside.
     """
     BLOCK_M: gl.constexpr = TILE_P * TILE_Q
-    BLOCKS_N: gl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_N: gl.constexpr = K // BLOCK_N
     BOXES: gl.constexpr = 3 * (C // BLOCK_K)
     STEPS: gl.constexpr = 3 * BOXES
     RESIDENT: gl.constexpr = W_SLOTS >= STEPS
@@ -203,6 +235,7 @@ def halo_gemm_forward_kernel(
     fence_async_shared()
     gl.thread_barrier()
 
+    wait_for_predecessor(DEPENDENT)
     first = gl.program_id(0)
     programs = gl.num_programs(0)
     for early in gl.static_range(X_SLOTS - 1):
@@ -308,11 +341,13 @@ def halo_gemm_forward_kernel(
                     has_next = (tile + (block_c * 3 + s + 1) // BOXES * programs) < tiles
                     mbarrier.wait(x_bars.index(slot_next), box // X_SLOTS & 1, pred=has_next)
                     round_box(x_ring, slot_next, TILE_P, LINES, num_warps)
+        if DEPENDENT:
+            start_successor_if(tile + programs >= tiles)
         acc = warpgroup_mma_wait(0, deps=[acc])
 
         offs_n = k + gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
         if HAS_SCALE:
-            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n), 1)
+            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n), 1).to(gl.float32)
         if HAS_BIAS:
             acc += gl.expand_dims(gl.load(bias_ptr + offs_n), 1).to(gl.float32)
         if STAGED:
@@ -333,205 +368,44 @@ def halo_gemm_forward_kernel(
             if HAS_RESIDUAL:
                 mbarrier.wait(residual_bar, count & 1)
                 acc += y_lines.load(ACC).to(gl.float32)
-        else:
-            offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC))
-            offs_pixel = (p + offs_m // TILE_Q) * Q + q + offs_m % TILE_Q
-            start = n.to(gl.int64) * P * Q * K
-            offs = gl.expand_dims(offs_pixel * K, 0) + gl.expand_dims(offs_n, 1)
-            if HAS_RESIDUAL:
-                acc += gl.load(residual_desc + start + offs).to(gl.float32)
-        if RELU:
-            acc = gl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        if ROUND_Y:
-            acc = round_to_tf32(acc)
-        if STAGED:
+            if RELU:
+                acc = gl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            if ROUND_Y:
+                acc = round_to_tf32(acc)
             y_lines.store(acc.to(DTYPE))
             fence_async_shared()
             gl.thread_barrier()
             tma.async_copy_shared_to_global(y_desc, [n, p, q, k], y_box)
         else:
-            gl.store(y_desc + start + offs, acc.to(DTYPE))
+            start = (n.to(gl.int64) * P * Q + p * Q + q) * K + k
+            y_ptr = y_desc + start
+            residual_ptr = residual_desc + start if HAS_RESIDUAL else y_ptr
+            # With a residual in two parts: the whole of it would not fit the registers beside the sums.
+            PARTS: gl.constexpr = 2 if HAS_RESIDUAL else 1
+            RUN: gl.constexpr = INSTRUCTION_N // 2 if HAS_RESIDUAL else BLOCK_M
+            parts = halves_of(acc, RUN) if HAS_RESIDUAL else (acc,)
+            for i in gl.static_range(PARTS):
+                store_pixels(
+                    parts[i],
+                    residual_ptr,
+                    y_ptr,
+                    p,
+                    q,
+                    P,
+                    Q,
+                    K,
+                    HAS_RESIDUAL,
+                    RELU,
+                    ROUND_Y,
+                    WHOLE_ROWS,
+                    MASKED,
+                    TILE_Q,
+                    RUN,
+                    FIRST=i * RUN,
+                )
         count += 1
     if STAGED:
         tma.store_wait(0)
-
-
-@gluon.jit
-def fetch_tiles(x_desc, edge_desc, shared, sizes, BOXES: gl.constexpr, X_SLOTS: gl.constexpr, TILE_P: gl.constexpr):
-    """One warp's part: brings the boxes of the program's tiles, one after the other, as slots fall free."""
-    x_ring, _, _, x_bars, free_bars, _, _, _ = shared
-    tiles, tiles_p, tiles_q = sizes
-    box = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        for b in range(BOXES):
-            slot = box % X_SLOTS
-            mbarrier.wait(free_bars.index(slot), box // X_SLOTS & 1 ^ 1)
-            fetch_box(x_desc, edge_desc, x_ring, x_bars, slot, tile, tiles, tiles_p, tiles_q, b, 1, TILE_P)
-            box += 1
-
-
-@gluon.jit
-def multiply_tiles(
-    outputs,
-    shared,
-    sizes,
-    GROUP: gl.constexpr,
-    C: gl.constexpr,
-    HAS_SCALE: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr,
-    RELU: gl.constexpr,
-    ROUND_Y: gl.constexpr,
-    X_SLOTS: gl.constexpr,
-    TILE_P: gl.constexpr,
-):
-    """A warp group's part: every other tile of the program, GROUP 0 or 1; they take turns with y_stage."""
-    scale_ptr, bias_ptr, residual_desc, y_desc = outputs
-    x_ring, w_ring, y_stage, x_bars, free_bars, w_bars, stage_bar, residual_bar = shared
-    tiles, tiles_p, tiles_q = sizes
-    TILE_Q: gl.constexpr = x_ring.shape[1]
-    BLOCK_K: gl.constexpr = x_ring.shape[2]
-    BLOCK_N: gl.constexpr = w_ring.shape[1]
-    BLOCK_M: gl.constexpr = TILE_P * TILE_Q
-    BLOCKS_C: gl.constexpr = C // BLOCK_K
-    BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
-    LINES: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 256 // BITS]
-    )
-    programs = gl.num_programs(0)
-    offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
-    for w_slot in range(9 * BLOCKS_C):
-        mbarrier.wait(w_bars.index(w_slot), 0)
-    count = GROUP
-    for tile in range(gl.program_id(0) + GROUP * programs, tiles, 2 * programs):
-        n, p, q, _ = place_of(tile, tiles_p, tiles_q, 1, TILE_P, TILE_Q)
-        box = count * (3 * BLOCKS_C)
-        acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
-        for block_c in range(BLOCKS_C):
-            for s in gl.static_range(3):
-                slot = box % X_SLOTS
-                mbarrier.wait(x_bars.index(slot), box // X_SLOTS & 1)
-                for r in gl.static_range(3):
-                    x = rows_of(x_ring, slot, r, TILE_P, TILE_P, LINES)
-                    use_acc = True if s + r > 0 else block_c > 0
-                    w = w_ring.index(block_c * 9 + 3 * s + r)
-                    acc = warpgroup_mma(w, x.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
-                    if r == 0:
-                        acc = warpgroup_mma_wait(1, deps=[acc])
-                        gl.thread_barrier()
-                        if s > 0:
-                            mbarrier.arrive(free_bars.index((box + X_SLOTS - 1) % X_SLOTS))
-                        else:
-                            mbarrier.arrive(free_bars.index((box + X_SLOTS - 1) % X_SLOTS), pred=block_c > 0)
-                    elif r == 2:
-                        acc = warpgroup_mma_wait(3, deps=[acc])  # waits for nothing: a loop carries only tensors
-                box += 1
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        gl.thread_barrier()
-        mbarrier.arrive(free_bars.index((box + X_SLOTS - 1) % X_SLOTS))
-
-        if HAS_SCALE:
-            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n), 1)
-        if HAS_BIAS:
-            acc += gl.expand_dims(gl.load(bias_ptr + offs_n), 1).to(gl.float32)
-        mbarrier.wait(stage_bar, count & 1 ^ 1)
-        y_lines = y_stage.reshape([BLOCK_M, BLOCK_N]).permute([1, 0])
-        if HAS_RESIDUAL:
-            mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(residual_desc, [n, p, q, 0], residual_bar, y_stage)
-            mbarrier.wait(residual_bar, count & 1)
-            acc += y_lines.load(ACC).to(gl.float32)
-        if RELU:
-            acc = gl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        if ROUND_Y:
-            acc = round_to_tf32(acc)
-        y_lines.store(acc.to(y_stage.dtype))
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(y_desc, [n, p, q, 0], y_stage)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        mbarrier.arrive(stage_bar)
-        count += 2
-
-
-@gluon.jit
-def halo_gemm_turns_forward_kernel(
-    x_desc,
-    edge_desc,
-    weight_desc,
-    scale_ptr,
-    bias_ptr,
-    residual_desc,
-    y_desc,
-    P,
-    Q,
-    tiles,
-    tiles_p,
-    tiles_q,
-    C: gl.constexpr,
-    K: gl.constexpr,
-    HAS_SCALE: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr,
-    RELU: gl.constexpr,
-    ROUND_Y: gl.constexpr,
-    ROUND_X: gl.constexpr,
-    TILE_P: gl.constexpr,
-    TILE_Q: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    X_SLOTS: gl.constexpr,
-    W_SLOTS: gl.constexpr,
-    STAGED: gl.constexpr,
-    IN_SLOT: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """As `halo_gemm_forward_kernel`, by two warp groups that take turns and a warp that fetches for both.
-
-    The whole weight is in shared memory; BLOCK_N = K.
-    """
-    BOXES: gl.constexpr = 3 * (C // BLOCK_K)
-    DTYPE: gl.constexpr = x_desc.dtype
-    LINES: gl.constexpr = gl.NVMMASharedLayout(128, DTYPE.primitive_bitwidth, 2)
-    x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS * (TILE_P + 2), TILE_Q, BLOCK_K], LINES)
-    w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS, BLOCK_N, BLOCK_K], LINES)
-    y_stage = gl.allocate_shared_memory(DTYPE, [1, TILE_P, TILE_Q, BLOCK_N], y_desc.layout)
-    x_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
-    free_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
-    w_bars = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], mbarrier.MBarrierLayout())
-    stage_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    residual_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(X_SLOTS):
-        mbarrier.init(x_bars.index(i), count=1)
-        mbarrier.init(free_bars.index(i), count=1)
-    for i in gl.static_range(W_SLOTS):
-        mbarrier.init(w_bars.index(i), count=1)
-    mbarrier.init(stage_bar, count=1)
-    mbarrier.init(residual_bar, count=1)
-    fence_async_shared()
-    gl.thread_barrier()
-    for i in gl.static_range(W_SLOTS):
-        fetch_weight(weight_desc, w_ring, w_bars, i, gl.program_id(0), tiles, i, 1, C)
-    shared = (x_ring, w_ring, y_stage, x_bars, free_bars, w_bars, stage_bar, residual_bar)
-    outputs = (scale_ptr, bias_ptr, residual_desc, y_desc)
-    sizes = (tiles, tiles_p, tiles_q)
-    gl.warp_specialize(
-        [
-            (
-                multiply_tiles,
-                (outputs, shared, sizes, 0, C, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, RELU, ROUND_Y, X_SLOTS, TILE_P),
-            ),
-            (
-                multiply_tiles,
-                (outputs, shared, sizes, 1, C, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, RELU, ROUND_Y, X_SLOTS, TILE_P),
-            ),
-            (fetch_tiles, (x_desc, edge_desc, shared, sizes, BOXES, X_SLOTS, TILE_P)),
-        ],
-        [4, 1],
-        [232, 24],
-    )
 
 
 @functools.lru_cache
@@ -548,15 +422,30 @@ def fits_halo(
     dilation: tuple[int, int],
     groups: int,
 ) -> bool:
-    """Whether this kernel takes x [N, C, H, W], once it is channels_last: whole tiles, whole lines of shared memory."""
-    if triton.knobs.runtime.interpret or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    """Whether this kernel takes x [N, C, H, W], once it is channels_last, and was verified here.
+
+    A 3x3 filter over every pixel; whole lines of 128 bytes of x's channels.
+    """
+    _, C, H, W = x.shape
+    window = *kernel_size, *stride, *padding, *dilation, groups
+    if window != (3, 3, 1, 1, 1, 1, 1, 1, 1) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
-    if torch.cuda.get_device_capability(x.device) != (9, 0):
+    if C * x.element_size() % 128 != 0 or out_channels % 64 != 0 or H * W * max(C, out_channels) >= 2**31:
         return False
-    N, C, H, W = x.shape
-    same = tuple(kernel_size) == (3, 3) and {*stride, *padding, *dilation} == {1} and groups == 1
-    tiles = (H, W) in ((16, 16), (32, 32))
-    return same and tiles and C % (128 // x.element_size()) == 0 and out_channels % 64 == 0 and H * W * C < 2**31
+    if triton.knobs.runtime.interpret or not triton.__version__.startswith(VERIFIED):
+        return False
+    return torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def are_halo_blocks(blocks: HaloBlocks, C: int, K: int, element_size: int) -> bool:
+    """Whether the kernel can be compiled with them, shared memory and registers permitting."""
+    line = 128 // element_size
+    staging = blocks.STAGED or not blocks.IN_SLOT
+    in_slot = not blocks.IN_SLOT or blocks.BLOCK_N == line  # y's box is then one of x's
+    slots = min(blocks.X_SLOTS, blocks.W_SLOTS) >= 2  # one is read while the next is filled
+    divided = C % blocks.BLOCK_K == 0 and K % blocks.BLOCK_N == 0 and blocks.BLOCK_N % 64 == 0
+    tile = blocks.TILE_Q >= 8 and blocks.TILE_P * blocks.TILE_Q >= 64 and blocks.num_warps >= 4
+    return blocks.BLOCK_K == line and staging and in_slot and slots and divided and tile
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
@@ -565,8 +454,13 @@ def _pixels(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((N, H, W, C), (H * W * C, W * C, C, 1))
 
 
+@functools.lru_cache
+def _layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(128, bits, rank)
+
+
 def _descriptor(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout(128, 8 * x.element_size(), len(box)))
+    return TensorDescriptor.from_tensor(x, box, _layout(8 * x.element_size(), len(box)))
 
 
 def halo_gemm(
@@ -585,21 +479,17 @@ def halo_gemm(
     K, P, Q = y.shape[1:]
     tile_p, tile_q, block_n, block_k = blocks[:4]
     pixels = _pixels(x)
-    y_box = [1, tile_p, tile_q, block_n]
     y_desc, residual_desc = y, epilogue.residual
     if blocks.STAGED:
+        y_box = [1, tile_p, tile_q, block_n]
         y_desc = _descriptor(_pixels(y), y_box)
         residual_desc = y_desc if epilogue.residual is None else _descriptor(_pixels(epilogue.residual), y_box)
-    tiles_p, tiles_q = ceil_div(P, tile_p), ceil_div(Q, tile_q)
-    tiles = N * tiles_p * tiles_q * ceil_div(K, block_n)
+    tiles_p, tiles_q, blocks_n = ceil_div(P, tile_p), ceil_div(Q, tile_q), K // block_n
+    tiles = N * tiles_p * tiles_q * blocks_n
     options = blocks._asdict()
-    programs = min(tiles, options.pop("programs") * multiprocessors(x.device))
-    programs -= programs % ceil_div(K, block_n)
-    kernel = halo_gemm_forward_kernel
-    if options.pop("turns"):
-        kernel = halo_gemm_turns_forward_kernel
-        options["maxnreg"] = 168  # of 384 threads; the warp groups that multiply take over most of the third's
-    kernel[(programs,)](
+    programs = min(tiles, options.pop("PROGRAMS") * multiprocessors(x.device))
+    programs = max(programs - programs % blocks_n, blocks_n)
+    halo_gemm_forward_kernel[(programs,)](
         _descriptor(pixels, [1, tile_p, tile_q, block_k]),
         _descriptor(pixels, [1, 2, tile_q, block_k]),
         _descriptor(weight.view(K, -1), [block_n, block_k]),
@@ -615,6 +505,9 @@ def halo_gemm(
         C,
         K,
         **epilogue.flags,
+        **dependent_launch(x),
         ROUND_X=round_x,
+        WHOLE_ROWS=Q == tile_q,
+        MASKED=P % tile_p != 0 or Q % tile_q != 0,
         **options,
     )

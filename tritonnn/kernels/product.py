@@ -7,12 +7,17 @@ from typing import NamedTuple
 
 import torch
 
-from .block_sizes import DescriptorBlocks, GemmBlocks, SplitBlocks, ceil_div
+from .block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, SplitBlocks, ceil_div
 from .epilogue import Epilogue
 from .window import output_size
 
-Blocks = SplitBlocks | DescriptorBlocks | GemmBlocks
-FORMS: dict[str, type[Blocks]] = {"split": SplitBlocks, "descriptors": DescriptorBlocks, "pointers": GemmBlocks}
+Blocks = SplitBlocks | HaloBlocks | DescriptorBlocks | GemmBlocks
+FORMS: dict[str, type[Blocks]] = {
+    "split": SplitBlocks,
+    "halo": HaloBlocks,
+    "descriptors": DescriptorBlocks,
+    "pointers": GemmBlocks,
+}
 
 
 class Product(NamedTuple):
@@ -40,8 +45,13 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         form = next(name for name, cls in FORMS.items() if isinstance(self.blocks, cls))
         sizes = [size for name, size in self.blocks._asdict().items() if name.startswith(("SLICES", "TILE", "BLOCK"))]
-        natural = isinstance(self.blocks, DescriptorBlocks) and not self.blocks.SWAPPED
-        notes = [f"{self.blocks.num_warps} warps", f"{self.blocks.num_stages} stages"]
+        blocks, notes = self.blocks, [f"{self.blocks.num_warps} warps"]
+        if isinstance(blocks, HaloBlocks):
+            notes += [f"{blocks.X_SLOTS} + {blocks.W_SLOTS} slots", f"{blocks.PROGRAMS} a multiprocessor"]
+            notes += ["staged in a slot" if blocks.IN_SLOT else "staged"] * blocks.STAGED
+        else:
+            notes += [f"{blocks.num_stages} stages"]
+        natural = isinstance(blocks, DescriptorBlocks) and not blocks.SWAPPED
         notes += ["natural"] * natural + ["x copied"] * self.copies_x
         return f"{form} {'x'.join(map(str, sizes))}, {', '.join(notes)}"
 

@@ -20,7 +20,10 @@ import triton
 from .product import FORMS, Choice, Problem, Product, problem_of
 
 SHIPPED = Path(__file__).parents[1] / "tables"
-MOST_STAGES, MOST_WARPS = 8, 16
+MOST = {"num_stages": 8, "X_SLOTS": 8, "W_SLOTS": 36, "PROGRAMS": 4}
+"""Of what need not be a power of 2."""
+MOST_WARPS = 16
+FLAGS = "SWAPPED", "STAGED", "IN_SLOT"
 
 generation = 0
 """Changes whenever choices may: a launch that was planned in an earlier generation is to be planned anew."""
@@ -150,9 +153,9 @@ def _from_json(row: dict) -> tuple[Problem, Entry] | None:
 def _is_usable(choice: Choice) -> bool:
     """Whether a kernel may be compiled with these blocks."""
     sizes = choice.blocks._asdict()
-    flags = choice.copies_x, sizes.pop("SWAPPED", False)
+    flags = choice.copies_x, *(sizes.pop(name) for name in FLAGS if name in sizes)
     if not all(type(flag) is bool for flag in flags) or not all(type(size) is int for size in sizes.values()):
         return False
-    num_stages = sizes.pop("num_stages")
+    few = all(1 <= sizes.pop(name) <= most for name, most in MOST.items() if name in sizes)
     powers_of_2 = all(size > 0 and size & (size - 1) == 0 for size in sizes.values())
-    return powers_of_2 and 1 <= num_stages <= MOST_STAGES and sizes["num_warps"] <= MOST_WARPS
+    return few and powers_of_2 and sizes["num_warps"] <= MOST_WARPS
