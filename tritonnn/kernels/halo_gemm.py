@@ -30,6 +30,7 @@ from .arithmetic import round_to_tf32
 from .block_sizes import HaloBlocks, ceil_div
 from .dependent_launch import dependent_launch, wait_for_predecessor
 from .epilogue import Epilogue
+from .launch_plan import launch
 
 VERIFIED = "3.6."
 """Gluon is experimental: the versions of Triton in which this kernel's results were checked."""
@@ -489,7 +490,9 @@ def halo_gemm(
     options = blocks._asdict()
     programs = min(tiles, options.pop("PROGRAMS") * multiprocessors(x.device))
     programs = max(programs - programs % blocks_n, blocks_n)
-    halo_gemm_forward_kernel[(programs,)](
+    launch(
+        halo_gemm_forward_kernel,
+        (programs,),
         _descriptor(pixels, [1, tile_p, tile_q, block_k]),
         _descriptor(pixels, [1, 2, tile_q, block_k]),
         _descriptor(weight.view(K, -1), [block_n, block_k]),

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.experimental.gluon.nvidia import hopper as gluon
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuned_blocks
@@ -217,7 +218,7 @@ class _Recording(TorchDispatchMode):
             if isinstance(arg, torch.Tensor):
                 pointers.append((position, *self._source(arg)))
                 arguments[position] = None
-            elif isinstance(arg, TensorDescriptor):
+            elif isinstance(arg, TensorDescriptor | gluon.TensorDescriptor):
                 box = tuple(arg.shape), tuple(arg.strides), arg.padding
                 boxes.append((position, *self._source(arg.base), *box))
                 arguments[position] = None
