@@ -18,10 +18,12 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.timing import capture, clock  # noqa: E402
-from tritonnn.kernels.block_sizes import DescriptorBlocks, SplitBlocks, tile  # noqa: E402
+from tritonnn.candidates import HALO_TILES  # noqa: E402
+from tritonnn.kernels.block_sizes import DescriptorBlocks, HaloBlocks, SplitBlocks, tile  # noqa: E402
 from tritonnn.kernels.channels_last import pack_weight  # noqa: E402
 from tritonnn.kernels.descriptor_gemm import descriptor_gemm  # noqa: E402
 from tritonnn.kernels.epilogue import Epilogue  # noqa: E402
+from tritonnn.kernels.halo_gemm import halo_gemm  # noqa: E402
 from tritonnn.kernels.memory_format import pixel_strides  # noqa: E402
 from tritonnn.kernels.split_gemm import split_gemm  # noqa: E402
 
@@ -34,7 +36,7 @@ PRECISIONS = {
 """Type, input precision, and the largest error of a right result, relative in the 2-norm."""
 
 SAMPLES, WORKERS = 7, 12
-Blocks = DescriptorBlocks | SplitBlocks
+Blocks = DescriptorBlocks | HaloBlocks | SplitBlocks
 
 
 class Shape(NamedTuple):
@@ -61,7 +63,7 @@ SHAPES = [
 
 
 def candidates(shape: Shape, n: int, precision: str) -> Iterator[Blocks]:
-    """The blocks to try: large tiles over descriptors, small ones split among warps where there are few pixels."""
+    """The blocks to try: large tiles over descriptors or with a halo, small ones split among warps for few pixels."""
     dtype, input_precision, _ = PRECISIONS[precision]
     side = shape.size // shape.stride
     line = 128 // dtype.itemsize
@@ -73,6 +75,10 @@ def candidates(shape: Shape, n: int, precision: str) -> Iterator[Blocks]:
         if block_n <= max(shape.out_channels, 64):
             for stages in (2, 3, 4):
                 yield DescriptorBlocks(*tile(n, side, side, block_m), block_n, line, swapped, warps, stages)
+    if swapped and shape.stride == 1:
+        for tile_p, tile_q, block_n, *rest in HALO_TILES[dtype.itemsize]:
+            if side % tile_p == side % tile_q == shape.out_channels % block_n == 0:
+                yield HaloBlocks(tile_p, tile_q, block_n, line, *rest)
     if n * side * side * shape.out_channels <= 2**19:
         for block_m, block_n in ((16, 8), (16, 16), (16, 32), (32, 32)):
             for slices, warps, stages in ((4, 4, 3), (4, 4, 4), (8, 4, 3), (8, 8, 3), (8, 8, 4), (16, 8, 3)):
@@ -113,6 +119,8 @@ class Problem:
             if isinstance(blocks, DescriptorBlocks):
                 operands = self.x, weight, self.y, True, *self.window
                 descriptor_gemm(*operands, self.input_precision, epilogue, blocks)
+            elif isinstance(blocks, HaloBlocks):
+                halo_gemm(self.x, weight, self.y, False, epilogue, blocks)
             else:
                 operands = self.x, weight, self.y, pixel_strides(self.y, True), *self.window
                 split_gemm(*operands, self.input_precision, self.input_precision == "tf32", epilogue, blocks)

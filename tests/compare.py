@@ -19,6 +19,18 @@ def image(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool =
     return x.to(memory_format=torch.channels_last) if channels_last else x
 
 
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to TF32, ties to even."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
+
+
+def worst_image(y: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest error of an image, in the 2-norm, relative to it."""
+    errors, norms = (t.flatten(1).norm(dim=1) for t in (y.double() - exact, exact))
+    return float((errors / norms).max())
+
+
 def network() -> nn.Sequential:
     """A layer of every kind: images [N, 3, H, W] to [N, 4]."""
     return nn.Sequential(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton
-from compare import image
+from compare import image, tf32, worst_image
 from torch import nn
 from torch.nn import functional as F
 
@@ -69,12 +69,6 @@ PRECISIONS = {
 }
 LIMIT = {"float32": 2**-22, "TF32": 2**-11, "float16": 2**-11, "bfloat16": 2**-8}
 """The largest relative error of one rounding; in float32, where rounding the sums shows too, of four."""
-
-
-def worst_image(y: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest error of an image, in the 2-norm, relative to it."""
-    errors, norms = (t.flatten(1).norm(dim=1) for t in (y.double() - exact, exact))
-    return float((errors / norms).max())
 
 
 @pytest.mark.gpu
@@ -207,12 +201,6 @@ def test_shortcut(stride, input_precision):
     blocks = SplitBlocks(4, 16, 16, 32, 4, 1)
     split_gemm(x, weight, y, pixel_strides(y, True), *window, input_precision, False, epilogue, blocks, shortcut)
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
-
-
-def tf32(x: torch.Tensor) -> torch.Tensor:
-    """x rounded to TF32, ties to even."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
 
 
 @in_the_interpreter

@@ -17,7 +17,7 @@ import tritonnn
 from tritonnn import trial as trials
 from tritonnn.candidates import Gpu, candidates
 from tritonnn.kernels import conv2d, implicit_gemm, tuned_blocks
-from tritonnn.kernels.block_sizes import DescriptorBlocks, GemmBlocks, SplitBlocks, gemm_blocks
+from tritonnn.kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, SplitBlocks, gemm_blocks
 from tritonnn.kernels.epilogue import Epilogue
 from tritonnn.kernels.product import Choice, Problem, Product, problem_of
 from tritonnn.kernels.tuned_blocks import Entry
@@ -49,6 +49,9 @@ HALF = dict(dtype=torch.bfloat16)
 PROBLEMS = {
     "bfloat16, 1024 images": problem(1024, 64, 32, 64, **HALF),
     "bfloat16, 512 channels": problem(128, 512, 4, 512, **HALF, epilogue=("bias", "residual", "relu")),
+    "bfloat16, 128 channels": problem(512, 128, 16, 128, **HALF),
+    "56x56": problem(32, 64, 56, 64, **HALF, epilogue=("bias", "residual", "relu")),
+    "28x28, TF32": problem(33, 128, 28, 128, input_precision="tf32", round_x=True, epilogue=("bias", "residual")),
     "one image": problem(1, 256, 8, 512, stride=(2, 2), **HALF),
     "1x1": problem(128, 64, 32, 128, 1, stride=(2, 2), **HALF),
     "64 channels, NCHW": problem(128, 64, 32, 64, channels_last_x=False, channels_last_y=False, **HALF),
@@ -72,8 +75,15 @@ def fits(p: Problem) -> bool:
     return on_tensor_cores and p.groups == 1 and p.c * p.dtype.itemsize % 128 == 0
 
 
+def fits_with_halo(p: Problem) -> bool:
+    """Whether boxes with a halo could be fetched."""
+    shape = (p.r, p.s, p.stride, p.k % 64, p.channels_last_y) == (3, 3, (1, 1), 0, True)
+    return fits(p) and shape and p.input_precision != "tf32x3"
+
+
 def tried(name: str, gpu: Gpu = H200) -> list[Choice]:
-    return candidates(PROBLEMS[name], ANY, fits(PROBLEMS[name]), gpu)
+    p = PROBLEMS[name]
+    return candidates(p, ANY, fits(p), fits_with_halo(p), gpu)
 
 
 class TestCandidates:
@@ -93,6 +103,7 @@ class TestCandidates:
     def test_the_product_takes_each(self, name, monkeypatch):
         p = PROBLEMS[name]
         monkeypatch.setattr(conv2d, "fits_descriptors", lambda *_: fits(p))
+        monkeypatch.setattr(conv2d, "fits_halo", lambda *_: fits_with_halo(p))
         x = torch.empty(1, p.c, p.h, p.w, dtype=p.dtype)
         x = x.contiguous(memory_format=torch.channels_last if p.channels_last_x else torch.contiguous_format)
         y, packed = torch.empty(1, p.k, *p.output), torch.empty(p.k, p.r, p.s, p.c // p.groups)
@@ -107,6 +118,8 @@ class TestCandidates:
         (usual,) = tried(name, Gpu(132, 0))[1:]  # the default of the form, whatever the memory
         for choice in tried(name, Gpu(132, shared_memory)):
             sizes = choice.blocks._asdict()
+            if isinstance(choice.blocks, HaloBlocks):
+                continue
             sizes.pop("SWAPPED", None)
             stages = sizes.pop("num_stages")
             assert all(size & (size - 1) == 0 for size in sizes.values())
@@ -117,9 +130,26 @@ class TestCandidates:
             step = sizes.get("SLICES", 1) * (rows + sizes["BLOCK_N"]) * sizes["BLOCK_K"]
             assert choice in (ANY, usual) or stages * step * p.dtype.itemsize <= shared_memory
 
+    @pytest.mark.parametrize("shared_memory", [232448, 101376, 49152])
+    @pytest.mark.parametrize("name", ["bfloat16, 128 channels", "56x56", "28x28, TF32", "TF32, rounded before"])
+    def test_sizes_of_tiles_with_a_halo(self, name, shared_memory):
+        p = PROBLEMS[name]
+        tiles = [c.blocks for c in tried(name, Gpu(132, shared_memory)) if isinstance(c.blocks, HaloBlocks)]
+        assert bool(tiles) == (shared_memory == 232448)
+        for blocks in tiles:
+            box, weight = (blocks.TILE_P + 2) * blocks.TILE_Q * 128, blocks.BLOCK_N * 128
+            y = blocks.TILE_P * blocks.TILE_Q * blocks.BLOCK_N * p.dtype.itemsize
+            slots = blocks.X_SLOTS * box + blocks.W_SLOTS * weight + y * (blocks.STAGED and not blocks.IN_SLOT)
+            assert blocks.PROGRAMS * (slots + 1024) <= shared_memory + 1024
+            covered = [-(-side // size) * size for side, size in zip(p.output, blocks)]
+            assert math.prod(covered) <= math.prod(p.output) * 4 / 3
+            assert p.k % blocks.BLOCK_N == 0 and blocks.BLOCK_K * p.dtype.itemsize == 128
+            assert y <= box or not blocks.IN_SLOT
+
     def test_forms(self):
         forms = {name: {type(choice.blocks) for choice in tried(name)[1:]} for name in PROBLEMS}
-        assert forms["bfloat16, 1024 images"] == {DescriptorBlocks, GemmBlocks}
+        assert forms["bfloat16, 1024 images"] == {HaloBlocks, DescriptorBlocks, GemmBlocks}
+        assert forms["1x1"] == {DescriptorBlocks, GemmBlocks}
         assert forms["one image"] == {SplitBlocks, DescriptorBlocks, GemmBlocks}
         assert forms["groups"] == forms["3 channels, NCHW"] == {GemmBlocks}
 
@@ -253,7 +283,8 @@ class TestTables:
     def test_round_trip(self, tmp_path):
         path = tmp_path / "new folder" / "table.json"
         swapped = Entry(Choice(DescriptorBlocks(1, 4, 16, 128, 64, True, 8, 3), False), 1.0, 2.0)
-        entries = {problem(): SPLIT_ENTRY, OTHER: POINTERS_ENTRY, problem(n=7): swapped}
+        halo = Entry(Choice(HaloBlocks(16, 16, 128, 64, 3, 3, True, False, 8, 1), True), 1.0, 2.0)
+        entries = {problem(): SPLIT_ENTRY, OTHER: POINTERS_ENTRY, problem(n=7): swapped, problem(n=8): halo}
         tuned_blocks.add(path, entries)
         assert tuned_blocks.read(path) == entries
         assert [file.name for file in path.parent.iterdir()] == ["table.json"]
@@ -280,7 +311,8 @@ class TestTables:
     @pytest.mark.parametrize(
         "change",
         {
-            "unknown form": lambda row: row.update(form="halo"),
+            "unknown form": lambda row: row.update(form="spiral"),
+            "form of other blocks": lambda row: row.update(form="halo"),
             "missing block size": lambda row: row["blocks"].pop("BLOCK_K"),
             "block size of another version": lambda row: row["blocks"].update(BLOCK_X=4),
             "no power of 2": lambda row: row["blocks"].update(BLOCK_M=24),
@@ -301,6 +333,12 @@ class TestTables:
         change[1](table["choices"][0])
         path.write_text(json.dumps(table))
         assert tuned_blocks.read(path) == {OTHER: POINTERS_ENTRY}
+
+    @pytest.mark.parametrize("change", [dict(TILE_P=12), dict(STAGED=1), dict(W_SLOTS=99), dict(PROGRAMS=0)], ids=str)
+    def test_tiles_with_a_halo_that_are_ignored(self, change, tmp_path):
+        path, blocks = tmp_path / "table.json", HaloBlocks(16, 16, 128, 64, 3, 3, True, False, 8, 1)
+        tuned_blocks.add(path, {problem(): Entry(Choice(blocks._replace(**change), False), 1.0, 2.0)})
+        assert tuned_blocks.read(path) == {}
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"choices": 3}', '{"choices": {}, "a'], ids=repr)
     def test_a_corrupt_file_is_ignored_with_one_warning(self, text, tmp_path):
@@ -486,6 +524,13 @@ class TestRefusals:
             tritonnn.tune(nn.Conv2d(4, 4, 3), torch.zeros(1, 4, 5, 5))
 
 
+def test_a_choice_in_words():
+    tiles = HaloBlocks(8, 32, 64, 64, 2, 4, True, True, 4, 2)
+    words = "halo 8x32x64x64, 4 warps, 2 + 4 slots, 2 a multiprocessor, staged in a slot, x copied"
+    assert str(Choice(tiles, True)) == words
+    assert str(SPLIT) == "split 4x16x16x32, 4 warps, 1 stages"
+
+
 class TestReport:
     tuned = Tuned(OTHER, DEFAULT, 9.0, SPLIT, 5.0, 8, {POINTERS: "wrong: error 1.0", COPIED: "OutOfResources: ..."})
 
@@ -570,7 +615,8 @@ class TestOnAGpu:
         trial = Trial(PROBLEMS[name], torch.device(DEVICE.type, 0))
         product = trial.product
         default = conv2d.default_choice(product)
-        choices = candidates(trial.problem, default, conv2d.fetches_by_descriptors(product), H200)
+        fetches = conv2d.fetches_by_descriptors(product), conv2d.fetches_with_halo(product)
+        choices = candidates(trial.problem, default, *fetches, H200)
         like, _ = trial.check(default)
         rejected = {}
         for choice in choices:

@@ -1,0 +1,348 @@
+"""Convolution from tiles with a halo: where it is chosen, and its whole output against float64."""
+
+import pytest
+import torch
+import triton
+from compare import image, tf32, worst_image
+from torch import Tensor
+from torch.nn import functional as F
+
+from tritonnn.kernels import conv2d, halo_gemm, implicit_gemm
+from tritonnn.kernels.block_sizes import (
+    DescriptorBlocks,
+    GemmBlocks,
+    HaloBlocks,
+    SplitBlocks,
+    gemm_blocks,
+    halo_blocks,
+    split_blocks,
+)
+from tritonnn.kernels.channels_last import pack_weight
+from tritonnn.kernels.epilogue import Epilogue
+from tritonnn.kernels.product import Choice, Product
+
+HALF_64, HALF_128 = (
+    HaloBlocks(8, 32, 64, 64, 2, 4, True, True, 4, 2),
+    HaloBlocks(16, 16, 128, 64, 3, 3, True, False, 8, 1),
+)
+TF32_64, TF32_128 = (
+    HaloBlocks(8, 32, 64, 32, 2, 4, False, False, 4, 2),
+    HaloBlocks(16, 16, 128, 32, 3, 6, False, False, 8, 1),
+)
+
+
+def product(
+    n=1024, c=64, side=32, k=None, taps=3, dtype=torch.bfloat16, nchw=False, misaligned=False, **changes
+) -> Product:
+    """Operands that were never written: nothing but their sizes counts."""
+    k = k or c
+    x = torch.empty(n * side * side * c + 1, dtype=dtype)[int(misaligned) :][: n * side * side * c]
+    x = x.view(n, c, side, side) if nchw else x.view(n, side, side, c).permute(0, 3, 1, 2)
+    window = {"stride": (1, 1), "padding": (taps // 2, taps // 2), "dilation": (1, 1), "groups": 1}
+    window |= {name: changes.pop(name) for name in window if name in changes}
+    p, q = (
+        conv2d.output_size(side, taps, *(window[name][i] for name in ("stride", "padding", "dilation"))) for i in (0, 1)
+    )
+    y = torch.empty(n, p, q, k, dtype=dtype).permute(0, 3, 1, 2)
+    packed = torch.empty(k, taps, taps, c // window["groups"], dtype=dtype)
+    precision = changes.pop("input_precision", "ieee" if dtype.itemsize == 2 else "tf32")
+    made = Product(x, packed, y, True, *window.values(), precision, False, Epilogue())
+    return made._replace(**changes)
+
+
+def misaligned_residual() -> Epilogue:
+    residual = torch.empty(1024 * 32 * 32 * 64 + 1, dtype=torch.bfloat16)[1:]
+    return Epilogue(residual=residual.view(1024, 32, 32, 64).permute(0, 3, 1, 2))
+
+
+F32 = dict(dtype=torch.float32)
+CHOSEN = {
+    "64 channels": (dict(), HALF_64),
+    "64 channels, float16": (dict(dtype=torch.float16), HALF_64),
+    "64 channels, 128 images": (dict(n=128), HALF_64),
+    "128 channels": (dict(c=128, side=16), HALF_128),
+    "64 channels, TF32": (F32, TF32_64),
+    "64 channels, TF32, rounded on the way": (F32 | dict(round_x=True), TF32_64),
+    "128 channels, TF32": (F32 | dict(c=128, side=16), TF32_128),
+    "128 channels, TF32, rounded on the way": (F32 | dict(c=128, side=16, round_x=True), TF32_128),
+    "a list of strides": (dict(stride=[1, 1], padding=[1, 1], dilation=[1, 1]), HALF_64),
+}
+NOT_CHOSEN = {
+    "too few tiles": (dict(n=127), DescriptorBlocks),
+    "128 channels, 128 images": (dict(n=128, c=128, side=16), DescriptorBlocks),
+    "one image": (dict(n=1), SplitBlocks),
+    "64 to 128 channels": (dict(k=128), DescriptorBlocks),
+    "256 channels": (dict(c=256, side=8), DescriptorBlocks),
+    "56x56": (dict(side=56), DescriptorBlocks),
+    "stride 2": (dict(stride=(2, 2)), DescriptorBlocks),
+    "1x1": (dict(taps=1), DescriptorBlocks),
+    "5x5": (dict(taps=5), DescriptorBlocks),
+    "no padding": (dict(side=34, padding=(0, 0)), DescriptorBlocks),
+    "dilation": (dict(padding=(2, 2), dilation=(2, 2)), DescriptorBlocks),
+    "groups": (dict(groups=2), GemmBlocks),
+    "strict float32": (F32 | dict(input_precision="tf32x3"), DescriptorBlocks),
+    "y is NCHW": (dict(channels_last_y=False), DescriptorBlocks),
+    "misaligned x": (dict(misaligned=True), GemmBlocks),
+}
+
+
+class TestChoice:
+    @pytest.fixture(autouse=True)
+    def on_hopper(self, monkeypatch):
+        """Nothing of it is remembered."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        monkeypatch.setattr(halo_gemm, "VERIFIED", triton.__version__)
+        monkeypatch.setattr(conv2d, "split_blocks", split_blocks.__wrapped__)
+        monkeypatch.setattr(implicit_gemm, "gemm_blocks", gemm_blocks.__wrapped__)
+
+    @pytest.mark.parametrize("name", CHOSEN)
+    def test_default_where_it_was_measured(self, name):
+        sizes, blocks = CHOSEN[name]
+        choice = conv2d.default_choice(product(**sizes))
+        assert choice == Choice(blocks, copies_x=False)
+        assert conv2d.can_run(product(**sizes), choice)
+
+    @pytest.mark.parametrize("name", NOT_CHOSEN)
+    def test_another_default_elsewhere(self, name):
+        sizes, form = NOT_CHOSEN[name]
+        choice = conv2d.default_choice(product(**sizes))
+        assert type(choice.blocks) is form
+        assert conv2d.can_run(product(**sizes), choice)
+
+    def test_nchw_is_copied(self):
+        nchw = product(nchw=True)
+        assert conv2d.default_choice(nchw) == Choice(HALF_64, copies_x=True)
+        assert not conv2d.can_run(nchw, Choice(HALF_64, copies_x=False))
+
+    def test_a_misaligned_residual(self):
+        odd = product(epilogue=misaligned_residual())
+        assert isinstance(conv2d.default_choice(odd).blocks, GemmBlocks)
+        assert not conv2d.can_run(odd, Choice(HALF_64, copies_x=False))
+
+    def test_another_gpu_or_triton(self, monkeypatch):
+        monkeypatch.setattr(halo_gemm, "VERIFIED", "3.5.")
+        assert isinstance(conv2d.default_choice(product()).blocks, DescriptorBlocks)
+        monkeypatch.setattr(halo_gemm, "VERIFIED", triton.__version__)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+        assert not isinstance(conv2d.default_choice(product()).blocks, HaloBlocks)
+
+    @pytest.mark.parametrize("name", ["stride 2", "1x1", "5x5", "no padding", "dilation", "groups", "strict float32"])
+    def test_what_it_cannot_run(self, name):
+        sizes, _ = NOT_CHOSEN[name]
+        blocks = HALF_64 if "dtype" not in sizes else TF32_64
+        assert not conv2d.can_run(product(**sizes), Choice(blocks, copies_x=False))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            dict(BLOCK_K=32),
+            dict(BLOCK_N=128),
+            dict(X_SLOTS=1),
+            dict(W_SLOTS=1),
+            dict(STAGED=False),
+            dict(TILE_Q=4),
+            dict(num_warps=2),
+        ],
+        ids=str,
+    )
+    def test_blocks_that_do_not_fit_together(self, changes):
+        """The copy engine would never be done, or lines not fit: such an entry of a table is passed over."""
+        assert not conv2d.can_run(product(), Choice(HALF_64._replace(**changes), copies_x=False))
+
+    @pytest.mark.parametrize(
+        "sizes, copies",
+        {
+            "64 channels": (dict(side=56), False),
+            "128 channels": (dict(c=128, side=28), True),
+            "256 channels": (dict(c=256, side=8), True),
+            "64 to 128, stride 2": (dict(k=128, stride=(2, 2)), False),
+            "128 to 256, stride 2": (dict(c=128, side=16, k=256, stride=(2, 2)), False),
+            "256 to 512, stride 2": (dict(c=256, side=8, k=512, stride=(2, 2)), True),
+        }.values(),
+        ids=str,
+    )
+    def test_a_copy_rounds_x_where_it_takes_part_in_many_products(self, sizes, copies):
+        choice = conv2d.default_choice(product(**F32, **sizes, round_x=True))
+        assert isinstance(choice.blocks, DescriptorBlocks)
+        assert (choice.copies_x, choice.blocks.SWAPPED) == (copies, copies)
+
+
+SHAPES = {
+    "64": (135, 64, 64, 32, 32),
+    "128": (131, 128, 128, 16, 16),
+    "64 to 192": (67, 64, 192, 16, 16),
+    "128 to 64": (35, 128, 64, 32, 32),
+    "32 to 64": (35, 32, 64, 32, 32),
+    "56x56": (23, 64, 64, 56, 56),
+    "28x28": (37, 128, 128, 28, 28),
+    "14x14": (33, 256, 256, 14, 14),
+    "7x9": (35, 64, 64, 7, 9),
+}
+"""N, C, K, H, W."""
+PRECISIONS = {
+    "bf16": (torch.bfloat16, False),
+    "fp16": (torch.float16, False),
+    "TF32": (torch.float32, False),
+    "TF32, rounded on the way": (torch.float32, True),
+}
+LIMIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-17}
+"""The largest error of an image, relative to it: one rounding; in TF32 of the sums, for operands that are rounded."""
+ROUNDED_Y = 2**-11
+EPILOGUES = {
+    "plain": (),
+    "bias": ("bias",),
+    "bias of x's type": ("bias of x's type",),
+    "residual": ("residual",),
+    "all": ("scale", "bias", "residual", "relu", "round_y"),
+}
+CASES = [
+    ("64", "bf16", "plain"),
+    ("64", "bf16", "bias of x's type"),
+    ("64", "bf16", "all"),
+    ("64", "fp16", "all"),
+    ("64", "TF32", "plain"),
+    ("64", "TF32", "residual"),
+    ("64", "TF32", "all"),
+    ("64", "TF32, rounded on the way", "bias"),
+    ("64", "TF32, rounded on the way", "all"),
+    ("128", "bf16", "plain"),
+    ("128", "bf16", "residual"),
+    ("128", "fp16", "all"),
+    ("128", "TF32", "bias"),
+    ("128", "TF32", "all"),
+    ("128", "TF32, rounded on the way", "bias"),
+    ("128", "TF32, rounded on the way", "all"),
+    ("64 to 192", "bf16", "all"),
+    ("64 to 192", "TF32, rounded on the way", "all"),
+    ("128 to 64", "fp16", "bias"),
+    ("128 to 64", "TF32", "bias"),
+    ("32 to 64", "TF32", "all"),
+    ("56x56", "bf16", "all"),
+    ("56x56", "TF32", "plain"),
+    ("56x56", "TF32, rounded on the way", "all"),
+    ("28x28", "bf16", "all"),
+    ("28x28", "TF32", "residual"),
+    ("28x28", "TF32, rounded on the way", "plain"),
+    ("14x14", "bf16", "bias"),
+    ("14x14", "TF32, rounded on the way", "all"),
+    ("7x9", "bf16", "all"),
+    ("7x9", "TF32, rounded on the way", "all"),
+]
+GUARD = 4096
+
+
+def usual_blocks(K: int, dtype: torch.dtype) -> HaloBlocks:
+    if K % 128 == 0:
+        return HALF_128 if dtype.itemsize == 2 else TF32_128
+    return HALF_64 if dtype.itemsize == 2 else TF32_64
+
+
+def run(x: Tensor, weight: Tensor, round_x: bool, epilogue: Epilogue, blocks: HaloBlocks | None = None) -> Tensor:
+    """y, in the middle of memory of which nothing else may be written."""
+    (N, _, H, W), K = x.shape, weight.shape[0]
+    memory = torch.full((N * K * H * W + 2 * GUARD,), float("nan"), dtype=x.dtype, device=x.device)
+    y = memory[GUARD:-GUARD].view(N, H, W, K).permute(0, 3, 1, 2)
+    packed = pack_weight(weight, "tf32" if x.dtype == torch.float32 else "ieee")
+    halo_gemm.halo_gemm(x, packed, y, round_x, epilogue, blocks or usual_blocks(K, x.dtype))
+    assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all()
+    return y
+
+
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """In float64, of operands that are rounded to TF32 if they are float32; zeros are padded, and multiplied."""
+    x, weight = (tf32(t) if t.dtype == torch.float32 else t for t in (x, weight))
+    return F.conv2d(F.pad(x.double(), (1, 1, 1, 1)), weight.double())
+
+
+@pytest.fixture
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(halo_gemm.VERIFIED):
+        pytest.skip("needs a Hopper GPU and the Triton for which the kernel was written")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+class TestOnAGpu:
+    def operands(self, shape: str, precision: str) -> tuple[Tensor, Tensor, bool]:
+        """x, weight, and whether x is to be rounded."""
+        (N, C, K, H, W), (dtype, round_x) = SHAPES[shape], PRECISIONS[precision]
+        x = image(N, C, H, W, dtype=dtype, channels_last=True)
+        if precision == "TF32":
+            x = tf32(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weight = image(K, C, 3, 3, dtype=dtype) / (9 * C) ** 0.5
+        return x, weight, round_x
+
+    @pytest.mark.parametrize("shape, precision, epilogue", CASES, ids=str)
+    def test_every_image(self, shape, precision, epilogue):
+        x, weight, round_x = self.operands(shape, precision)
+        steps, K, exact = EPILOGUES[epilogue], weight.shape[0], convolved(x, weight)
+        scale = 1 + image(K).abs() if "scale" in steps else None
+        bias_types = {"bias": torch.float32, "bias of x's type": x.dtype}
+        bias = next((image(K, dtype=dtype) for step, dtype in bias_types.items() if step in steps), None)
+        residual = image(*exact.shape, dtype=x.dtype, channels_last=True) if "residual" in steps else None
+        round_y = "round_y" in steps and x.dtype == torch.float32
+        for added, combine in ((scale, torch.mul), (bias, torch.add)):
+            exact = exact if added is None else combine(exact, added.double()[:, None, None])
+        exact = exact if residual is None else exact + residual.double()
+        exact = exact.relu() if "relu" in steps else exact
+        settings = Epilogue(scale, bias, residual, "relu" in steps, round_y)
+        y = run(x, weight, round_x, settings)
+        assert worst_image(y, exact) < (ROUNDED_Y if round_y else LIMIT[x.dtype])
+        if round_y:
+            assert torch.equal(tf32(y), y)
+        for _ in range(3):  # the same bits every time: no race
+            assert torch.equal(run(x, weight, round_x, settings), y)
+
+    @pytest.mark.parametrize("shape", ["64", "128", "56x56"])
+    @pytest.mark.parametrize("precision", ["bf16", "TF32", "TF32, rounded on the way"])
+    def test_nan_and_infinity(self, shape, precision):
+        """In x; and in the weight, times the zeros of the padding."""
+        x, weight, round_x = self.operands(shape, precision)
+        last = x.shape[2] - 1
+        x[0, 5, 0, 0], x[1, 0, 7, 8], x[1, 1, last, last] = float("nan"), float("inf"), -float("inf")
+        x[-1, 5, 8, 15], x[-1, -1, last, 0] = float("nan"), float("inf")
+        y, expected = run(x, weight, round_x, Epilogue(relu=True)), convolved(x, weight).relu()
+        assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isposinf(), expected.isposinf())
+        x = self.operands(shape, precision)[0]
+        weight[3, 0, 0, 0], weight[5, 1, 2, 1] = float("inf"), -float("inf")
+        y, expected = run(x, weight, round_x, Epilogue()), convolved(x, weight)
+        assert y[:, 3, 0].isnan().all() and y[:, 5, last].isnan().all()
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
+
+    @pytest.mark.parametrize("n", [1, 2, 33])
+    def test_few_tiles(self, n):
+        x, weight, _ = self.operands("128", "bf16")
+        assert worst_image(run(x[:n], weight, False, Epilogue()), convolved(x[:n], weight)) < LIMIT[x.dtype]
+
+    @pytest.mark.parametrize("shape, precision", [("64", "bf16"), ("128", "bf16"), ("64", "TF32")])
+    def test_dependent_launches(self, shape, precision):
+        """In a graph each convolution may start before the one ends whose y it reads."""
+        x, weight, _ = self.operands(shape, precision)
+        packed = pack_weight(weight, "tf32" if x.dtype == torch.float32 else "ieee")
+        blocks, images = usual_blocks(weight.shape[0], x.dtype), [x, torch.empty_like(x), torch.empty_like(x)]
+
+        def chain() -> None:
+            for i in range(6):
+                source, y = images[0] if i == 0 else images[1 + i % 2], images[2 - i % 2]
+                halo_gemm.halo_gemm(source, packed, y, False, Epilogue(residual=images[0], round_y=True), blocks)
+
+        chain()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain()
+        for _ in range(5):
+            images[0].copy_(torch.randn_like(x) if precision == "bf16" else tf32(torch.randn_like(x)))
+            chain()
+            expected = images[1].clone()
+            images[1].fill_(float("nan"))
+            images[2].fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(images[1], expected)
+
+
+@pytest.mark.parametrize("n, fits", [(127, False), (128, True)])
+def test_enough_tiles(n, fits):
+    assert (halo_blocks(n, 32, 32, 64, 64, 2) is not None) is fits
