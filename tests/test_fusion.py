@@ -483,7 +483,12 @@ def test_a_shortcut_of_few_pixels_is_in_the_kernel_of_its_block(dtype, tf32, mon
     torch.backends.cudnn.conv.fp32_precision = tf32
     called = []
     in_one_kernel = FusedSum._in_one_kernel
-    monkeypatch.setattr(FusedSum, "_in_one_kernel", lambda *args: called.append(in_one_kernel(*args)) or called[-1])
+
+    def noted(*args) -> bool:
+        called.append(in_one_kernel(*args))
+        return called[-1]
+
+    monkeypatch.setattr(FusedSum, "_in_one_kernel", staticmethod(noted))
     model = trained(ResNet18(), dtype)
     for n, expected in ((1, True), (3, True), (512, False)):
         x = image(n, 3, 32, 32, dtype=dtype, channels_last=True)

@@ -177,10 +177,10 @@ class TestOperands:
         ids=lambda item: item[0],
     )
     def test_they_pose_the_problem(self, wanted):
-        assert problem_of(operands(wanted[1], CPU)[0]) == wanted[1]
+        assert problem_of(operands(wanted[1], DEVICE)[0]) == wanted[1]
 
     def test_what_nobody_tunes(self):
-        product, _ = operands(problem(), CPU)
+        product, _ = operands(problem(), DEVICE)
         assert problem_of(product._replace(x=product.x[:, :, ::2, ::2])) is None
         assert problem_of(product._replace(x=product.x.double())) is None
 

@@ -49,16 +49,16 @@ def pooled_linear_forward_kernel(
     y = tl.full((BLOCK_K,), 0, ACC)
     for first_c in tl.static_range(0, C, BLOCK_C):
         c = first_c + tl.arange(0, BLOCK_C)
-        mask = (k < K)[:, None] & (c < C)[None, :]
-        weight = tl.load(weight_ptr + k[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)  # [BLOCK_K, BLOCK_C]
+        mask_weight = (k < K)[:, None] & (c < C)[None, :]
+        weight = tl.load(weight_ptr + k[:, None] * C + c[None, :], mask=mask_weight, other=0.0)  # [BLOCK_K, BLOCK_C]
         total = tl.full((BLOCK_C,), 0, ACC)
         for first in range(0, PIXELS, BLOCK_M):
             pixel = first + tl.arange(0, BLOCK_M)
             offs = (pixel // W).to(tl.int64) * x_stride_h + (pixel % W).to(tl.int64) * x_stride_w
-            mask = (pixel < PIXELS)[:, None] & (c < C)[None, :]
+            mask_x = (pixel < PIXELS)[:, None] & (c < C)[None, :]
             x_ptrs = x_ptr + n * x_stride_n + offs[:, None] + (c.to(tl.int64) * x_stride_c)[None, :]
-            total += tl.sum(tl.load(x_ptrs, mask=mask, other=0.0).to(ACC), 0)
-        y += tl.sum(weight * (total / PIXELS)[None, :], 1)
+            total += tl.sum(tl.load(x_ptrs, mask=mask_x, other=0.0).to(ACC), 0)
+        y += tl.sum(weight.to(ACC) * (total / PIXELS)[None, :], 1)
     start_successor(DEPENDENT)
     if HAS_BIAS:
         y += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)
