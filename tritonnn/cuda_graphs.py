@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from .kernels.memory_format import is_channels_last
+from .kernels.launch_plan import current_device
+from .precision import CONVOLUTION, MATMUL
 
 CAPTURE_AT_CALL = 2
 MAX_GRAPHS = 8
@@ -20,20 +21,22 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     output: object
-    held: list[tuple[dict, str, Tensor, int, int]]
+    held: list[tuple[dict, str, Tensor, int, int | None]]
     """The network's parameters and buffers: where they are kept, and the state in which they were captured."""
 
     def is_current(self) -> bool:
-        return all(
-            holder.get(name) is tensor and tensor.data_ptr() == address and _version(tensor) == version
-            for holder, name, tensor, address, version in self.held
-        )
+        for holder, name, tensor, address, version in self.held:  # at every call: no function, no generator
+            if holder.get(name) is not tensor or tensor.data_ptr() != address:
+                return False
+            if version is not None and tensor._version != version:
+                return False
+        return True
 
 
 class CudaGraphs:
     """Calls a network through CUDA graphs, of which the `MAX_GRAPHS` last used are kept.
 
-    One graph for each shape, type, memory format and device of the inputs, values of other arguments, autocast and TF32
+    One graph for each shape, type, strides and device of the inputs, values of other arguments, autocast and TF32
     state, captured at the second call of that kind, so that a shape seen once (a last partial batch) costs nothing.
     The inputs are copied into the graph's own; the graphs share their memory, so calls must follow each other, on one
     stream. Eager are: calls with CPU tensors, inside another capture or under a compiler, and those that cannot be
@@ -60,7 +63,7 @@ class CudaGraphs:
         self.__init__(**state)
 
     def __call__(self, network: nn.Module, args: tuple, kwargs: dict) -> object:
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not _can_be_captured(tensors):
             return network(*args, **kwargs)
@@ -80,13 +83,20 @@ class CudaGraphs:
             if captured is None:
                 return network(*args, **kwargs)
         self._captured.move_to_end(key)
+        if tensors[0].get_device() == current_device():
+            return self._replay(captured, tensors)
         with torch.cuda.device(tensors[0].device):
-            for buffer, x in zip(captured.inputs, tensors):
-                buffer.copy_(x)
-            captured.graph.replay()
-            return tree_map(_clone, captured.output) if self.copy_output else captured.output
+            return self._replay(captured, tensors)
 
-    def _capture(self, network: nn.Module, leaves: list, spec: TreeSpec, key: tuple) -> _Captured | None:
+    def _replay(self, captured: _Captured, tensors: list[Tensor]) -> object:
+        for buffer, x in zip(captured.inputs, tensors):
+            buffer.copy_(x)
+        captured.graph.replay()
+        if not self.copy_output:
+            return captured.output
+        return _clone(captured.output) if type(captured.output) is Tensor else tree_map(_clone, captured.output)
+
+    def _capture(self, network: nn.Module, leaves: list, spec: TreeSpec | None, key: tuple) -> _Captured | None:
         device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
         # Inference tensors could not be copied into later, outside inference mode. Autocast's cache would free the
         # converted weights that a graph reads.
@@ -95,7 +105,7 @@ class CudaGraphs:
             torch.set_autocast_cache_enabled(False)
             try:
                 inputs = [torch.empty_like(leaf).copy_(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                args, kwargs = tree_unflatten(inputs, spec)
+                args, kwargs = (inputs, {}) if spec is None else tree_unflatten(inputs, spec)
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
@@ -134,14 +144,20 @@ def _can_be_captured(tensors: list[Tensor]) -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-def _key(leaves: list, spec: TreeSpec) -> tuple:
+def _flatten(args: tuple, kwargs: dict) -> tuple[list, TreeSpec | None]:
+    """The leaves and how they hang together; None for nothing but tensors by position."""
+    if not kwargs and all(type(arg) is Tensor for arg in args):
+        return list(args), None
+    return tree_flatten((args, kwargs))
+
+
+def _key(leaves: list, spec: TreeSpec | None) -> tuple:
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-    flags = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
     inputs = [
-        (leaf.shape, leaf.dtype, leaf.device, is_channels_last(leaf)) if isinstance(leaf, Tensor) else repr(leaf)
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.get_device()) if isinstance(leaf, Tensor) else repr(leaf)
         for leaf in leaves
     ]
-    return (spec, autocast, flags, *inputs)
+    return (spec, autocast, CONVOLUTION.fp32_precision, MATMUL.fp32_precision, *inputs)
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[tuple[dict, str], Tensor]]:
@@ -152,8 +168,9 @@ def _tensors(network: nn.Module) -> Iterator[tuple[tuple[dict, str], Tensor]]:
                     yield (holder, name), tensor
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int | None:
+    """None for inference tensors, which do not count theirs."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _clone(x: object) -> object:
