@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from tritonnn.cuda_graphs import release_workspaces
 from tritonnn.latency import Timing
 
 WARM_UP_CALLS = 5
@@ -107,6 +108,7 @@ def capture(call: Callable[[], object]) -> tuple[Callable[[], None], object]:
     for _ in range(WARM_UP_CALLS):
         call()
     torch.cuda.synchronize()
+    release_workspaces()
     graph = torch.cuda.CUDAGraph()
     # The outer context puts the stream back after a failed capture; `torch.cuda.graph` itself does not.
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):

@@ -33,6 +33,15 @@ class _Captured:
         return True
 
 
+def release_workspaces() -> None:
+    """Has the graph that is captured next allocate cuBLAS' workspaces anew, among its own memory.
+
+    They are kept by stream, and all captures share one: a graph would read a workspace in the memory of a graph that
+    may be gone, and that the graphs of torch.compile free. Its next replay is an illegal memory access then.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 class CudaGraphs:
     """Calls a network through CUDA graphs, of which the `MAX_GRAPHS` last used are kept.
 
@@ -115,6 +124,7 @@ class CudaGraphs:
                 held = [(*place, t, t.data_ptr(), _version(t)) for place, t in _tensors(network)]
                 graph = torch.cuda.CUDAGraph()
                 pool = next((other.graph.pool() for other in self._captured.values()), None)
+                release_workspaces()
                 # The outer context puts the stream back after a failed capture; `torch.cuda.graph` does not.
                 with (
                     torch.cuda.stream(torch.cuda.current_stream()),
