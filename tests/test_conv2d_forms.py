@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tritonnn
+from tritonnn.kernels import conv2d
 from tritonnn.kernels.block_sizes import DescriptorBlocks, SplitBlocks, tile
 from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.descriptor_gemm import descriptor_gemm, fits_descriptors
@@ -200,6 +201,39 @@ def test_shortcut(stride, input_precision):
     exact = (exact + (epilogue.bias + bias).double()[:, None, None] + epilogue.residual.double()).relu()
     blocks = SplitBlocks(4, 16, 16, 32, 4, 1)
     split_gemm(x, weight, y, pixel_strides(y, True), *window, input_precision, False, epilogue, blocks, shortcut)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("input_precision", ["ieee", "tf32x3"])
+def test_operator_with_a_shortcut(input_precision, monkeypatch):
+    monkeypatch.setattr(conv2d, "split_blocks", lambda *_: SplitBlocks(4, 16, 16, 32, 4, 1))
+    x, weight, scale, bias = image(2, 32, 6, 6), image(24, 32, 3, 3), image(24), image(24)
+    z, second, second_scale, second_bias = image(2, 64, 12, 12), image(24, 64, 1, 1), image(24), image(24)
+    packed = [pack_weight(w, input_precision) for w in (weight, second)]
+    assert conv2d.takes_shortcut(x, 24, (3, 3), 6, 6, 64) and not conv2d.takes_shortcut(x, 24, (3, 3), 6, 6, 48)
+    exact = scale.double()[:, None, None] * F.conv2d(x.double(), weight.double(), padding=1)
+    exact += second_scale.double()[:, None, None] * F.conv2d(z.double(), second.double(), stride=2)
+    exact = (exact + (bias + second_bias).double()[:, None, None]).relu()
+    window = (3, 3), (1, 1), (1, 1), (1, 1), (2, 2)
+    y = conv2d.conv2d_with_shortcut(
+        x,
+        packed[0],
+        scale,
+        bias,
+        z,
+        packed[1],
+        second_scale,
+        second_bias,
+        True,
+        *window,
+        input_precision,
+        False,
+        input_precision,
+        False,
+        False,
+    )
+    assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
 
 

@@ -500,6 +500,18 @@ def test_a_shortcut_of_few_pixels_is_in_the_kernel_of_its_block(dtype, tf32, mon
         assert together < 2 * apart + 1e-6
 
 
+@pytest.mark.parametrize("one_tap_first", [True, False])
+def test_a_shortcut_reads_its_input_before_that_is_overwritten(one_tap_first):
+    def code(net: Net, x: Tensor) -> Tensor:
+        first, last = (net.b, net.a) if one_tap_first else (net.a, net.b)
+        y = F.relu(x)
+        z = first(y)
+        y.mul_(2)
+        return (last(y) + z).relu()
+
+    assert_same(trained(Net(code)), image(2, 4, 5, 5, dtype=torch.float64))
+
+
 class Head(nn.Module):
     """An average pool and a linear layer; `code(net, x)` says what lies between them."""
 

@@ -80,12 +80,13 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
         modules[target] = _fused_layer(chain, traced)
         with graph.inserting_before(chain.tail):
             fused = graph.call_module(target, chain.inputs)
+        traced.stage[fused] = traced.stage[chain.layer]
         chain.tail.replace_all_uses_with(fused)
         for node in reversed(chain.nodes):
             graph.erase_node(node)
         report.fused[join(name, target)] = _describe(chain, traced)
         report.modules[join(name, target)] = modules[target]
-    _join_shortcuts(graph, modules)
+    _join_shortcuts(traced, modules)
     _rewrite_rest(traced, modules)
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
@@ -99,14 +100,19 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
     return fx.GraphModule(modules, graph, type(root).__name__).eval()
 
 
-def _join_shortcuts(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Two fused convolutions whose results are added become one node where one of them is a shortcut."""
+def _join_shortcuts(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
+    """Two fused convolutions whose results are added become one node where one of them is a shortcut.
+
+    The first of them runs later then: nothing may be overwritten in between.
+    """
 
     def fused(node: fx.Node) -> bool:
         return node.op == "call_module" and type(modules[node.target]) is FusedConv2d
 
-    for node in graph.nodes:
+    for node in traced.graph.nodes:
         if not fused(node) or len(node.args) < 2 or not fused(node.args[1]) or len(node.args[1].users) > 1:
+            continue
+        if traced.stage[node] != traced.stage[node.args[1]]:
             continue
         last, other = modules[node.target], modules[node.args[1].target]
         if other.relu or other.sums is not None or not (last.is_shortcut or other.is_shortcut):
@@ -114,7 +120,7 @@ def _join_shortcuts(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         modules[node.target] = FusedSum(last, other)
         source = node.args[1]
         node.args = (node.args[0], source.args[0])
-        graph.erase_node(source)
+        traced.graph.erase_node(source)
 
 
 def _chains(traced: PureGraph) -> list[_Chain]:

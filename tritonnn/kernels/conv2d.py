@@ -373,19 +373,17 @@ def takes_shortcut(
     return blocks is not None and shortcut_channels % blocks.BLOCK_K == 0
 
 
-def _output_with_shortcut(x, packed, scale, bias, shortcut, *arguments) -> torch.Tensor:
-    _, kernel_size, *window, _, input_precision = arguments[3:10]
+def _output_with_shortcut(x, packed, *arguments) -> torch.Tensor:
+    kernel_size, stride, padding, dilation, _, input_precision = arguments[7:13]
     K = packed.shape[0] // (3 if input_precision == "tf32x3" else 1)
-    return _empty(x, K, kernel_size, *window, channels_last=True)
+    return _empty(x, K, kernel_size, stride, padding, dilation, channels_last=True)
 
 
-def _launch_with_shortcut(
-    x, packed, scale, bias, shortcut, shortcut_packed, shortcut_scale, shortcut_bias, relu, kernel_size, *arguments
-) -> torch.Tensor:
-    *window, shortcut_stride, precision, rounded, shortcut_precision, shortcut_rounded, round_y = arguments
-    K = packed.shape[0] // (3 if precision == "tf32x3" else 1)
-    y = _empty(x, K, kernel_size, *window, channels_last=True)
-    N, _, P, Q = y.shape
+def _launch_with_shortcut(x, packed, *arguments) -> torch.Tensor:
+    scale, bias, shortcut, shortcut_packed, shortcut_scale, shortcut_bias, relu, kernel_size = arguments[:8]
+    *window, shortcut_stride, precision, rounded, shortcut_precision, shortcut_rounded, round_y = arguments[8:]
+    y = _output_with_shortcut(x, packed, *arguments)
+    N, K, P, Q = y.shape
     blocks = split_blocks(N * P * Q, K, x.shape[1], kernel_size[0] * kernel_size[1], x.element_size())
     second = Shortcut(
         shortcut,
