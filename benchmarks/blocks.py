@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.timing import capture, clock  # noqa: E402
 from tritonnn.candidates import HALO_TILES  # noqa: E402
-from tritonnn.kernels.block_sizes import DescriptorBlocks, HaloBlocks, SplitBlocks, tile  # noqa: E402
+from tritonnn.kernels.block_sizes import DescriptorBlocks, HaloBlocks, SplitBlocks, ceil_div, splits_of, tile  # noqa: E402
 from tritonnn.kernels.channels_last import pack_weight  # noqa: E402
 from tritonnn.kernels.descriptor_gemm import descriptor_gemm  # noqa: E402
 from tritonnn.kernels.epilogue import Epilogue  # noqa: E402
@@ -79,10 +79,13 @@ def candidates(shape: Shape, n: int, precision: str) -> Iterator[Blocks]:
         for tile_p, tile_q, block_n, *rest in HALO_TILES[dtype.itemsize]:
             if side % tile_p == side % tile_q == shape.out_channels % block_n == 0:
                 yield HaloBlocks(tile_p, tile_q, block_n, line, *rest)
-    if n * side * side * shape.out_channels <= 2**19:
+    pixels = n * side * side
+    if pixels * shape.out_channels <= 2**19:
         for block_m, block_n in ((16, 8), (16, 16), (16, 32), (32, 32)):
             for slices, warps, stages in ((4, 4, 3), (4, 4, 4), (8, 4, 3), (8, 8, 3), (8, 8, 4), (16, 8, 3)):
-                yield SplitBlocks(slices, block_m, block_n, line, warps, stages)
+                tiles = ceil_div(pixels, block_m) * ceil_div(shape.out_channels, block_n)
+                splits = splits_of(tiles, shape.in_channels * 9 // line, slices)
+                yield SplitBlocks(splits, slices, block_m, block_n, line, warps, stages)
 
 
 class Problem:

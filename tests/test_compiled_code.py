@@ -19,7 +19,11 @@ EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, RELU=True, 
 EPILOGUE |= dict(DEPENDENT=True, scale_ptr=None, bias_ptr=None, residual_ptr=None)
 GEMM = FILTER | EPILOGUE | dict(ROUND_X=False, GROUPS=1, FLUSH=8, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
 GEMM |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
-SPLIT = FILTER | EPILOGUE | dict(C=64, K=64, ROUND_X=False, SLICES=4, BLOCK_M=16, BLOCK_N=16, BLOCK_K=64)
+SPLIT = (
+    FILTER
+    | EPILOGUE
+    | dict(C=64, K=64, ROUND_X=False, ONE_IMAGE=False, SPLITS=4, SLICES=2, BLOCK_M=16, BLOCK_N=16, BLOCK_K=64)
+)
 SPLIT |= dict(HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False)
 SPLIT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
 SPLIT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
@@ -137,9 +141,12 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     assert not [p.name for p in kernel.params if "stride" in p.name and p.annotation_type], "annotated strides"
     names = kernel.arg_names
     ones = ("stride_c", "stride_k") if memory_format == "channels_last" else ("stride_w", "stride_pixel")
-    constants = {name: 1 for name in names if name.endswith(ones)} | dict(ACC=tl.float32, INDEX=tl.int32) | constants
+    types_of_sums = dict(ACC=tl.float32, INDEX=tl.int32, OFFSET=tl.int32)
+    constants = {name: 1 for name in names if name.endswith(ones)} | types_of_sums | constants
     constants = {name: value for name, value in constants.items() if name in names}
-    types = {"eps": "fp64"} | {name: "*fp32" for name in ("mean_ptr", "var_ptr")}
+    types = {"eps": "fp64", "arrivals_ptr": "*i32", "inverse_of_pixels": "fp32", "inverse_of_q": "fp32"} | {
+        name: "*fp32" for name in ("mean_ptr", "var_ptr", "partial_ptr")
+    }
     if "TILE_N" in constants:
         tile, n, k = (
             [constants[size] for size in sizes]

@@ -172,22 +172,24 @@ def test_descriptors(case, channels_last):
 
 
 @in_the_interpreter
+@pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("case", WINDOWS)
-def test_split_among_warps(case, channels_last):
+def test_split_among_warps_and_programs(case, channels_last, splits):
     sizes = {"stride": 1, "padding": (0, 0), "dilation": (1, 1)} | WINDOWS[case]
     x = image(*sizes.pop("x"), channels_last=channels_last)
     operands, window, epilogue, exact = convolved(x, **sizes, channels_last=channels_last)
     y = operands[2]
-    blocks = SplitBlocks(8, 16, 16, 32, 4, 1)
+    blocks = SplitBlocks(splits, 8, 16, 16, 32, 4, 1)
     split_gemm(*operands, pixel_strides(y, channels_last), *window, "ieee", False, epilogue, blocks)
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @in_the_interpreter
 @pytest.mark.parametrize("input_precision", ["ieee", "tf32x3"])
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
-def test_shortcut(stride, input_precision):
+def test_shortcut(stride, splits, input_precision):
     x = image(2, 32, 6, 6, channels_last=True)
     sizes = dict(k=24, kernel_size=(3, 3), stride=1, padding=(1, 1), dilation=(1, 1), channels_last=True)
     (x, weight, y), window, epilogue, _ = convolved(x, **sizes)
@@ -199,7 +201,7 @@ def test_shortcut(stride, input_precision):
     )
     exact += scale.double()[:, None, None] * F.conv2d(z.double(), second.double(), stride=stride)
     exact = (exact + (epilogue.bias + bias).double()[:, None, None] + epilogue.residual.double()).relu()
-    blocks = SplitBlocks(4, 16, 16, 32, 4, 1)
+    blocks = SplitBlocks(splits, 4, 16, 16, 32, 4, 1)
     split_gemm(x, weight, y, pixel_strides(y, True), *window, input_precision, False, epilogue, blocks, shortcut)
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
 
@@ -207,7 +209,7 @@ def test_shortcut(stride, input_precision):
 @in_the_interpreter
 @pytest.mark.parametrize("input_precision", ["ieee", "tf32x3"])
 def test_operator_with_a_shortcut(input_precision, monkeypatch):
-    monkeypatch.setattr(conv2d, "split_blocks", lambda *_: SplitBlocks(4, 16, 16, 32, 4, 1))
+    monkeypatch.setattr(conv2d, "split_blocks", lambda *_: SplitBlocks(1, 4, 16, 16, 32, 4, 1))
     x, weight, scale, bias = image(2, 32, 6, 6), image(24, 32, 3, 3), image(24), image(24)
     z, second, second_scale, second_bias = image(2, 64, 12, 12), image(24, 64, 1, 1), image(24), image(24)
     packed = [pack_weight(w, input_precision) for w in (weight, second)]
@@ -253,7 +255,7 @@ def test_precision_of_operands(input_precision, form):
         blocks = DescriptorBlocks(2, 4, 8, 32, 32, False, 4, 1)
         descriptor_gemm(x, packed, y, True, *window, input_precision, Epilogue(), blocks)
     elif form == "split among warps":
-        blocks = SplitBlocks(4, 16, 16, 32, 4, 1)
+        blocks = SplitBlocks(1, 4, 16, 16, 32, 4, 1)
         split_gemm(x, packed[-24:], y, pixel_strides(y, True), *window, input_precision, rounds, Epilogue(), blocks)
     else:
         implicit_gemm(x, packed, y, pixel_strides(y, True), *window, 1, input_precision, rounds, Epilogue())

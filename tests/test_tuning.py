@@ -185,7 +185,7 @@ class TestOperands:
         assert problem_of(product._replace(x=product.x.double())) is None
 
 
-SPLIT = Choice(SplitBlocks(4, 16, 16, 32, 4, 1), False)
+SPLIT = Choice(SplitBlocks(1, 4, 16, 16, 32, 4, 1), False)
 POINTERS = Choice(GemmBlocks(64, 32, 32, 4, 1), False)
 COPIED = Choice(GemmBlocks(128, 32, 64, 4, 1), True)
 DEFAULT = Choice(GemmBlocks(128, 32, 64, 4, 1), False)
@@ -419,7 +419,7 @@ class TestLaunches:
         "choice",
         {
             "descriptors without a GPU": Choice(DescriptorBlocks(1, 4, 16, 32, 32, True, 4, 3), False),
-            "blocks that do not divide C": Choice(SplitBlocks(4, 16, 16, 128, 4, 3), False),
+            "blocks that do not divide C": Choice(SplitBlocks(1, 4, 16, 16, 128, 4, 3), False),
         }.items(),
         ids=lambda item: item[0],
     )
@@ -528,7 +528,7 @@ def test_a_choice_in_words():
     tiles = HaloBlocks(8, 32, 64, 64, 2, 4, True, True, 4, 2)
     words = "halo 8x32x64x64, 4 warps, 2 + 4 slots, 2 a multiprocessor, staged in a slot, x copied"
     assert str(Choice(tiles, True)) == words
-    assert str(SPLIT) == "split 4x16x16x32, 4 warps, 1 stages"
+    assert str(SPLIT) == "split 1x4x16x16x32, 4 warps, 1 stages"
 
 
 class TestReport:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from .kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, SplitBlocks, ceil_div, tile
+from .kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, SplitBlocks, ceil_div, splits_of, tile
 from .kernels.implicit_gemm import pointer_blocks, spans_taps
 from .kernels.product import Choice, Problem
 
@@ -150,7 +150,11 @@ def _split(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
         for slices, num_warps, num_stages in SPLIT_SLICES:
             shared_memory = num_stages * slices * (block_m + block_n) * block_k * size
             if slices * block_k <= problem.reduction and shared_memory <= gpu.shared_memory:
-                yield Choice(SplitBlocks(slices, block_m, block_n, block_k, num_warps, num_stages), copies_x=False)
+                splits = splits_of(
+                    problem.programs(block_m, block_n), problem.reduction // block_k, slices, gpu.multiprocessors
+                )
+                blocks = SplitBlocks(splits, slices, block_m, block_n, block_k, num_warps, num_stages)
+                yield Choice(blocks, copies_x=False)
 
 
 def _pointers(problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:

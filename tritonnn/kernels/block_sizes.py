@@ -11,8 +11,9 @@ from typing import NamedTuple
 import triton
 
 INTERPRETER_TILE = 2**18
-ENOUGH_PROGRAMS = 99
-"""Three quarters of an H200's multiprocessors."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200."""
+ENOUGH_PROGRAMS = 3 * MULTIPROCESSORS // 4
 SHARED_MEMORY = 2**17
 """Bytes that a program of few takes on a GPU for what it loads ahead."""
 FLUSH_STEPS = 8
@@ -37,8 +38,12 @@ class GemmBlocks(NamedTuple):
 
 
 class SplitBlocks(NamedTuple):
-    """A tile of BLOCK_M x BLOCK_N outputs, reduced SLICES blocks of BLOCK_K at a time."""
+    """A tile of BLOCK_M x BLOCK_N outputs, of SPLITS programs that each reduce SLICES blocks of BLOCK_K at a time.
 
+    SPLITS and SLICES are powers of 2.
+    """
+
+    SPLITS: int
     SLICES: int
     BLOCK_M: int
     BLOCK_N: int
@@ -106,7 +111,10 @@ def pixel_blocks(pixels: int, pixels_per_image: int, channels: int, channels_las
     if not channels_last and pixels_per_image >= 16:
         return PixelBlocks(_power_of_2(pixels, 16, 1024), 1)
     block_c = _power_of_2(channels, 1, 128)
-    return PixelBlocks(1024 // block_c, block_c)
+    elements = 1024
+    while elements > 256 and ceil_div(pixels * block_c, elements) * ceil_div(channels, block_c) < MULTIPROCESSORS:
+        elements //= 2
+    return PixelBlocks(max(elements // block_c, 1), block_c)
 
 
 @functools.lru_cache
@@ -145,17 +153,22 @@ def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitB
         return None
     if m * n > 2**17:
         return None
-    blocks_k = taps * c // block_k
-    for block_m, block_n in ((32, 32), (16, 32), (16, 16)):
-        if ceil_div(m, block_m) * ceil_div(n, block_n) >= ENOUGH_PROGRAMS:
-            break
-    else:
-        block_m, block_n = 16, 8
-    slices = 8 if block_n == 8 and blocks_k >= 64 else 4
+    block_m, block_n = 16, _power_of_2(n, 8, 32)
+    tiles, blocks_k = ceil_div(m, block_m) * ceil_div(n, block_n), taps * c // block_k
+    splits = splits_of(tiles, blocks_k)
+    slices = 8 if blocks_k >= 8 * splits else 4
     # As many loads in flight as there are steps and memory for: every byte is waited for, none is used twice.
     step_bytes = slices * (block_m + block_n) * block_k * element_size
-    num_stages = min(ceil_div(blocks_k, slices) + 1, SHARED_MEMORY // step_bytes, 6)
-    return SplitBlocks(slices, block_m, block_n, block_k, slices, num_stages)
+    num_stages = min(ceil_div(blocks_k, splits * slices) + 1, SHARED_MEMORY // step_bytes, 6)
+    return SplitBlocks(splits, slices, block_m, block_n, block_k, slices, num_stages)
+
+
+def splits_of(tiles: int, blocks_k: int, slices: int = 8, programs: int = MULTIPROCESSORS) -> int:
+    """The power of 2 into which a reduction of blocks_k is split so that there are about so many programs."""
+    splits = 1
+    while 2 * splits * tiles <= programs and 2 * splits * slices <= blocks_k:
+        splits *= 2
+    return splits
 
 
 def tile(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:

@@ -36,7 +36,7 @@ from .launch_plan import launch
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
 from .product import Choice, Product
-from .split_gemm import Shortcut, split_gemm
+from .split_gemm import MOST_PIXELS, Shortcut, split_gemm
 from .tuned_blocks import tuned_choice
 from .window import output_size
 
@@ -153,18 +153,32 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     if weight.shape[1] == 1 and groups > 1:
         _launch_depthwise(x, weight.contiguous(), y, channels_last_y, *window, epilogue)
         return y
-    input_precision = convolution_input_precision(x, weight[0].numel())
-    packed = pack_weight(weight, input_precision)
-    round_x = input_precision == "tf32"
-    launch_gemm(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
+    launch_unpacked(x, weight, y, channels_last_y, window, groups, convolution_input_precision, epilogue)
     return y
 
 
+def launch_unpacked(x, weight, y, channels_last_y, window, groups, precision_of, epilogue) -> None:
+    """Runs the product of x and a weight [K, C / groups, R, S], which is packed first where its form needs that."""
+    input_precision = precision_of(x, weight[0].numel())
+    packed = weight.permute(0, 2, 3, 1)
+    round_x = input_precision == "tf32"
+    product = Product(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
+    choice = choose(product)
+    by_split = isinstance(choice.blocks, SplitBlocks)
+    packed = channels_last(weight) if by_split else pack_weight(weight, input_precision)
+    run_gemm(product._replace(packed=packed), choice)
+
+
 def launch_gemm(*operands) -> None:
-    """Runs a product (`Product`) in the form and blocks that were tuned for it, or else in the default ones."""
+    """Runs a product (`Product`)."""
     product = Product(*operands)
+    run_gemm(product, choose(product))
+
+
+def choose(product: Product) -> Choice:
+    """The form and blocks that were tuned for a product, or else the default ones; its weight need not be packed."""
     choice = tuned_choice(product)
-    run_gemm(product, choice if choice is not None and can_run(product, choice) else default_choice(product))
+    return choice if choice is not None and can_run(product, choice) else default_choice(product)
 
 
 def default_choice(product: Product) -> Choice:
@@ -227,7 +241,8 @@ def can_run(product: Product, choice: Choice) -> bool:
     x, blocks = product.x, choice.blocks
     C, K = x.shape[1], product.y.shape[1]
     if isinstance(blocks, SplitBlocks):
-        return product.groups == 1 and x.element_size() <= 4 and C % blocks.BLOCK_K == 0
+        few = product.y.numel() // K < MOST_PIXELS
+        return few and product.groups == 1 and x.element_size() <= 4 and C % blocks.BLOCK_K == 0
     if isinstance(blocks, HaloBlocks):
         fits = fetches_with_halo(product) and are_halo_blocks(blocks, C, K, x.element_size())
         return fits and (choice.copies_x or _is_aligned(x))
@@ -252,8 +267,7 @@ def run_gemm(product: Product, choice: Choice) -> None:
         return
     y_strides = pixel_strides(y, channels_last_y)
     if isinstance(blocks, SplitBlocks):
-        weight = packed[2 * y.shape[1] :] if input_precision == "tf32x3" else packed
-        split_gemm(x, weight, y, y_strides, *window, input_precision, round_x, epilogue, blocks)
+        split_gemm(x, packed[-y.shape[1] :], y, y_strides, *window, input_precision, round_x, epilogue, blocks)
     else:
         implicit_gemm(x, packed, y, y_strides, *window, groups, input_precision, round_x, epilogue, blocks)
 

@@ -21,6 +21,7 @@ from triton.experimental.gluon.nvidia import hopper as gluon
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuned_blocks
+from .arrivals import arrivals
 
 MOST_PLANS = 4096
 """Kinds of arguments an operator remembers."""
@@ -58,6 +59,18 @@ def launch(kernel: Callable, grid: tuple[int, ...], *args, **constants) -> None:
     compiled = kernel[grid](*args, **constants)
     recording.paused = False
     recording.launched(kernel, compiled, grid, args, constants)
+
+
+def counters(device: torch.device, tiles: int) -> torch.Tensor:
+    """`arrivals` for the next launch, noted if somebody records."""
+    recording = LOCAL.recording
+    if recording is None:
+        return arrivals(device, tiles)
+    recording.paused = True
+    counts = arrivals(device, tiles)
+    recording.paused = False
+    recording.counted(counts, tiles)
+    return counts
 
 
 def describe(args: tuple, grad: bool = False) -> tuple[tuple, list[int]] | None:
@@ -154,11 +167,11 @@ class _Launch(NamedTuple):
 
 
 class _Plan:
-    """Allocations (size, stride, type), launches, and which of the allocations are returned."""
+    """Allocations (size, stride and type, or a number of counters), launches, and which allocations are returned."""
 
     def __init__(self, device: torch.device, allocations: list, launches: list[_Launch], results: object) -> None:
         self.allocations, self.launches, self.results = allocations, launches, results
-        self.device = device.index
+        self.device, self.torch_device = device.index, device
         self.empty = empty_strided_cuda if device.type == "cuda" else None
         if self.empty is None:
             self.empty = lambda *of: torch.empty_strided(*of[:2], dtype=of[2], device=device)
@@ -170,7 +183,7 @@ class _Plan:
                 return self(addresses)
         created = []
         for allocation in self.allocations:
-            y = self.empty(*allocation)
+            y = arrivals(self.torch_device, allocation) if type(allocation) is int else self.empty(*allocation)
             created.append(y)
             addresses.append(y.data_ptr())
         stream = current_stream(self.device)
@@ -198,6 +211,7 @@ class _Recording(TorchDispatchMode):
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         super().__init__()
         self.tensors, self.created, self.launches = tensors, [], []
+        self.counts: dict[int, int] = {}
         self.complete, self.paused = True, False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -209,6 +223,10 @@ class _Recording(TorchDispatchMode):
         elif not func.is_view:
             self.complete = False
         return result
+
+    def counted(self, counts: torch.Tensor, tiles: int) -> None:
+        self.counts[len(self.created)] = tiles
+        self.created.append(counts)
 
     def launched(self, kernel, compiled, grid, args, constants) -> None:
         named = dict(zip(kernel.arg_names, args)) | constants
@@ -254,7 +272,8 @@ class _Recording(TorchDispatchMode):
             indices = None if results is None else self._index(results)
         if not self.complete or any(y.device != device for y in self.created):
             return None
-        return _Plan(device, [_form(y)[:3] for y in self.created], self.launches, indices)
+        allocations = [self.counts.get(index, _form(y)[:3]) for index, y in enumerate(self.created)]
+        return _Plan(device, allocations, self.launches, indices)
 
     def _index(self, y: torch.Tensor) -> int:
         """Which allocation y is; not all of them are handed out as the very objects that were made."""

@@ -7,8 +7,7 @@ pixel, the weight a 1x1 filter.
 import torch
 
 from ..precision import matmul_input_precision, matmuls_in_tf32
-from .channels_last import pack_weight
-from .conv2d import launch_gemm
+from .conv2d import launch_unpacked
 from .epilogue import Epilogue
 from .operator import register
 
@@ -21,14 +20,9 @@ def _launch(x, weight, bias) -> torch.Tensor:
     y = _output(x, weight, bias)
     if y.numel() == 0:
         return y
-    K, C = weight.shape
-    input_precision = matmul_input_precision(x, C)
-    packed = pack_weight(weight[:, :, None, None], input_precision)
-    bias = None if bias is None else bias.contiguous()
-    x, rows = x[:, :, None, None], y[:, :, None, None]
-    round_x = input_precision == "tf32"
-    window = (1, 1), (0, 0), (1, 1)
-    launch_gemm(x, packed, rows, True, *window, 1, input_precision, round_x, Epilogue(bias=bias))
+    epilogue = Epilogue(bias=None if bias is None else bias.contiguous())
+    x, weight, rows = (t[:, :, None, None] for t in (x, weight, y))
+    launch_unpacked(x, weight, rows, True, ((1, 1), (0, 0), (1, 1)), 1, matmul_input_precision, epilogue)
     return y
 
 

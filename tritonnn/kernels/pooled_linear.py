@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import accumulator, round_to
+from .block_sizes import MULTIPROCESSORS, ceil_div
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .launch_plan import launch
 from .operator import register
@@ -42,9 +43,10 @@ def pooled_linear_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program owns the BLOCK_K >= K outputs of an image, BLOCK_M of whose PIXELS are added up at a time."""
-    n = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
+    """One program owns BLOCK_K outputs of an image, BLOCK_M of whose PIXELS are added up at a time."""
+    BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    n = (tl.program_id(0) // BLOCKS_K).to(tl.int64)
+    k = tl.program_id(0) % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
     wait_for_predecessor(DEPENDENT)
     y = tl.full((BLOCK_K,), 0, ACC)
     for first_c in tl.static_range(0, C, BLOCK_C):
@@ -76,9 +78,11 @@ def _launch(x, weight, bias) -> torch.Tensor:
     N, C, H, W = x.shape
     K = weight.shape[0]
     weight = weight.contiguous()
+    # A program an output where there are few: it has less to wait for.
+    block_k = 1 if N * K <= MULTIPROCESSORS else triton.next_power_of_2(max(K, 16))
     launch(
         pooled_linear_forward_kernel,
-        (N,),
+        (N * ceil_div(K, block_k),),
         x,
         weight,
         bias,
@@ -93,7 +97,7 @@ def _launch(x, weight, bias) -> torch.Tensor:
         ACC=accumulator(x.dtype),
         BLOCK_M=16,
         BLOCK_C=min(triton.next_power_of_2(C), 512 if K <= 16 else 128),
-        BLOCK_K=triton.next_power_of_2(max(K, 16)),
+        BLOCK_K=block_k,
         num_warps=8,
     )
     return y

@@ -44,7 +44,11 @@ class Choice(NamedTuple):
 
     def __str__(self) -> str:
         form = next(name for name, cls in FORMS.items() if isinstance(self.blocks, cls))
-        sizes = [size for name, size in self.blocks._asdict().items() if name.startswith(("SLICES", "TILE", "BLOCK"))]
+        sizes = [
+            size
+            for name, size in self.blocks._asdict().items()
+            if name.startswith(("SPLITS", "SLICES", "TILE", "BLOCK"))
+        ]
         blocks, notes = self.blocks, [f"{self.blocks.num_warps} warps"]
         if isinstance(blocks, HaloBlocks):
             notes += [f"{blocks.X_SLOTS} + {blocks.W_SLOTS} slots", f"{blocks.PROGRAMS} a multiprocessor"]

@@ -1,10 +1,11 @@
-"""Convolution of few pixels: the reduction is split among the warps of a program, so that small tiles fill the GPU.
+"""Convolution of few pixels: the reduction is split among programs and warps, so that small tiles fill the GPU.
 
     y[n, k, p, q] = relu(bias[k] + residual[n, k, p, q] + shortcut[n, k, p, q] + scale[k]
                          * sum over r, s, c of x[n, c, p*stride + r*dilation - padding, ...] * weight[k, r, s, c])
 
 As in implicit_gemm.py, but a step takes SLICES blocks of the reduction at once, a batched product of which each warp
-does one; they are added up at the end, in the same order every time. A shortcut is a second convolution, of one tap.
+does one; they are added up at the end, in the same order every time. Of SPLITS programs that share a tile the last one
+to end adds up what all of them found. A shortcut is a second convolution, of one tap.
 """
 
 from typing import NamedTuple
@@ -17,18 +18,32 @@ from .arithmetic import accumulator, add, dot, index_type, round_to, round_to_tf
 from .block_sizes import SplitBlocks, ceil_div
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
 from .epilogue import Epilogue
-from .launch_plan import launch
+from .launch_plan import counters, launch
+
+MOST_PIXELS = 2**20
+"""What the kernel's arithmetic of pixels is right for."""
+
+
+@triton.jit
+def quotient(a, inverse):
+    """a // b of whole numbers, a below MOST_PIXELS and not negative, b's inverse in float32.
+
+    A division of integers takes some 25 instructions, and each thread does several before it asks for anything.
+    """
+    return ((a.to(tl.float32) + 0.5) * inverse).to(tl.int32)
 
 
 @triton.jit
 def split_product(
-    x_ptrs,
+    x_ptr,
     weight_ptr,
+    offs_x,
     h_first,
     w_first,
     mask_m,
     channel,
     mask_n,
+    split,
     H,
     W,
     stride_h,
@@ -39,9 +54,12 @@ def split_product(
     S: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    PADDED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     ROUND_X: tl.constexpr,
     ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SPLITS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -49,26 +67,39 @@ def split_product(
 ):
     """Sums [BLOCK_M, BLOCK_N] of the products of weight [K, R, S, C] and the pixels from h_first, w_first on.
 
-    x_ptrs [1, BLOCK_M, 1] point to the images; h_first and w_first have this shape too.
+    Of the `split`-th part of SPLITS of the reduction. offs_x [1, BLOCK_M, 1] leads to those pixels; h_first and w_first
+    have this shape too. Without PADDED none lies outside the image.
     """
     BLOCKS_C: tl.constexpr = C // BLOCK_K
     BLOCKS: tl.constexpr = R * S * BLOCKS_C
-    STEPS: tl.constexpr = (BLOCKS + SLICES - 1) // SLICES
+    PART: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    STEPS: tl.constexpr = (PART + SLICES - 1) // SLICES
+    EVEN: tl.constexpr = BLOCKS % SPLITS == 0 and PART % SLICES == 0
+    first = split * PART
+    end = tl.minimum(first + PART, BLOCKS)
     offs_k = tl.arange(0, BLOCK_K)[None, None, :]
-    weight_ptrs = weight_ptr + (channel * (R * S * C))[None, :, None] + offs_k
+    weight_ptrs = weight_ptr + (channel.to(OFFSET) * (R * S * C))[None, :, None] + offs_k
     slices = tl.arange(0, SLICES)[:, None, None]
     acc = tl.full((SLICES, BLOCK_M, BLOCK_N), 0, ACC)
     small = acc
     for step in range(STEPS):
-        block = step * SLICES + slices  # [SLICES, 1, 1]
+        block = first + step * SLICES + slices  # [SLICES, 1, 1]
         tap = block // BLOCKS_C
+        r = tap // S * DILATION_H
+        s = tap % S * DILATION_W
         c = block % BLOCKS_C * BLOCK_K + offs_k  # [SLICES, 1, BLOCK_K]
-        h = h_first + tap // S * DILATION_H  # [SLICES, BLOCK_M, 1]
-        w = w_first + tap % S * DILATION_W
-        mask_x = mask_m[None, :, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W) & (block < BLOCKS)
-        offs_x = h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w + c.to(tl.int64) * stride_c
-        x = tl.load(x_ptrs + offs_x, mask=mask_x, other=0.0)  # [SLICES, BLOCK_M, BLOCK_K]
-        mask_weight = mask_n[None, :, None] & (block < BLOCKS)
+        mask_x = mask_m[None, :, None]
+        mask_weight = mask_n[None, :, None]
+        if PADDED:
+            # Without a sign what lies before the image lies far behind it.
+            h = (h_first + r).to(tl.uint32, bitcast=True)  # [SLICES, BLOCK_M, 1]
+            w = (w_first + s).to(tl.uint32, bitcast=True)
+            mask_x = mask_x & (h < H) & (w < W)
+        if not EVEN:
+            mask_x = mask_x & (block < end)
+            mask_weight = mask_weight & (block < end)
+        shift = r.to(OFFSET) * stride_h + s.to(OFFSET) * stride_w + c.to(OFFSET) * stride_c
+        x = tl.load(x_ptr + (offs_x + shift), mask=mask_x, other=0.0)  # [SLICES, BLOCK_M, BLOCK_K]
         weight = tl.load(weight_ptrs + block * BLOCK_K, mask=mask_weight, other=0.0)  # [SLICES, BLOCK_N, BLOCK_K]
         weight = tl.permute(weight, (0, 2, 1))
         if INPUT_PRECISION == "tf32x3":
@@ -81,6 +112,8 @@ def split_product(
         else:
             if ROUND_X:
                 x = round_to_tf32(x)
+            if INPUT_PRECISION == "tf32":
+                weight = round_to_tf32(weight)
             acc = dot(x, weight, acc, INPUT_PRECISION)
     if INPUT_PRECISION == "tf32x3":
         acc += small
@@ -99,11 +132,15 @@ def split_gemm_forward_kernel(
     shortcut_scale_ptr,
     shortcut_bias_ptr,
     y_ptr,
+    partial_ptr,
+    arrivals_ptr,
     M,
     H,
     W,
     PIXELS,
     Q,
+    inverse_of_pixels,
+    inverse_of_q,
     x_stride_n,
     x_stride_c,
     x_stride_h,
@@ -142,83 +179,102 @@ def split_gemm_forward_kernel(
     ROUND_Y: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
-    INDEX: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ONE_IMAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program owns BLOCK_M of M = N * PIXELS output pixels x BLOCK_N output channels; PIXELS = P * Q.
+    """SPLITS programs own BLOCK_M of M = N * PIXELS output pixels x BLOCK_N output channels; PIXELS = P * Q.
 
     weight is [K, R, S, C], contiguous; C is a multiple of BLOCK_K; the residual has the strides of y. The shortcut is a
-    second image under a filter of one tap and no padding, whose products are added.
+    second image under a filter of one tap and no padding, whose products are added. Where there are several SPLITS,
+    partial [tiles, SPLITS, BLOCK_M, BLOCK_N] takes their sums and arrivals [tiles], zero before and after, counts them.
     """
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
 
-    pid = tl.program_id(0)
-    offs_m = (pid // BLOCKS_N).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    split = tl.program_id(0) % SPLITS
+    tile = tl.program_id(0) // SPLITS
+    offs_m = tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     mask_m = offs_m < M
-    n = (offs_m // PIXELS).to(tl.int64)
-    pixel = offs_m % PIXELS
-    channel = pid % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    n = tl.full((BLOCK_M,), 0, tl.int32) if ONE_IMAGE else quotient(offs_m, inverse_of_pixels)
+    pixel = offs_m - n * PIXELS
+    p = quotient(pixel, inverse_of_q)
+    q = pixel - p * Q
+    n = n.to(OFFSET)
+    h_first = (p * STRIDE_H - PADDING_H)[None, :, None]
+    w_first = (q * STRIDE_W - PADDING_W)[None, :, None]
+    offs_x = (n * x_stride_n)[None, :, None]
+    offs_x += h_first.to(OFFSET) * x_stride_h + w_first.to(OFFSET) * x_stride_w
+    channel = tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     mask_n = channel < K
-    offs_y = (n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel)[:, None] + (channel.to(tl.int64) * y_stride_k)[
-        None, :
-    ]
+    offs_y = (n * y_stride_n + pixel.to(OFFSET) * y_stride_pixel)[:, None]
+    offs_y += (channel.to(OFFSET) * y_stride_k)[None, :]
     mask_y = mask_m[:, None] & mask_n[None, :]
     wait_for_predecessor(DEPENDENT)
-    y = tl.full((BLOCK_M, BLOCK_N), 0, ACC)  # what the sum starts from, asked for before anything waits
+    # Asked for before the product, which takes as long, and not touched before its end: the compiler would wait.
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + channel, mask=mask_n, other=0.0)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
+        bias = tl.load(bias_ptr + channel, mask=mask_n, other=0.0)
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + offs_y, mask=mask_y, other=0.0).to(ACC)
+        residual = tl.load(residual_ptr + offs_y, mask=mask_y, other=0.0)
+    if HAS_SHORTCUT_SCALE:
+        shortcut_scale = tl.load(shortcut_scale_ptr + channel, mask=mask_n, other=0.0)
+    if HAS_SHORTCUT_BIAS:
+        shortcut_bias = tl.load(shortcut_bias_ptr + channel, mask=mask_n, other=0.0)
 
+    shortcut = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
     if HAS_SHORTCUT:
-        x_ptrs = shortcut_ptr + (n * shortcut_stride_n)[None, :, None]
-        h_first = (pixel // Q * SHORTCUT_STRIDE_H)[None, :, None]
-        w_first = (pixel % Q * SHORTCUT_STRIDE_W)[None, :, None]
-        total = split_product(
-            x_ptrs,
+        h = (p * SHORTCUT_STRIDE_H)[None, :, None]
+        w = (q * SHORTCUT_STRIDE_W)[None, :, None]
+        offs_shortcut = (n * shortcut_stride_n)[None, :, None]
+        offs_shortcut += h.to(OFFSET) * shortcut_stride_h + w.to(OFFSET) * shortcut_stride_w
+        shortcut = split_product(
+            shortcut_ptr,
             shortcut_weight_ptr,
-            h_first,
-            w_first,
+            offs_shortcut,
+            h,
+            w,
             mask_m,
             channel,
             mask_n,
-            2**30,
-            2**30,
-            shortcut_stride_h,
-            shortcut_stride_w,
+            split,
+            0,
+            0,
+            0,
+            0,
             shortcut_stride_c,
             SHORTCUT_C,
             1,
             1,
             1,
             1,
+            False,
             SHORTCUT_PRECISION,
             ROUND_SHORTCUT,
             ACC,
+            OFFSET,
+            SPLITS,
             SLICES,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
         )
         if HAS_SHORTCUT_SCALE:
-            total *= tl.load(shortcut_scale_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
-        if HAS_SHORTCUT_BIAS:
-            total += tl.load(shortcut_bias_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
-        y += total
-    x_ptrs = x_ptr + (n * x_stride_n)[None, :, None]
-    h_first = (pixel // Q * STRIDE_H - PADDING_H)[None, :, None]
-    w_first = (pixel % Q * STRIDE_W - PADDING_W)[None, :, None]
+            shortcut *= shortcut_scale.to(ACC)[None, :]
     total = split_product(
-        x_ptrs,
+        x_ptr,
         weight_ptr,
+        offs_x,
         h_first,
         w_first,
         mask_m,
         channel,
         mask_n,
+        split,
         H,
         W,
         x_stride_h,
@@ -229,9 +285,12 @@ def split_gemm_forward_kernel(
         S,
         DILATION_H,
         DILATION_W,
+        PADDING_H > 0 or PADDING_W > 0,
         INPUT_PRECISION,
         ROUND_X,
         ACC,
+        OFFSET,
+        SPLITS,
         SLICES,
         BLOCK_M,
         BLOCK_N,
@@ -240,13 +299,32 @@ def split_gemm_forward_kernel(
 
     start_successor(DEPENDENT)
     if HAS_SCALE:
-        total *= tl.load(scale_ptr + channel, mask=mask_n, other=0.0).to(ACC)[None, :]
-    y += total
-    if RELU:
-        y = tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL)
-    if ROUND_Y:
-        y = round_to_tf32(y)
-    tl.store(y_ptr + offs_y, round_to(y, y_ptr.dtype.element_ty), mask=mask_y)
+        total *= scale.to(ACC)[None, :]
+    total += shortcut
+    last = True
+    if SPLITS > 1:
+        offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        parts = partial_ptr + tile * (SPLITS * BLOCK_M * BLOCK_N) + offs
+        tl.store(parts + split * (BLOCK_M * BLOCK_N), total)
+        tl.debug_barrier()  # all threads have stored before one of them tells
+        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            total = tl.load(parts, cache_modifier=".cg")
+            for other in tl.static_range(1, SPLITS):
+                total += tl.load(parts + other * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+            tl.store(arrivals_ptr + tile, 0)
+        if HAS_BIAS:
+            total += bias.to(ACC)[None, :]
+        if HAS_SHORTCUT_BIAS:
+            total += shortcut_bias.to(ACC)[None, :]
+        if HAS_RESIDUAL:
+            total += residual.to(ACC)
+        if RELU:
+            total = tl.maximum(total, 0, propagate_nan=tl.PropagateNan.ALL)
+        if ROUND_Y:
+            total = round_to_tf32(total)
+        tl.store(y_ptr + offs_y, round_to(total, y_ptr.dtype.element_ty), mask=mask_y)
 
 
 class Shortcut(NamedTuple):
@@ -278,27 +356,36 @@ def split_gemm(
     blocks: SplitBlocks,
     shortcut: Shortcut | None = None,
 ) -> None:
-    """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and weight [K, R, S, C], contiguous.
+    """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and weight [K, R, S, C], contiguous, rounded or not.
 
     The other arguments are those of `implicit_gemm`.
     """
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
     M = N * P * Q
-    grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N),)
+    tiles = ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N)
+    partial = counts = None
+    if blocks.SPLITS > 1:
+        sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+        partial = x.new_empty(tiles * blocks.SPLITS * blocks.BLOCK_M * blocks.BLOCK_N, dtype=sums)
+        counts = counters(x.device, tiles)
     launch(
         split_gemm_forward_kernel,
-        grid,
+        (tiles * blocks.SPLITS,),
         x,
         weight,
         *epilogue[:3],
         *(shortcut[:4] if shortcut else [None] * 4),
         y,
+        partial,
+        counts,
         M,
         H,
         W,
         P * Q,
         Q,
+        1 / (P * Q),
+        1 / Q,
         *x.stride(),
         *y_strides,
         *(shortcut.x.stride() if shortcut else [0] * 4),
@@ -314,9 +401,15 @@ def split_gemm(
         INPUT_PRECISION=input_precision,
         ROUND_X=round_x,
         ACC=accumulator(x.dtype),
-        INDEX=index_type(M + blocks.BLOCK_M),
+        ONE_IMAGE=N == 1,
+        OFFSET=index_type(max(_extent(t) for t in (x, y, weight, shortcut.x if shortcut else x))),
         **blocks._asdict(),
     )
+
+
+def _extent(t: torch.Tensor) -> int:
+    """No less than the offset of any element."""
+    return sum(size * stride for size, stride in zip(t.shape, t.stride()))
 
 
 NO_SHORTCUT = {
