@@ -19,9 +19,11 @@ from twins import assert_same, images, twins
 
 import tritonnn
 from tritonnn.kernels import avg_pool2d, batch_norm2d, conv2d, launch_plan, linear, max_pool2d, relu
+from tritonnn.kernels.block_sizes import RowBlocks
 from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.launch_plan import Plans, describe, launch
 from tritonnn.kernels.operator import INTERPRETER
+from tritonnn.kernels.product import Choice
 from tritonnn.kernels.relu import relu_forward_kernel
 from tritonnn.layers.fused_conv2d import FusedConv2d
 
@@ -231,6 +233,15 @@ def test_replays_give_what_the_launcher_gives(name, replays):
         kept.append((args, actual))
     for args, actual in kept:  # each call has memory of its own
         assert_identical(actual, ordinary(launcher, *args))
+
+
+def test_replays_of_a_copy_whose_pixels_overlap(replays, monkeypatch):
+    monkeypatch.setattr(conv2d, "default_choice", lambda product: Choice(RowBlocks(64, 16, 4, 1), copies_x=False))
+    run = planned(conv2d._launch)
+    for i in range(3):
+        args = image(2, 3, 9, 10), image(8, 3, 7, 7), image(8), (2, 2), (3, 3), (1, 1), 1
+        assert_identical(run(*args), ordinary(conv2d._launch, *args))
+        assert len(replays) == i
 
 
 @pytest.mark.parametrize("name", IN_PLACE)

@@ -17,9 +17,9 @@ import tritonnn
 from tritonnn import trial as trials
 from tritonnn.candidates import Gpu, candidates
 from tritonnn.kernels import conv2d, implicit_gemm, tuned_blocks
-from tritonnn.kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, SplitBlocks, gemm_blocks
+from tritonnn.kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, RowBlocks, SplitBlocks, gemm_blocks
 from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.product import Choice, Problem, Product, problem_of
+from tritonnn.kernels.product import FORMS, Choice, Problem, Product, problem_of
 from tritonnn.kernels.tuned_blocks import Entry
 from tritonnn.trial import Trial, Wrong, operands
 from tritonnn.tuning import Tuned, TuningReport, fastest, find_problems
@@ -56,7 +56,9 @@ PROBLEMS = {
     "1x1": problem(128, 64, 32, 128, 1, stride=(2, 2), **HALF),
     "64 channels, NCHW": problem(128, 64, 32, 64, channels_last_x=False, channels_last_y=False, **HALF),
     "3 channels, NCHW": problem(128, 3, 32, 64, channels_last_x=False, channels_last_y=False, **HALF),
-    "7x7 of 3 channels": problem(128, 3, 224, 64, 7, stride=(2, 2)),
+    "7x7 of 3 channels": problem(128, 3, 224, 64, 7, stride=(2, 2), input_precision="tf32", round_x=True),
+    "7x7, strict float32": problem(128, 3, 224, 64, 7, stride=(2, 2), input_precision="tf32x3", channels_last_x=False),
+    "11x11, bfloat16": problem(128, 3, 224, 64, 11, stride=(4, 4), **HALF),
     "48 channels": problem(40, 48, 24, 80, **HALF),
     "groups": problem(8, 128, 16, 128, groups=2, **HALF),
     "TF32, rounded before": problem(128, 128, 16, 128, input_precision="tf32"),
@@ -124,10 +126,11 @@ class TestCandidates:
             stages = sizes.pop("num_stages")
             assert all(size & (size - 1) == 0 for size in sizes.values())
             assert sizes["BLOCK_N"] <= max(64, 2 * p.k // p.groups - 1)
-            if not isinstance(choice.blocks, GemmBlocks):
+            if not isinstance(choice.blocks, GemmBlocks | RowBlocks):
                 assert p.c % sizes["BLOCK_K"] == 0
             rows = math.prod(size for name, size in sizes.items() if name.startswith("TILE")) * sizes.get("BLOCK_M", 1)
-            step = sizes.get("SLICES", 1) * (rows + sizes["BLOCK_N"]) * sizes["BLOCK_K"]
+            block_k = sizes.get("BLOCK_K", 128 // p.dtype.itemsize)
+            step = sizes.get("SLICES", 1) * (rows + sizes["BLOCK_N"]) * block_k
             assert choice in (ANY, usual) or stages * step * p.dtype.itemsize <= shared_memory
 
     @pytest.mark.parametrize("shared_memory", [232448, 101376, 49152])
@@ -152,6 +155,12 @@ class TestCandidates:
         assert forms["1x1"] == {DescriptorBlocks, GemmBlocks}
         assert forms["one image"] == {SplitBlocks, DescriptorBlocks, GemmBlocks}
         assert forms["groups"] == forms["3 channels, NCHW"] == {GemmBlocks}
+        assert forms["7x7 of 3 channels"] == forms["11x11, bfloat16"] == {RowBlocks, GemmBlocks}
+
+    @pytest.mark.parametrize("name", ["7x7 of 3 channels", "7x7, strict float32", "11x11, bfloat16"])
+    def test_rows_come_through_each_cache(self, name):
+        stages = {choice.blocks.num_stages for choice in tried(name) if isinstance(choice.blocks, RowBlocks)}
+        assert 1 in stages and max(stages) > 1
 
     def test_tf32_is_rounded_on_the_way_or_by_a_copy(self):
         descriptors = [choice for choice in tried("TF32, to be rounded") if isinstance(choice.blocks, DescriptorBlocks)]
@@ -284,7 +293,9 @@ class TestTables:
         path = tmp_path / "new folder" / "table.json"
         swapped = Entry(Choice(DescriptorBlocks(1, 4, 16, 128, 64, True, 8, 3), False), 1.0, 2.0)
         halo = Entry(Choice(HaloBlocks(16, 16, 128, 64, 3, 3, True, False, 8, 1), True), 1.0, 2.0)
+        rows = Entry(Choice(RowBlocks(128, 64, 4, 3), False), 1.0, 2.0)
         entries = {problem(): SPLIT_ENTRY, OTHER: POINTERS_ENTRY, problem(n=7): swapped, problem(n=8): halo}
+        entries[problem(c=3, taps=7)] = rows
         tuned_blocks.add(path, entries)
         assert tuned_blocks.read(path) == entries
         assert [file.name for file in path.parent.iterdir()] == ["table.json"]
@@ -524,11 +535,17 @@ class TestRefusals:
             tritonnn.tune(nn.Conv2d(4, 4, 3), torch.zeros(1, 4, 5, 5))
 
 
+def test_blocks_of_two_forms_are_never_equal():
+    """Choices are keys, and equal tuples the same one."""
+    assert len({len(blocks._fields) for blocks in FORMS.values()}) == len(FORMS)
+
+
 def test_a_choice_in_words():
     tiles = HaloBlocks(8, 32, 64, 64, 2, 4, True, True, 4, 2)
     words = "halo 8x32x64x64, 4 warps, 2 + 4 slots, 2 a multiprocessor, staged in a slot, x copied"
     assert str(Choice(tiles, True)) == words
     assert str(SPLIT) == "split 1x4x16x16x32, 4 warps, 1 stages"
+    assert str(Choice(RowBlocks(128, 64, 4, 3), False)) == "rows 128x64, 4 warps, 3 stages"
 
 
 class TestReport:

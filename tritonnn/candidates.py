@@ -5,9 +5,21 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from .kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, SplitBlocks, ceil_div, splits_of, tile
+from .kernels.block_sizes import (
+    LEAST_OF_ROWS,
+    DescriptorBlocks,
+    GemmBlocks,
+    HaloBlocks,
+    RowBlocks,
+    SplitBlocks,
+    ceil_div,
+    row_block_k,
+    splits_of,
+    tile,
+)
 from .kernels.implicit_gemm import pointer_blocks, spans_taps
 from .kernels.product import Choice, Problem
+from .kernels.row_gemm import fits_rows
 
 # BLOCK_M, BLOCK_N, warps, stages
 SWAPPED_TILES = [
@@ -33,6 +45,17 @@ POINTER_TILES = [
     (128, 128, 4, 3),
     (128, 128, 8, 3),
 ]
+ROW_TILES = [
+    (128, 64, 4, 3),
+    (128, 64, 4, 2),
+    (128, 64, 4, 1),
+    (64, 64, 4, 1),
+    (64, 64, 4, 3),
+    (128, 64, 8, 3),
+    (128, 64, 8, 1),
+    (64, 64, 4, 2),
+]
+"""With one stage loads go through the L1 cache, where windows overlap; with more they come from L2, ahead of time."""
 HALO_TILES = {
     2: [
         (8, 32, 64, 2, 4, True, True, 4, 2),
@@ -83,6 +106,7 @@ def candidates(problem: Problem, default: Choice, descriptors: bool, halo: bool,
     if descriptors:
         choices += islice(_descriptors(problem, gpu), MOST_OF_A_FORM)
     choices += _split(problem, gpu)
+    choices += islice(_rows(problem, gpu), MOST_OF_A_FORM)
     choices += islice(_pointers(problem, default, gpu), MOST_OF_A_FORM if len(choices) == 1 else MOST_BESIDE_OTHERS)
     return list(dict.fromkeys(choices))
 
@@ -155,6 +179,20 @@ def _split(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
                 )
                 blocks = SplitBlocks(splits, slices, block_m, block_n, block_k, num_warps, num_stages)
                 yield Choice(blocks, copies_x=False)
+
+
+def _rows(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
+    size, fits = problem.dtype.itemsize, fits_rows(problem.c, problem.dilation, problem.groups, problem.dtype)
+    if not fits or problem.reduction <= LEAST_OF_ROWS[0]:
+        return
+    block_k = row_block_k(problem.s, size)
+    split = problem.input_precision == "tf32x3"
+    for block_m, block_n, num_warps, num_stages in ROW_TILES:
+        if split and block_m > 16 * num_warps:  # takes all 255 registers
+            continue
+        rows = block_m + (2 if split else 1) * block_n
+        if num_stages * rows * block_k * size <= gpu.shared_memory:
+            yield Choice(RowBlocks(block_m, block_n, num_warps, num_stages), copies_x=False)
 
 
 def _pointers(problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:

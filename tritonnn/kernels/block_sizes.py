@@ -37,6 +37,22 @@ class GemmBlocks(NamedTuple):
     num_stages: int
 
 
+class RowBlocks(NamedTuple):
+    """A tile of BLOCK_M x BLOCK_N outputs, reduced a row of the filter, or a line of shared memory of it, at a time."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+class PaddedRowBlocks(NamedTuple):
+    """A tile of BLOCK_H rows x BLOCK_W columns."""
+
+    BLOCK_H: int
+    BLOCK_W: int
+
+
 class SplitBlocks(NamedTuple):
     """A tile of BLOCK_M x BLOCK_N outputs, of SPLITS programs that each reduce SLICES blocks of BLOCK_K at a time.
 
@@ -143,6 +159,43 @@ def gemm_blocks(m: int, n: int, k: int, element_size: int, input_precision: str)
     while block_m > 16 and ceil_div(m, block_m) * ceil_div(n, block_n) < ENOUGH_PROGRAMS:
         block_m //= 2
     return GemmBlocks(block_m, block_n, block_k, 4, 3)
+
+
+ROW_CHANNELS = 4
+"""Those of an image whose rows are padded: a pixel is one load of 16 bytes, in 16-bit types of 8."""
+LEAST_OF_ROWS = 64, 2**14
+"""From a longer reduction and so many pixels on the copy of x should pay for itself: reasoned, not measured."""
+
+
+def row_width(s: int) -> int:
+    """The columns that a row of a filter of s columns is padded to: at least one block of 16 elements."""
+    return max(triton.next_power_of_2(s), 4)
+
+
+def row_block_k(s: int, element_size: int) -> int:
+    """Elements of a row of a filter of s columns, or of one line of shared memory."""
+    return min(ROW_CHANNELS * row_width(s), 128 // element_size)
+
+
+@functools.lru_cache
+def row_blocks(pixels: int, k: int, reduction: int, element_size: int, input_precision: str) -> RowBlocks | None:
+    """For a filter of few channels, its rows padded; None where gathering each element of x costs little.
+
+    Strict float32 holds x in two parts: 128 pixels would take all 255 registers of 4 warps (`ptxas`, sm_90a).
+    """
+    least_reduction, least_pixels = LEAST_OF_ROWS
+    if triton.knobs.runtime.interpret or reduction <= least_reduction or pixels < least_pixels:
+        return None
+    block_m = 128 if element_size == 2 or input_precision == "tf32" else 64
+    return RowBlocks(block_m, _power_of_2(k, 16, 64), 4, 3)
+
+
+@functools.lru_cache
+def padded_row_blocks(rows: int, columns: int) -> PaddedRowBlocks:
+    """For a copy of rows to longer ones, of four channels."""
+    elements = INTERPRETER_TILE if triton.knobs.runtime.interpret else 4096
+    block_w = _power_of_2(columns, 1, min(elements // ROW_CHANNELS, 256))
+    return PaddedRowBlocks(_power_of_2(rows, 1, elements // ROW_CHANNELS // block_w), block_w)
 
 
 @functools.lru_cache

@@ -4,10 +4,10 @@
                     * x[n, group(k) + c, p*stride_h + r*dilation_h - padding_h, q*stride_w + s*dilation_w - padding_w]
 
 x: [N, C, H, W], any strides; weight: [K, C / groups, R, S]; y: [N, K, P, Q], channels_last where x or weight is. It is
-a matrix product in one of four forms. For few pixels its sums are split among warps (split_gemm.py). On Hopper GPUs
+a matrix product in one of five forms. For few pixels its sums are split among warps (split_gemm.py). On Hopper GPUs
 the copy engine brings the tiles, under a 3x3 filter with a halo (halo_gemm.py) or else for one tap after the other
-(descriptor_gemm.py). What is left goes by pointers (implicit_gemm.py). Where each channel has a filter of its own, so
-it has a kernel, below.
+(descriptor_gemm.py). A large filter of few channels is applied by its rows (row_gemm.py). What is left goes by pointers
+(implicit_gemm.py). Where each channel has a filter of its own, so it has a kernel, below.
 """
 
 import torch
@@ -19,11 +19,13 @@ from .arithmetic import accumulator, index_type, round_to, round_to_tf32
 from .block_sizes import (
     DescriptorBlocks,
     HaloBlocks,
+    RowBlocks,
     SplitBlocks,
     ceil_div,
     descriptor_blocks,
     halo_blocks,
     pixel_blocks,
+    row_blocks,
     split_blocks,
 )
 from .channels_last import channels_last, pack_weight
@@ -36,6 +38,7 @@ from .launch_plan import launch
 from .memory_format import empty_image, is_channels_last, pixel_strides
 from .operator import register
 from .product import Choice, Product
+from .row_gemm import fits_rows, row_gemm
 from .split_gemm import MOST_PIXELS, Shortcut, split_gemm
 from .tuned_blocks import tuned_choice
 from .window import output_size
@@ -182,14 +185,18 @@ def choose(product: Product) -> Choice:
 
 
 def default_choice(product: Product) -> Choice:
-    """Picks the form of the product: split among warps for few pixels, halo, over descriptors, or by pointers."""
-    x, packed, y, _, stride, _, _, groups, input_precision, round_x, _ = product
+    """Picks the form of the product: split among warps for few pixels, by rows, halo, descriptors or pointers."""
+    x, packed, y, _, stride, _, dilation, groups, input_precision, round_x, _ = product
     N, C, _, _ = x.shape
     K, P, Q = y.shape[1:]
     R, S = packed.shape[1:3]
     blocks = split_blocks(N * P * Q, K, C, R * S, x.element_size()) if groups == 1 else None
     if blocks is not None:
         return Choice(blocks, copies_x=False)
+    if fits_rows(C, dilation, groups, x.dtype):
+        blocks = row_blocks(N * P * Q, K, R * S * C, x.element_size(), input_precision)
+        if blocks is not None:
+            return Choice(blocks, copies_x=False)
     halo = halo_blocks(N, P, Q, C, K, x.element_size())
     if halo is not None and not fetches_with_halo(product):
         halo = None
@@ -243,6 +250,8 @@ def can_run(product: Product, choice: Choice) -> bool:
     if isinstance(blocks, SplitBlocks):
         few = product.y.numel() // K < MOST_PIXELS
         return few and product.groups == 1 and x.element_size() <= 4 and C % blocks.BLOCK_K == 0
+    if isinstance(blocks, RowBlocks):
+        return fits_rows(C, product.dilation, product.groups, x.dtype)
     if isinstance(blocks, HaloBlocks):
         fits = fetches_with_halo(product) and are_halo_blocks(blocks, C, K, x.element_size())
         return fits and (choice.copies_x or _is_aligned(x))
@@ -268,6 +277,8 @@ def run_gemm(product: Product, choice: Choice) -> None:
     y_strides = pixel_strides(y, channels_last_y)
     if isinstance(blocks, SplitBlocks):
         split_gemm(x, packed[-y.shape[1] :], y, y_strides, *window, input_precision, round_x, epilogue, blocks)
+    elif isinstance(blocks, RowBlocks):
+        row_gemm(x, packed, y, y_strides, *window, input_precision, round_x, epilogue, blocks)
     else:
         implicit_gemm(x, packed, y, y_strides, *window, groups, input_precision, round_x, epilogue, blocks)
 

@@ -7,17 +7,19 @@ from typing import NamedTuple
 
 import torch
 
-from .block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, SplitBlocks, ceil_div
+from .block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, RowBlocks, SplitBlocks, ceil_div
 from .epilogue import Epilogue
 from .window import output_size
 
-Blocks = SplitBlocks | HaloBlocks | DescriptorBlocks | GemmBlocks
+Blocks = SplitBlocks | HaloBlocks | DescriptorBlocks | RowBlocks | GemmBlocks
 FORMS: dict[str, type[Blocks]] = {
     "split": SplitBlocks,
     "halo": HaloBlocks,
     "descriptors": DescriptorBlocks,
+    "rows": RowBlocks,
     "pointers": GemmBlocks,
 }
+"""Blocks are of as many numbers as those of no other form: tuples are compared by what they hold."""
 
 
 class Product(NamedTuple):
