@@ -76,9 +76,10 @@ def candidates(shape: Shape, n: int, precision: str) -> Iterator[Blocks]:
             for stages in (2, 3, 4):
                 yield DescriptorBlocks(*tile(n, side, side, block_m), block_n, line, swapped, warps, stages)
     if swapped and shape.stride == 1:
-        for tile_p, tile_q, block_n, *rest in HALO_TILES[dtype.itemsize]:
-            if side % tile_p == side % tile_q == shape.out_channels % block_n == 0:
-                yield HaloBlocks(tile_p, tile_q, block_n, line, *rest)
+        for tile_n, tile_p, tile_q, block_n, *rest in HALO_TILES[dtype.itemsize]:
+            whole = tile_n == 1 or (tile_p, tile_q) == (side, side)
+            if whole and side % tile_p == side % tile_q == shape.out_channels % block_n == 0:
+                yield HaloBlocks(tile_n, tile_p, tile_q, block_n, line, *rest)
     pixels = n * side * side
     if pixels * shape.out_channels <= 2**19:
         for block_m, block_n in ((16, 8), (16, 16), (16, 32), (32, 32)):

@@ -29,11 +29,13 @@ SPLIT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee
 SPLIT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
 DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAPPED=True, FLUSH=8)
 DESCRIPTORS |= dict(HAS_RESIDUAL=True, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee")
-HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, WHOLE_ROWS=True, MASKED=False)
-HALO_64 = HALO | dict(C=64, K=64, TILE_P=8, TILE_Q=32, BLOCK_N=64, BLOCK_K=64, X_SLOTS=2, W_SLOTS=4)
+HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, WHOLE=True, MASKED=False)
+HALO_64 = HALO | dict(C=64, K=64, N=None, TILE_N=1, TILE_P=8, TILE_Q=32, BLOCK_N=64, BLOCK_K=64, X_SLOTS=2, W_SLOTS=4)
 HALO_64 |= dict(STAGED=True, IN_SLOT=True, num_warps=4)
-HALO_128 = HALO | dict(C=128, K=128, TILE_P=16, TILE_Q=16, BLOCK_N=128, BLOCK_K=32, X_SLOTS=3, W_SLOTS=6)
-HALO_128 |= dict(STAGED=False, IN_SLOT=False, num_warps=8)
+IN_REGISTERS = dict(BLOCK_N=128, BLOCK_K=32, X_SLOTS=3, STAGED=False, IN_SLOT=False, num_warps=8)
+HALO_128 = HALO | IN_REGISTERS | dict(C=128, K=128, N=None, TILE_N=1, TILE_P=16, TILE_Q=16, W_SLOTS=6)
+HALO_8X8 = HALO | IN_REGISTERS | dict(C=256, K=256, TILE_N=4, TILE_P=8, TILE_Q=8, W_SLOTS=6, ROUND_X=True)
+HALO_4X4 = HALO | IN_REGISTERS | dict(C=512, K=512, TILE_N=16, TILE_P=4, TILE_Q=4, W_SLOTS=4, ROUND_X=True)
 DEPTHWISE = FILTER | EPILOGUE | dict(K=64, MULTIPLIER=1)
 MAX_POOL = FILTER | dict(
     DEPENDENT=True, RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None
@@ -122,6 +124,24 @@ KERNELS = {
         LAST,
         HALO_64 | dict(BLOCK_K=32, STAGED=False, IN_SLOT=False, ROUND_X=True, HAS_RESIDUAL=False),
     ),
+    "conv2d, halo, 8x8": (
+        "halo_gemm.halo_gemm_forward_kernel",
+        "bf16",
+        LAST,
+        HALO_8X8 | dict(BLOCK_K=64, X_SLOTS=2, W_SLOTS=5, STAGED=True, ROUND_X=False),
+    ),
+    "conv2d, halo, 8x8, TF32, rounded": (
+        "halo_gemm.halo_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        HALO_8X8 | dict(HAS_RESIDUAL=False),
+    ),
+    "conv2d, halo, 4x4, TF32, rounded, masked": (
+        "halo_gemm.halo_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        HALO_4X4 | dict(MASKED=True),
+    ),
     "conv2d, depthwise": ("conv2d.conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
     "max_pool2d": ("max_pool2d.max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
     "max_pool2d, contiguous": ("max_pool2d.max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
@@ -145,7 +165,7 @@ COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, rows, float32",
 WITH_HALO = [name for name in KERNELS if "halo" in name]
 BY_COPY_ENGINE = BY_DESCRIPTORS + WITH_HALO
 ROUNDS = [
-    "conv2d, halo, TF32, rounded",
+    *[name for name in WITH_HALO if "rounded" in name],
     "conv2d, TF32",
     "conv2d, float32",
     "conv2d, rows, float32",
@@ -182,15 +202,15 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     types = {"eps": "fp64", "arrivals_ptr": "*i32", "inverse_of_pixels": "fp32", "inverse_of_q": "fp32"} | {
         name: "*fp32" for name in ("mean_ptr", "var_ptr", "partial_ptr")
     }
-    if "TILE_N" in constants:
+    if "X_SLOTS" in constants:
+        types |= halo_types(dtype, constants)
+    elif "TILE_N" in constants:
         tile, n, k = (
             [constants[size] for size in sizes]
             for sizes in (("TILE_N", "TILE_P", "TILE_Q"), ("BLOCK_N",), ("BLOCK_K",))
         )
         boxes = {"x_desc": tile + k, "weight_desc": n + k, "residual_desc": tile + n, "y_desc": tile + n}
         types |= {name: f"tensordesc<{dtype}{box}>" for name, box in boxes.items()}
-    if "X_SLOTS" in constants:
-        types |= halo_types(dtype, constants)
     types |= {name: f"*{dtype}" for name in names if name.endswith("_ptr") and name not in types}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     attributes = {
@@ -209,9 +229,9 @@ def halo_types(dtype: str, constants: dict) -> dict[str, str]:
     """The types of the descriptors, and of the pointers that y and the residual are where they are not staged."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    rows, columns, n, k = (constants[size] for size in ("TILE_P", "TILE_Q", "BLOCK_N", "BLOCK_K"))
-    y = [1, rows, columns, n] if constants["STAGED"] else None
-    boxes = {"x_desc": [1, rows, columns, k], "edge_desc": [1, 2, columns, k], "weight_desc": [n, k]}
+    images, rows, columns, n, k = (constants[size] for size in ("TILE_N", "TILE_P", "TILE_Q", "BLOCK_N", "BLOCK_K"))
+    y = [rows, images, columns, n] if constants["STAGED"] else None
+    boxes = {"x_desc": [rows, images, columns, k], "edge_desc": [2, images, columns, k], "weight_desc": [n, k]}
     boxes |= {"y_desc": y, "residual_desc": y}
     bits = 32 if dtype == "fp32" else 16
     return {

@@ -7,7 +7,7 @@ from compare import image, tf32, worst_image
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonnn.kernels import conv2d, halo_gemm, implicit_gemm
+from tritonnn.kernels import block_sizes, conv2d, halo_gemm, implicit_gemm
 from tritonnn.kernels.block_sizes import (
     DescriptorBlocks,
     GemmBlocks,
@@ -22,13 +22,39 @@ from tritonnn.kernels.epilogue import Epilogue
 from tritonnn.kernels.product import Choice, Product
 
 HALF_64, HALF_128 = (
-    HaloBlocks(8, 32, 64, 64, 2, 4, True, True, 4, 2),
-    HaloBlocks(16, 16, 128, 64, 3, 3, True, False, 8, 1),
+    HaloBlocks(1, 8, 32, 64, 64, 2, 4, True, True, 4, 2),
+    HaloBlocks(1, 16, 16, 128, 64, 3, 3, True, False, 8, 1),
 )
 TF32_64, TF32_128 = (
-    HaloBlocks(8, 32, 64, 32, 2, 4, False, False, 4, 2),
-    HaloBlocks(16, 16, 128, 32, 3, 6, False, False, 8, 1),
+    HaloBlocks(1, 8, 32, 64, 32, 2, 4, False, False, 4, 2),
+    HaloBlocks(1, 16, 16, 128, 32, 3, 6, False, False, 8, 1),
 )
+HALF_8X8, HALF_4X4 = (
+    HaloBlocks(4, 8, 8, 128, 64, 2, 5, True, False, 8, 1),
+    HaloBlocks(16, 4, 4, 128, 64, 2, 4, True, False, 8, 1),
+)
+TF32_8X8, TF32_4X4 = (
+    HaloBlocks(4, 8, 8, 128, 32, 3, 6, False, False, 8, 1),
+    HaloBlocks(16, 4, 4, 128, 32, 3, 4, False, False, 8, 1),
+)
+SEVERAL_IMAGES = {
+    "8x8": HALF_8X8,
+    "8x8, 128 pixels": HaloBlocks(2, 8, 8, 128, 64, 2, 2, True, False, 4, 2),
+    "8x8, in a slot": HaloBlocks(4, 8, 8, 64, 64, 2, 4, True, True, 4, 2),
+    "4x4": HALF_4X4,
+    "4x4, 128 pixels": HaloBlocks(8, 4, 4, 128, 64, 2, 2, True, False, 4, 2),
+    "4x4, 64 channels": HaloBlocks(8, 4, 4, 64, 64, 3, 4, True, True, 4, 2),
+    "TF32, 8x8": TF32_8X8,
+    "TF32, 8x8, 128 pixels": HaloBlocks(2, 8, 8, 128, 32, 3, 3, False, False, 4, 2),
+    "TF32, 8x8, 256 channels": HaloBlocks(2, 8, 8, 256, 32, 3, 5, False, False, 8, 1),
+    "TF32, 4x4": TF32_4X4,
+    "TF32, 4x4, 128 pixels": HaloBlocks(8, 4, 4, 128, 32, 2, 4, False, False, 4, 2),
+    "TF32, 4x4, 256 channels": HaloBlocks(8, 4, 4, 256, 32, 3, 4, False, False, 8, 1),
+    "TF32, 4x4, 64 channels": HaloBlocks(8, 4, 4, 64, 32, 3, 4, False, False, 4, 2),
+    "TF32, 8x4": HaloBlocks(8, 8, 4, 64, 32, 2, 4, False, False, 4, 1),
+    "TF32, 2x4": HaloBlocks(16, 2, 4, 64, 32, 3, 9, False, False, 4, 1),
+}
+"""By the type and the size of the images."""
 
 
 def product(
@@ -110,6 +136,26 @@ class TestChoice:
         assert type(choice.blocks) is form
         assert conv2d.can_run(product(**sizes), choice)
 
+    @pytest.mark.parametrize("sizes, blocks", [((256, 8), TF32_8X8), ((512, 4), TF32_4X4)], ids=str)
+    def test_several_images_where_x_would_be_copied(self, sizes, blocks, monkeypatch):
+        """Once they are switched on."""
+        monkeypatch.setattr(block_sizes, "ROUNDED_HALO_SIDES", {256: (8,), 512: (4,)})
+        monkeypatch.setattr(conv2d, "halo_blocks", halo_blocks.__wrapped__)
+        sizes = F32 | dict(c=sizes[0], side=sizes[1])
+        chosen = product(**sizes, round_x=True)
+        assert conv2d.default_choice(chosen) == Choice(blocks, copies_x=False)
+        assert conv2d.can_run(chosen, Choice(blocks, copies_x=False))
+        for changes in (dict(round_x=False), dict(n=128, round_x=True), dict(nchw=True, round_x=True)):
+            choice = conv2d.default_choice(product(**sizes | changes))
+            assert isinstance(choice.blocks, DescriptorBlocks)
+            assert choice.copies_x == ("round_x" in changes and changes["round_x"])
+
+    @pytest.mark.parametrize("name", SEVERAL_IMAGES)
+    def test_tiles_of_several_images_can_run(self, name):
+        c, side = (256, 8) if "8x" in name else (512, 4)
+        dtype = dict(dtype=torch.float32 if "TF32" in name else torch.float16)
+        assert conv2d.can_run(product(3, c, side, **dtype), Choice(SEVERAL_IMAGES[name], copies_x=False))
+
     def test_nchw_is_copied(self):
         nchw = product(nchw=True)
         assert conv2d.default_choice(nchw) == Choice(HALF_64, copies_x=True)
@@ -142,6 +188,7 @@ class TestChoice:
             dict(W_SLOTS=1),
             dict(STAGED=False),
             dict(TILE_Q=4),
+            dict(TILE_N=2**17),
             dict(num_warps=2),
         ],
         ids=str,
@@ -178,6 +225,13 @@ SHAPES = {
     "28x28": (37, 128, 128, 28, 28),
     "14x14": (33, 256, 256, 14, 14),
     "7x9": (35, 64, 64, 7, 9),
+    "8x8": (131, 256, 256, 8, 8),
+    "8x8, whole tiles": (132, 256, 256, 8, 8),
+    "7x7": (133, 128, 128, 7, 7),
+    "4x4": (515, 512, 512, 4, 4),
+    "4x4, whole tiles": (256, 512, 512, 4, 4),
+    "8x4": (67, 64, 64, 8, 4),
+    "5x4": (37, 32, 64, 5, 4),
 }
 """N, C, K, H, W."""
 PRECISIONS = {
@@ -228,11 +282,52 @@ CASES = [
     ("14x14", "TF32, rounded on the way", "all"),
     ("7x9", "bf16", "all"),
     ("7x9", "TF32, rounded on the way", "all"),
+    ("8x8", "bf16", "all"),
+    ("8x8", "fp16", "plain"),
+    ("8x8", "TF32", "bias"),
+    ("8x8", "TF32", "all"),
+    ("8x8", "TF32, rounded on the way", "plain"),
+    ("8x8", "TF32, rounded on the way", "all"),
+    ("8x8, whole tiles", "bf16", "residual"),
+    ("8x8, whole tiles", "TF32, rounded on the way", "bias"),
+    ("8x8, whole tiles", "TF32, rounded on the way", "residual"),
+    ("7x7", "bf16", "all"),
+    ("7x7", "TF32, rounded on the way", "all"),
+    ("4x4", "bf16", "plain"),
+    ("4x4", "fp16", "all"),
+    ("4x4", "TF32", "residual"),
+    ("4x4", "TF32, rounded on the way", "bias"),
+    ("4x4", "TF32, rounded on the way", "all"),
+    ("4x4, whole tiles", "bf16", "all"),
+    ("4x4, whole tiles", "TF32, rounded on the way", "plain"),
+    ("4x4, whole tiles", "TF32, rounded on the way", "all"),
+]
+CASES_OF_IMAGES = [
+    ("8x8, 128 pixels", "8x8", "bf16", "all"),
+    ("8x8, in a slot", "8x8", "bf16", "all"),
+    ("8x8, in a slot", "8x8, whole tiles", "fp16", "plain"),
+    ("4x4, 128 pixels", "4x4", "bf16", "all"),
+    ("4x4, 64 channels", "4x4", "fp16", "residual"),
+    ("TF32, 8x8, 128 pixels", "8x8", "TF32, rounded on the way", "bias"),
+    ("TF32, 8x8, 128 pixels", "8x8, whole tiles", "TF32", "all"),
+    ("TF32, 8x8, 256 channels", "8x8", "TF32, rounded on the way", "all"),
+    ("TF32, 8x8, 256 channels", "8x8, whole tiles", "TF32, rounded on the way", "plain"),
+    ("TF32, 4x4, 128 pixels", "4x4", "TF32, rounded on the way", "all"),
+    ("TF32, 4x4, 256 channels", "4x4", "TF32, rounded on the way", "bias"),
+    ("TF32, 4x4, 64 channels", "4x4, whole tiles", "TF32, rounded on the way", "residual"),
+    ("TF32, 8x4", "8x4", "TF32", "all"),
+    ("TF32, 8x4", "8x4", "TF32, rounded on the way", "bias"),
+    ("TF32, 2x4", "5x4", "TF32", "bias"),
+    ("TF32, 2x4", "5x4", "TF32, rounded on the way", "all"),
 ]
 GUARD = 4096
 
 
-def usual_blocks(K: int, dtype: torch.dtype) -> HaloBlocks:
+def usual_blocks(x: Tensor, K: int) -> HaloBlocks:
+    dtype, side = x.dtype, max(x.shape[2:])
+    if side <= 8 and K % 128 == 0:
+        blocks = (HALF_4X4, TF32_4X4) if side <= 4 else (HALF_8X8, TF32_8X8)
+        return blocks[dtype == torch.float32]
     if K % 128 == 0:
         return HALF_128 if dtype.itemsize == 2 else TF32_128
     return HALF_64 if dtype.itemsize == 2 else TF32_64
@@ -244,7 +339,7 @@ def run(x: Tensor, weight: Tensor, round_x: bool, epilogue: Epilogue, blocks: Ha
     memory = torch.full((N * K * H * W + 2 * GUARD,), float("nan"), dtype=x.dtype, device=x.device)
     y = memory[GUARD:-GUARD].view(N, H, W, K).permute(0, 3, 1, 2)
     packed = pack_weight(weight, "tf32" if x.dtype == torch.float32 else "ieee")
-    halo_gemm.halo_gemm(x, packed, y, round_x, epilogue, blocks or usual_blocks(K, x.dtype))
+    halo_gemm.halo_gemm(x, packed, y, round_x, epilogue, blocks or usual_blocks(x, K))
     assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all()
     return y
 
@@ -275,6 +370,14 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("shape, precision, epilogue", CASES, ids=str)
     def test_every_image(self, shape, precision, epilogue):
+        self.check(shape, precision, epilogue)
+
+    @pytest.mark.parametrize("blocks, shape, precision, epilogue", CASES_OF_IMAGES, ids=str)
+    def test_tiles_of_several_images(self, blocks, shape, precision, epilogue):
+        self.check(shape, precision, epilogue, SEVERAL_IMAGES[blocks])
+
+    def check(self, shape: str, precision: str, epilogue: str, blocks: HaloBlocks | None = None) -> None:
+        """The whole output against float64, and against itself."""
         x, weight, round_x = self.operands(shape, precision)
         steps, K, exact = EPILOGUES[epilogue], weight.shape[0], convolved(x, weight)
         scale = 1 + image(K).abs() if "scale" in steps else None
@@ -287,12 +390,12 @@ class TestOnAGpu:
         exact = exact if residual is None else exact + residual.double()
         exact = exact.relu() if "relu" in steps else exact
         settings = Epilogue(scale, bias, residual, "relu" in steps, round_y)
-        y = run(x, weight, round_x, settings)
+        y = run(x, weight, round_x, settings, blocks)
         assert worst_image(y, exact) < (ROUNDED_Y if round_y else LIMIT[x.dtype])
         if round_y:
             assert torch.equal(tf32(y), y)
         for _ in range(3):  # the same bits every time: no race
-            assert torch.equal(run(x, weight, round_x, settings), y)
+            assert torch.equal(run(x, weight, round_x, settings, blocks), y)
 
     @pytest.mark.parametrize("shape", ["64", "128", "56x56"])
     @pytest.mark.parametrize("precision", ["bf16", "TF32", "TF32, rounded on the way"])
@@ -311,17 +414,31 @@ class TestOnAGpu:
         assert torch.equal(y.isnan(), expected.isnan())
         assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
 
+    @pytest.mark.parametrize("shape", ["8x8", "4x4"])
+    @pytest.mark.parametrize("precision", ["bf16", "TF32", "TF32, rounded on the way"])
+    def test_images_of_a_tile_are_apart(self, shape, precision):
+        x, weight, round_x = self.operands(shape, precision)
+        expected = run(x, weight, round_x, Epilogue())
+        spoilt = [0, 3, 21, len(x) - 1]
+        x[spoilt] = float("nan")
+        y = run(x, weight, round_x, Epilogue())
+        kept = [i for i in range(len(x)) if i not in spoilt]
+        assert y[spoilt].isnan().all() and torch.equal(y[kept], expected[kept])
+
     @pytest.mark.parametrize("n", [1, 2, 33])
-    def test_few_tiles(self, n):
-        x, weight, _ = self.operands("128", "bf16")
+    @pytest.mark.parametrize("shape", ["128", "8x8", "4x4"])
+    def test_few_tiles(self, shape, n):
+        x, weight, _ = self.operands(shape, "bf16")
         assert worst_image(run(x[:n], weight, False, Epilogue()), convolved(x[:n], weight)) < LIMIT[x.dtype]
 
-    @pytest.mark.parametrize("shape, precision", [("64", "bf16"), ("128", "bf16"), ("64", "TF32")])
+    @pytest.mark.parametrize(
+        "shape, precision", [("64", "bf16"), ("128", "bf16"), ("64", "TF32"), ("8x8", "bf16"), ("4x4", "TF32")]
+    )
     def test_dependent_launches(self, shape, precision):
         """In a graph each convolution may start before the one ends whose y it reads."""
         x, weight, _ = self.operands(shape, precision)
         packed = pack_weight(weight, "tf32" if x.dtype == torch.float32 else "ieee")
-        blocks, images = usual_blocks(weight.shape[0], x.dtype), [x, torch.empty_like(x), torch.empty_like(x)]
+        blocks, images = usual_blocks(x, weight.shape[0]), [x, torch.empty_like(x), torch.empty_like(x)]
 
         def chain() -> None:
             for i in range(6):
@@ -345,4 +462,4 @@ class TestOnAGpu:
 
 @pytest.mark.parametrize("n, fits", [(127, False), (128, True)])
 def test_enough_tiles(n, fits):
-    assert (halo_blocks(n, 32, 32, 64, 64, 2) is not None) is fits
+    assert (halo_blocks(n, 32, 32, 64, 64, 2, False) is not None) is fits

@@ -52,6 +52,9 @@ PROBLEMS = {
     "bfloat16, 128 channels": problem(512, 128, 16, 128, **HALF),
     "56x56": problem(32, 64, 56, 64, **HALF, epilogue=("bias", "residual", "relu")),
     "28x28, TF32": problem(33, 128, 28, 128, input_precision="tf32", round_x=True, epilogue=("bias", "residual")),
+    "8x8": problem(135, 256, 8, 256, **HALF, epilogue=("bias", "residual", "relu")),
+    "7x7, TF32": problem(67, 512, 7, 512, input_precision="tf32", round_x=True, epilogue=("residual",)),
+    "4x4, TF32": problem(519, 512, 4, 512, input_precision="tf32", round_x=True, epilogue=("bias",)),
     "one image": problem(1, 256, 8, 512, stride=(2, 2), **HALF),
     "1x1": problem(128, 64, 32, 128, 1, stride=(2, 2), **HALF),
     "64 channels, NCHW": problem(128, 64, 32, 64, channels_last_x=False, channels_last_y=False, **HALF),
@@ -134,18 +137,22 @@ class TestCandidates:
             assert choice in (ANY, usual) or stages * step * p.dtype.itemsize <= shared_memory
 
     @pytest.mark.parametrize("shared_memory", [232448, 101376, 49152])
-    @pytest.mark.parametrize("name", ["bfloat16, 128 channels", "56x56", "28x28, TF32", "TF32, rounded before"])
+    @pytest.mark.parametrize(
+        "name",
+        ["bfloat16, 128 channels", "56x56", "28x28, TF32", "8x8", "7x7, TF32", "4x4, TF32", "TF32, rounded before"],
+    )
     def test_sizes_of_tiles_with_a_halo(self, name, shared_memory):
         p = PROBLEMS[name]
         tiles = [c.blocks for c in tried(name, Gpu(132, shared_memory)) if isinstance(c.blocks, HaloBlocks)]
         assert bool(tiles) == (shared_memory == 232448)
         for blocks in tiles:
-            box, weight = (blocks.TILE_P + 2) * blocks.TILE_Q * 128, blocks.BLOCK_N * 128
-            y = blocks.TILE_P * blocks.TILE_Q * blocks.BLOCK_N * p.dtype.itemsize
+            row, weight = blocks.TILE_N * blocks.TILE_Q, blocks.BLOCK_N * 128
+            box, y = (blocks.TILE_P + 2) * row * 128, blocks.TILE_P * row * blocks.BLOCK_N * p.dtype.itemsize
             slots = blocks.X_SLOTS * box + blocks.W_SLOTS * weight + y * (blocks.STAGED and not blocks.IN_SLOT)
             assert blocks.PROGRAMS * (slots + 1024) <= shared_memory + 1024
-            covered = [-(-side // size) * size for side, size in zip(p.output, blocks)]
-            assert math.prod(covered) <= math.prod(p.output) * 4 / 3
+            covered = [-(-side // size) * size for side, size in zip((p.n, *p.output), blocks)]
+            assert math.prod(covered) <= p.pixels * 4 / 3
+            assert blocks.TILE_N == 1 or covered[1:] == list(blocks[1:3])
             assert p.k % blocks.BLOCK_N == 0 and blocks.BLOCK_K * p.dtype.itemsize == 128
             assert y <= box or not blocks.IN_SLOT
 
@@ -292,7 +299,7 @@ class TestTables:
     def test_round_trip(self, tmp_path):
         path = tmp_path / "new folder" / "table.json"
         swapped = Entry(Choice(DescriptorBlocks(1, 4, 16, 128, 64, True, 8, 3), False), 1.0, 2.0)
-        halo = Entry(Choice(HaloBlocks(16, 16, 128, 64, 3, 3, True, False, 8, 1), True), 1.0, 2.0)
+        halo = Entry(Choice(HaloBlocks(4, 8, 8, 128, 64, 2, 5, True, False, 8, 1), True), 1.0, 2.0)
         rows = Entry(Choice(RowBlocks(128, 64, 4, 3), False), 1.0, 2.0)
         entries = {problem(): SPLIT_ENTRY, OTHER: POINTERS_ENTRY, problem(n=7): swapped, problem(n=8): halo}
         entries[problem(c=3, taps=7)] = rows
@@ -347,7 +354,7 @@ class TestTables:
 
     @pytest.mark.parametrize("change", [dict(TILE_P=12), dict(STAGED=1), dict(W_SLOTS=99), dict(PROGRAMS=0)], ids=str)
     def test_tiles_with_a_halo_that_are_ignored(self, change, tmp_path):
-        path, blocks = tmp_path / "table.json", HaloBlocks(16, 16, 128, 64, 3, 3, True, False, 8, 1)
+        path, blocks = tmp_path / "table.json", HaloBlocks(1, 16, 16, 128, 64, 3, 3, True, False, 8, 1)
         tuned_blocks.add(path, {problem(): Entry(Choice(blocks._replace(**change), False), 1.0, 2.0)})
         assert tuned_blocks.read(path) == {}
 
@@ -541,8 +548,8 @@ def test_blocks_of_two_forms_are_never_equal():
 
 
 def test_a_choice_in_words():
-    tiles = HaloBlocks(8, 32, 64, 64, 2, 4, True, True, 4, 2)
-    words = "halo 8x32x64x64, 4 warps, 2 + 4 slots, 2 a multiprocessor, staged in a slot, x copied"
+    tiles = HaloBlocks(1, 8, 32, 64, 64, 2, 4, True, True, 4, 2)
+    words = "halo 1x8x32x64x64, 4 warps, 2 + 4 slots, 2 a multiprocessor, staged in a slot, x copied"
     assert str(Choice(tiles, True)) == words
     assert str(SPLIT) == "split 1x4x16x16x32, 4 warps, 1 stages"
     assert str(Choice(RowBlocks(128, 64, 4, 3), False)) == "rows 128x64, 4 warps, 3 stages"

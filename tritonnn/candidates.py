@@ -58,26 +58,39 @@ ROW_TILES = [
 """With one stage loads go through the L1 cache, where windows overlap; with more they come from L2, ahead of time."""
 HALO_TILES = {
     2: [
-        (8, 32, 64, 2, 4, True, True, 4, 2),
-        (16, 16, 128, 3, 3, True, False, 8, 1),
-        (16, 16, 64, 2, 4, True, True, 4, 2),
-        (16, 32, 64, 2, 9, True, True, 8, 1),
-        (4, 32, 128, 2, 2, True, False, 4, 2),
-        (8, 32, 128, 2, 5, True, False, 8, 1),
-        (16, 16, 128, 2, 5, True, False, 8, 1),
+        (1, 8, 32, 64, 2, 4, True, True, 4, 2),
+        (1, 16, 16, 128, 3, 3, True, False, 8, 1),
+        (1, 16, 16, 64, 2, 4, True, True, 4, 2),
+        (1, 16, 32, 64, 2, 9, True, True, 8, 1),
+        (1, 4, 32, 128, 2, 2, True, False, 4, 2),
+        (1, 8, 32, 128, 2, 5, True, False, 8, 1),
+        (1, 16, 16, 128, 2, 5, True, False, 8, 1),
+        (4, 8, 8, 128, 2, 5, True, False, 8, 1),
+        (2, 8, 8, 128, 2, 2, True, False, 4, 2),
+        (4, 8, 8, 64, 2, 4, True, True, 4, 2),
+        (16, 4, 4, 128, 2, 4, True, False, 8, 1),
+        (8, 4, 4, 128, 2, 2, True, False, 4, 2),
+        (8, 4, 4, 64, 3, 4, True, True, 4, 2),
     ],
     4: [
-        (8, 32, 64, 2, 4, False, False, 4, 2),
-        (16, 16, 128, 3, 6, False, False, 8, 1),
-        (16, 16, 64, 2, 4, False, False, 4, 2),
-        (16, 32, 64, 2, 8, False, False, 8, 1),
-        (4, 32, 128, 2, 4, False, False, 4, 2),
-        (8, 32, 128, 3, 6, False, False, 8, 1),
+        (1, 8, 32, 64, 2, 4, False, False, 4, 2),
+        (1, 16, 16, 128, 3, 6, False, False, 8, 1),
+        (1, 16, 16, 64, 2, 4, False, False, 4, 2),
+        (1, 16, 32, 64, 2, 8, False, False, 8, 1),
+        (1, 4, 32, 128, 2, 4, False, False, 4, 2),
+        (1, 8, 32, 128, 3, 6, False, False, 8, 1),
+        (4, 8, 8, 128, 3, 6, False, False, 8, 1),
+        (2, 8, 8, 128, 3, 3, False, False, 4, 2),
+        (2, 8, 8, 256, 3, 5, False, False, 8, 1),
+        (16, 4, 4, 128, 3, 4, False, False, 8, 1),
+        (8, 4, 4, 128, 2, 4, False, False, 4, 2),
+        (8, 4, 4, 256, 3, 4, False, False, 8, 1),
+        (8, 4, 4, 64, 3, 4, False, False, 4, 2),
     ],
 }
-"""TILE_P, TILE_Q, BLOCK_N, X_SLOTS, W_SLOTS, STAGED, IN_SLOT, warps, programs; by the bytes of an element."""
+"""TILE_N, TILE_P, TILE_Q, BLOCK_N, X_SLOTS, W_SLOTS, STAGED, IN_SLOT, warps, programs; by the bytes of an element."""
 LEAST_OF_A_TILE = 0.75
-"""The part of the tiles with a halo that is to lie inside the image."""
+"""The part of the tiles with a halo that is to lie inside the images."""
 SPLIT_TILES = [(16, 8), (16, 16), (16, 32), (32, 32)]
 SPLIT_SLICES = [(4, 4, 4), (8, 8, 3), (8, 8, 5), (4, 4, 6)]
 """SLICES, warps, stages."""
@@ -133,19 +146,17 @@ def _halo(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
     (p, q), size = problem.output, problem.dtype.itemsize
 
     def waste(sizes: Sequence[int]) -> int:
-        return ceil_div(p, sizes[0]) * sizes[0] * ceil_div(q, sizes[1]) * sizes[1]
+        return math.prod(ceil_div(side, tile) * tile for side, tile in zip((problem.n, p, q), sizes))
 
-    for tile_p, tile_q, block_n, x_slots, w_slots, staged, in_slot, num_warps, programs in sorted(
-        HALO_TILES[size], key=waste
-    ):
-        fits = problem.k % block_n == 0 and LEAST_OF_A_TILE * waste((tile_p, tile_q)) <= p * q
-        busy = 2 * problem.programs(tile_p * tile_q, block_n) >= gpu.multiprocessors
-        lines = x_slots * (tile_p + 2) * tile_q + w_slots * block_n
-        stage = tile_p * tile_q * block_n * size if staged and not in_slot else 0
-        if fits and busy and programs * (128 * lines + stage + BARRIERS) <= gpu.shared_memory:
-            blocks = HaloBlocks(
-                tile_p, tile_q, block_n, 128 // size, x_slots, w_slots, staged, in_slot, num_warps, programs
-            )
+    for tile_n, tile_p, tile_q, block_n, *rest in sorted(HALO_TILES[size], key=waste):
+        blocks = HaloBlocks(tile_n, tile_p, tile_q, block_n, 128 // size, *rest)
+        whole = tile_n == 1 or (p <= tile_p and q <= tile_q)  # several images: all of them
+        fits = problem.k % block_n == 0 and LEAST_OF_A_TILE * waste(blocks) <= problem.pixels
+        busy = 2 * problem.programs(tile_n * tile_p * tile_q, block_n) >= gpu.multiprocessors
+        lines = blocks.X_SLOTS * tile_n * (tile_p + 2) * tile_q + blocks.W_SLOTS * block_n
+        stage = tile_n * tile_p * tile_q * block_n * size if blocks.STAGED and not blocks.IN_SLOT else 0
+        memory = blocks.PROGRAMS * (128 * lines + stage + BARRIERS)
+        if whole and fits and busy and memory <= gpu.shared_memory:
             yield Choice(blocks, copies_x=not problem.channels_last_x)
 
 

@@ -82,12 +82,13 @@ class DescriptorBlocks(NamedTuple):
 
 
 class HaloBlocks(NamedTuple):
-    """A tile of TILE_P rows x TILE_Q columns x BLOCK_N channels, reduced BLOCK_K channels at a time.
+    """A tile of TILE_N images x TILE_P rows x TILE_Q columns x BLOCK_N channels, reduced BLOCK_K channels at a time.
 
     X_SLOTS boxes of x and W_SLOTS tiles of the weight in shared memory; y is STAGED there (IN_SLOT: in a box of x) or
     stored from registers; PROGRAMS run on a multiprocessor.
     """
 
+    TILE_N: int
     TILE_P: int
     TILE_Q: int
     BLOCK_N: int
@@ -261,24 +262,40 @@ def descriptor_blocks(
 
 HALO_SIDES = {64: (32,), 128: (16,)}
 """Where tiles with a halo were measured: sides of images, by their channels, before and after the convolution."""
+ROUNDED_HALO_SIDES: dict[int, tuple[int, ...]] = {}
+"""Likewise, where x is to be rounded to TF32 and would be copied for it. Not measured yet: {256: (8,), 512: (4,)}."""
 HALO_TILES = 512
 """From so many tiles on; at 128 of 128 channels the form over descriptors is faster, 16.0 us for 16.6."""
+ROUNDED_HALO_TILES = 256
+"""Likewise for tiles of several images: about two for each multiprocessor."""
 
 
 @functools.lru_cache
-def halo_blocks(n: int, p: int, q: int, c: int, k: int, element_size: int) -> HaloBlocks | None:
+def halo_blocks(n: int, p: int, q: int, c: int, k: int, element_size: int, round_x: bool) -> HaloBlocks | None:
     """For a 3x3 convolution of n images of p x q pixels, c to k channels; None where it is not known to be the fastest.
+
+    `round_x`: to TF32, on the way.
 
     Measured on an H200, 1,024 images (benchmarks/results): 64 channels in bfloat16 114 us, 193 over descriptors; 128
     channels 104 and 119; in TF32, x rounded on the way, 278 and 445; 235 and 295, with a copy that rounds it before.
     """
-    if c != k or p != q or p not in HALO_SIDES.get(c, ()):
-        return None
     half = element_size == 2
     line = 128 // element_size
-    if k == 64:
-        blocks = HaloBlocks(8, 32, 64, line, 2, 4, half, half, 4, 2)
+    if c != k or p != q:
+        return None
+    if p in HALO_SIDES.get(c, ()):
+        least = HALO_TILES
+        if k == 64:
+            blocks = HaloBlocks(1, 8, 32, 64, line, 2, 4, half, half, 4, 2)
+        else:
+            blocks = HaloBlocks(1, 16, 16, 128, line, 3, 3 if half else 6, half, False, 8, 1)
+    elif round_x and p in ROUNDED_HALO_SIDES.get(c, ()):
+        least = ROUNDED_HALO_TILES
+        if p > 4:
+            blocks = HaloBlocks(4, 8, 8, 128, line, 3, 6, False, False, 8, 1)
+        else:
+            blocks = HaloBlocks(16, 4, 4, 128, line, 3, 4, False, False, 8, 1)
     else:
-        blocks = HaloBlocks(16, 16, 128, line, 3, 3 if half else 6, half, False, 8, 1)
-    tiles = n * ceil_div(p, blocks.TILE_P) * ceil_div(q, blocks.TILE_Q) * (k // blocks.BLOCK_N)
-    return blocks if tiles >= HALO_TILES else None
+        return None
+    boxes = math.prod(ceil_div(size, tile) for size, tile in zip((n, p, q), blocks))
+    return blocks if boxes * (k // blocks.BLOCK_N) >= least else None

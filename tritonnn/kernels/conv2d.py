@@ -197,10 +197,10 @@ def default_choice(product: Product) -> Choice:
         blocks = row_blocks(N * P * Q, K, R * S * C, x.element_size(), input_precision)
         if blocks is not None:
             return Choice(blocks, copies_x=False)
-    halo = halo_blocks(N, P, Q, C, K, x.element_size())
+    aligned = _is_aligned(x)
+    halo = halo_blocks(N, P, Q, C, K, x.element_size(), round_x and aligned)
     if halo is not None and not fetches_with_halo(product):
         halo = None
-    aligned = _is_aligned(x)
     descriptors = fetches_by_descriptors(product) and (x.stride(1) == 1 or R * S > 1)
     gathers = R * S > 1 and not spans_taps(C // groups, R * S) and not triton.knobs.runtime.interpret
     # With NCHW each filter tap would read pixels apart: worth a copy (H200, bf16, 512 channels: 155 us for 449). Where
@@ -246,14 +246,14 @@ def _has_aligned_residual(product: Product) -> bool:
 def can_run(product: Product, choice: Choice) -> bool:
     """Whether the form of a choice can take the product."""
     x, blocks = product.x, choice.blocks
-    C, K = x.shape[1], product.y.shape[1]
+    C = x.shape[1]
     if isinstance(blocks, SplitBlocks):
-        few = product.y.numel() // K < MOST_PIXELS
+        few = product.y[:, 0].numel() < MOST_PIXELS
         return few and product.groups == 1 and x.element_size() <= 4 and C % blocks.BLOCK_K == 0
     if isinstance(blocks, RowBlocks):
         return fits_rows(C, product.dilation, product.groups, x.dtype)
     if isinstance(blocks, HaloBlocks):
-        fits = fetches_with_halo(product) and are_halo_blocks(blocks, C, K, x.element_size())
+        fits = fetches_with_halo(product) and are_halo_blocks(blocks, product.y.shape, C, x.element_size())
         return fits and (choice.copies_x or _is_aligned(x))
     if isinstance(blocks, DescriptorBlocks):
         rounds = product.round_x and not choice.copies_x

@@ -3,11 +3,12 @@
     y[n, p, q, k] = relu(bias[k] + residual[n, p, q, k] + scale[k]
                          * sum over r, s, c of x[n, p + r - 1, q + s - 1, c] * weight[k, r, s, c])
 
-A tile is TILE_P rows x TILE_Q columns of one image. For each block of channels the copy engine brings the rows under it
-and one more on either side three times, shifted by a column each time; what lies outside the image it fills with zeros.
-The filter's rows are slices of the same box in shared memory, as a row is a multiple of the 1024 bytes after which the
-swizzle repeats: a tile reads 3 (TILE_P + 2) rows of x from L2, where nine taps would each read TILE_P. Programs are
-persistent: while a box is multiplied the next ones arrive, those of the next tile as well.
+A tile is TILE_P rows x TILE_Q columns of TILE_N images. For each block of channels the copy engine brings the rows
+under it and one more on either side three times, shifted by a column each time; what lies outside an image it fills
+with zeros. The filter's rows are slices of the same box in shared memory, as a row, of all the images, is a multiple of
+the 1024 bytes after which the swizzle repeats: a tile reads 3 (TILE_P + 2) rows of x from L2, where nine taps would
+each read TILE_P. Programs are persistent: while a box is multiplied the next ones arrive, those of the next tile as
+well.
 """
 
 import functools
@@ -37,19 +38,28 @@ VERIFIED = "3.6."
 
 
 @gluon.jit
-def place_of(tile, tiles_p, tiles_q, BLOCKS_N: gl.constexpr, TILE_P: gl.constexpr, TILE_Q: gl.constexpr):
+def place_of(
+    tile,
+    tiles_p,
+    tiles_q,
+    BLOCKS_N: gl.constexpr,
+    TILE_N: gl.constexpr,
+    TILE_P: gl.constexpr,
+    TILE_Q: gl.constexpr,
+):
     """(image, row, column, block of channels) at which a tile begins."""
     box = tile // BLOCKS_N
-    return box // tiles_q // tiles_p, box // tiles_q % tiles_p * TILE_P, box % tiles_q * TILE_Q, tile % BLOCKS_N
+    n = box // tiles_q // tiles_p * TILE_N
+    return n, box // tiles_q % tiles_p * TILE_P, box % tiles_q * TILE_Q, tile % BLOCKS_N
 
 
 @gluon.jit
 def rows_of(x_ring, slot, FIRST: gl.constexpr, ROWS: gl.constexpr, TILE_P: gl.constexpr, LAYOUT: gl.constexpr):
-    """[ROWS * TILE_Q, BLOCK_K]: the rows of a box from FIRST on."""
-    TILE_Q: gl.constexpr = x_ring.shape[1]
+    """[ROWS * TILE_N * TILE_Q, BLOCK_K]: the rows of a box from FIRST on."""
+    ROW: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
     row = x_ring.index(slot * (TILE_P + 2) + FIRST)
-    return row._reinterpret(x_ring.dtype, [ROWS * TILE_Q, BLOCK_K], LAYOUT)
+    return row._reinterpret(x_ring.dtype, [ROWS * ROW, BLOCK_K], LAYOUT)
 
 
 @gluon.jit
@@ -65,23 +75,24 @@ def fetch_box(
     tiles_q,
     box,
     BLOCKS_N: gl.constexpr,
+    TILE_N: gl.constexpr,
     TILE_P: gl.constexpr,
+    TILE_Q: gl.constexpr,
 ):
     """Starts to bring a tile's box of that number into a slot, unless there is no such tile."""
-    TILE_Q: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
-    n, p, q, _ = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_P, TILE_Q)
+    n, p, q, _ = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_N, TILE_P, TILE_Q)
     p -= 1
     q += box % 3 - 1
     c = box // 3 * BLOCK_K
     pred = tile < tiles
     bar = x_bars.index(slot)
     row = slot * (TILE_P + 2)
-    rows = x_ring.index(row)._reinterpret(x_ring.dtype, [1, TILE_P, TILE_Q, BLOCK_K], x_desc.layout)
-    edge = x_ring.index(row + TILE_P)._reinterpret(x_ring.dtype, [1, 2, TILE_Q, BLOCK_K], edge_desc.layout)
+    rows = x_ring.index(row)._reinterpret(x_ring.dtype, [TILE_P, TILE_N, TILE_Q, BLOCK_K], x_desc.layout)
+    edge = x_ring.index(row + TILE_P)._reinterpret(x_ring.dtype, [2, TILE_N, TILE_Q, BLOCK_K], edge_desc.layout)
     mbarrier.expect(bar, x_desc.block_type.nbytes + edge_desc.block_type.nbytes, pred=pred)
-    tma.async_copy_global_to_shared(x_desc, [n, p, q, c], bar, rows, pred=pred)
-    tma.async_copy_global_to_shared(edge_desc, [n, p + TILE_P, q, c], bar, edge, pred=pred)
+    tma.async_copy_global_to_shared(x_desc, [p, n, q, c], bar, rows, pred=pred)
+    tma.async_copy_global_to_shared(edge_desc, [p + TILE_P, n, q, c], bar, edge, pred=pred)
 
 
 @gluon.jit
@@ -121,32 +132,53 @@ def halves_of(acc, RUN: gl.constexpr):
 
 
 @gluon.jit
+def pixel_of(m, P, Q, TILE_N: gl.constexpr, TILE_Q: gl.constexpr):
+    """Where in images of P x Q pixels, from the tile's first on, those of number m in the tile are."""
+    return (m // TILE_Q % TILE_N * P + m // (TILE_N * TILE_Q)) * Q + m % TILE_Q
+
+
+@gluon.jit
 def store_pixels(
     acc,
     residual_ptr,
     y_ptr,
+    n,
     p,
     q,
+    N,
     P,
     Q,
     K: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     RELU: gl.constexpr,
     ROUND_Y: gl.constexpr,
-    WHOLE_ROWS: gl.constexpr,
+    WHOLE: gl.constexpr,
     MASKED: gl.constexpr,
+    TILE_N: gl.constexpr,
+    TILE_P: gl.constexpr,
     TILE_Q: gl.constexpr,
     RUN: gl.constexpr,
     FIRST: gl.constexpr,
 ):
-    """acc [channels, pixels] to y: every other RUN of pixels, from FIRST on, of the tile at (p, q) and at y_ptr."""
+    """acc [channels, pixels] to y: every other RUN of pixels, from FIRST on, of the tile at (n, p, q) and at y_ptr."""
     ACC: gl.constexpr = acc.type.layout
     columns = gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
     offs_m = FIRST + columns // RUN * (2 * RUN) + columns % RUN
     offs_n = gl.arange(0, acc.shape[0], gl.SliceLayout(1, ACC))
-    offs_pixel = offs_m if WHOLE_ROWS else offs_m // TILE_Q * Q + offs_m % TILE_Q
+    if TILE_N == 1:
+        offs_p, offs_q = offs_m // TILE_Q, offs_m % TILE_Q
+        offs_pixel = offs_m if WHOLE else offs_p * Q + offs_q
+        inside = (p + offs_p < P) & (q + offs_q < Q)
+    else:
+        # Of each 8 pixels the first, known to the compiler, and apart from it the place among them, which is a lane's.
+        first, lane = offs_m // 8 * 8, offs_m % 8
+        rows, columns = (TILE_P, TILE_Q) if WHOLE else (P, Q)
+        offs_pixel = pixel_of(first, rows, columns, TILE_N, TILE_Q) + pixel_of(lane, rows, columns, TILE_N, TILE_Q)
+        inside = offs_m // TILE_Q % TILE_N < N - n
+        if not WHOLE:
+            inside &= (offs_m // (TILE_N * TILE_Q) < P - p) & (offs_m % TILE_Q < Q - q)
     offs = gl.expand_dims(offs_pixel * K, 0) + gl.expand_dims(offs_n, 1)
-    mask = gl.expand_dims((p + offs_m // TILE_Q < P) & (q + offs_m % TILE_Q < Q), 0) if MASKED else None
+    mask = gl.expand_dims(inside, 0) if MASKED else None
     if HAS_RESIDUAL:
         acc += gl.load(residual_ptr + offs, mask=mask, other=0.0 if MASKED else None).to(gl.float32)
     if RELU:
@@ -172,6 +204,7 @@ def halo_gemm_forward_kernel(
     bias_ptr,
     residual_desc,
     y_desc,
+    N,
     P,
     Q,
     tiles,
@@ -186,8 +219,9 @@ def halo_gemm_forward_kernel(
     ROUND_Y: gl.constexpr,
     DEPENDENT: gl.constexpr,
     ROUND_X: gl.constexpr,
-    WHOLE_ROWS: gl.constexpr,
+    WHOLE: gl.constexpr,
     MASKED: gl.constexpr,
+    TILE_N: gl.constexpr,
     TILE_P: gl.constexpr,
     TILE_Q: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -198,15 +232,16 @@ def halo_gemm_forward_kernel(
     IN_SLOT: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """A program owns every num_programs-th tile of BLOCK_M = TILE_P * TILE_Q pixels x BLOCK_N channels.
+    """A program owns every num_programs-th tile of BLOCK_M = TILE_N * TILE_P * TILE_Q pixels x BLOCK_N channels.
 
     acc [channels, pixels] = weight @ x.T, both in shared memory. Step t of a tile is the filter's row t % 3 of box
     t // 3; box b is the filter's column b % 3 and the block b // 3 of the channels. With W_SLOTS for every step the
-    weight is brought once: the programs are a multiple of the blocks of channels, so that each keeps to one. y_desc
-    and residual_desc are pointers unless y is STAGED. WHOLE_ROWS: a tile is as wide as the image; unless it is MASKED,
-    it lies inside.
+    weight is brought once: the programs are a multiple of the blocks of channels, so that each keeps to one. The
+    descriptors of images have the dimensions [rows, images, columns, channels], and in this order are a tile's pixels.
+    y_desc and residual_desc are pointers unless y is STAGED. WHOLE: a tile is as wide as the image and, if it is of
+    several images, as high; unless it is MASKED, it lies inside.
     """
-    BLOCK_M: gl.constexpr = TILE_P * TILE_Q
+    BLOCK_M: gl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: gl.constexpr = K // BLOCK_N
     BOXES: gl.constexpr = 3 * (C // BLOCK_K)
     STEPS: gl.constexpr = 3 * BOXES
@@ -221,13 +256,13 @@ def halo_gemm_forward_kernel(
         version=[3, 0], warps_per_cta=[WARPS_M, WARPS_N], instr_shape=[16, INSTRUCTION_N, 256 // BITS]
     )
 
-    x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS * (TILE_P + 2), TILE_Q, BLOCK_K], LINES)
+    x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS * (TILE_P + 2), TILE_N * TILE_Q, BLOCK_K], LINES)
     w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS, BLOCK_N, BLOCK_K], LINES)
     x_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
     w_bars = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], mbarrier.MBarrierLayout())
     residual_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     if STAGED and not IN_SLOT:
-        y_stage = gl.allocate_shared_memory(DTYPE, [1, TILE_P, TILE_Q, BLOCK_N], y_desc.layout)
+        y_stage = gl.allocate_shared_memory(DTYPE, [TILE_P, TILE_N, TILE_Q, BLOCK_N], y_desc.layout)
     for i in gl.static_range(X_SLOTS):
         mbarrier.init(x_bars.index(i), count=1)
     for i in gl.static_range(W_SLOTS):
@@ -252,7 +287,9 @@ def halo_gemm_forward_kernel(
             tiles_q,
             early % BOXES,
             BLOCKS_N,
+            TILE_N,
             TILE_P,
+            TILE_Q,
         )
     for early in gl.static_range(STEPS if RESIDENT else W_SLOTS - 1):
         fetch_weight(
@@ -274,13 +311,13 @@ def halo_gemm_forward_kernel(
     step = 0
     count = 0
     for tile in range(first, tiles, programs):
-        n, p, q, block = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_P, TILE_Q)
+        n, p, q, block = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_N, TILE_P, TILE_Q)
         k = block * BLOCK_N
         if HAS_RESIDUAL and STAGED and not IN_SLOT:
             tma.store_wait(0)
             gl.thread_barrier()
             mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(residual_desc, [n, p, q, k], residual_bar, y_stage)
+            tma.async_copy_global_to_shared(residual_desc, [p, n, q, k], residual_bar, y_stage)
 
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
         for block_c in range(C // BLOCK_K):
@@ -320,7 +357,9 @@ def halo_gemm_forward_kernel(
                             tiles_q,
                             box_next % BOXES,
                             BLOCKS_N,
+                            TILE_N,
                             TILE_P,
+                            TILE_Q,
                         )
                     if not RESIDENT:
                         step_next = block_c * 9 + 3 * s + r + W_SLOTS - 1
@@ -355,11 +394,11 @@ def halo_gemm_forward_kernel(
             if IN_SLOT:
                 gl.thread_barrier()  # every warp has read the last box
                 y_box = x_ring.index((box + X_SLOTS - 1) % X_SLOTS * (TILE_P + 2))._reinterpret(
-                    DTYPE, [1, TILE_P, TILE_Q, BLOCK_N], y_desc.layout
+                    DTYPE, [TILE_P, TILE_N, TILE_Q, BLOCK_N], y_desc.layout
                 )
                 if HAS_RESIDUAL:
                     mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(residual_desc, [n, p, q, k], residual_bar, y_box)
+                    tma.async_copy_global_to_shared(residual_desc, [p, n, q, k], residual_bar, y_box)
             else:
                 y_box = y_stage
                 if not HAS_RESIDUAL:
@@ -376,7 +415,7 @@ def halo_gemm_forward_kernel(
             y_lines.store(acc.to(DTYPE))
             fence_async_shared()
             gl.thread_barrier()
-            tma.async_copy_shared_to_global(y_desc, [n, p, q, k], y_box)
+            tma.async_copy_shared_to_global(y_desc, [p, n, q, k], y_box)
         else:
             start = (n.to(gl.int64) * P * Q + p * Q + q) * K + k
             y_ptr = y_desc + start
@@ -390,16 +429,20 @@ def halo_gemm_forward_kernel(
                     parts[i],
                     residual_ptr,
                     y_ptr,
+                    n,
                     p,
                     q,
+                    N,
                     P,
                     Q,
                     K,
                     HAS_RESIDUAL,
                     RELU,
                     ROUND_Y,
-                    WHOLE_ROWS,
+                    WHOLE,
                     MASKED,
+                    TILE_N,
+                    TILE_P,
                     TILE_Q,
                     RUN,
                     FIRST=i * RUN,
@@ -438,21 +481,27 @@ def fits_halo(
     return torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
-def are_halo_blocks(blocks: HaloBlocks, C: int, K: int, element_size: int) -> bool:
-    """Whether the kernel can be compiled with them, shared memory and registers permitting."""
+def are_halo_blocks(blocks: HaloBlocks, output: torch.Size, C: int, element_size: int) -> bool:
+    """Whether the kernel can be compiled with them for y [N, K, P, Q], shared memory and registers permitting."""
+    _, K, P, Q = output
     line = 128 // element_size
     staging = blocks.STAGED or not blocks.IN_SLOT
     in_slot = not blocks.IN_SLOT or blocks.BLOCK_N == line  # y's box is then one of x's
     slots = min(blocks.X_SLOTS, blocks.W_SLOTS) >= 2  # one is read while the next is filled
     divided = C % blocks.BLOCK_K == 0 and K % blocks.BLOCK_N == 0 and blocks.BLOCK_N % 64 == 0
-    tile = blocks.TILE_Q >= 8 and blocks.TILE_P * blocks.TILE_Q >= 64 and blocks.num_warps >= 4
-    return blocks.BLOCK_K == line and staging and in_slot and slots and divided and tile
+    row = blocks.TILE_N * blocks.TILE_Q
+    tile = row >= 8 and blocks.TILE_P * row >= 64 and blocks.num_warps >= 4  # the swizzle repeats after 8 lines
+    indexed = blocks.TILE_N * P * Q * K < 2**31  # within a tile
+    return blocks.BLOCK_K == line and staging and in_slot and slots and divided and tile and indexed
 
 
-def _pixels(x: torch.Tensor) -> torch.Tensor:
-    """x [N, C, H, W], channels_last, as [N, H, W, C] with the strides of these sizes, even where one is 1."""
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [N, C, H, W], channels_last, as [H, N, W, C] with the strides of these sizes, even where one is 1.
+
+    In this order a box in shared memory has together what its images have of a row.
+    """
     N, C, H, W = x.shape
-    return x.as_strided((N, H, W, C), (H * W * C, W * C, C, 1))
+    return x.as_strided((H, N, W, C), (W * C, H * W * C, C, 1))
 
 
 @functools.lru_cache
@@ -478,28 +527,29 @@ def halo_gemm(
     """
     N, C, _, _ = x.shape
     K, P, Q = y.shape[1:]
-    tile_p, tile_q, block_n, block_k = blocks[:4]
-    pixels = _pixels(x)
+    tile_n, tile_p, tile_q, block_n, block_k = blocks[:5]
+    rows = _rows(x)
     y_desc, residual_desc = y, epilogue.residual
     if blocks.STAGED:
-        y_box = [1, tile_p, tile_q, block_n]
-        y_desc = _descriptor(_pixels(y), y_box)
-        residual_desc = y_desc if epilogue.residual is None else _descriptor(_pixels(epilogue.residual), y_box)
+        y_box = [tile_p, tile_n, tile_q, block_n]
+        y_desc = _descriptor(_rows(y), y_box)
+        residual_desc = y_desc if epilogue.residual is None else _descriptor(_rows(epilogue.residual), y_box)
     tiles_p, tiles_q, blocks_n = ceil_div(P, tile_p), ceil_div(Q, tile_q), K // block_n
-    tiles = N * tiles_p * tiles_q * blocks_n
+    tiles = ceil_div(N, tile_n) * tiles_p * tiles_q * blocks_n
     options = blocks._asdict()
     programs = min(tiles, options.pop("PROGRAMS") * multiprocessors(x.device))
     programs = max(programs - programs % blocks_n, blocks_n)
     launch(
         halo_gemm_forward_kernel,
         (programs,),
-        _descriptor(pixels, [1, tile_p, tile_q, block_k]),
-        _descriptor(pixels, [1, 2, tile_q, block_k]),
+        _descriptor(rows, [tile_p, tile_n, tile_q, block_k]),
+        _descriptor(rows, [2, tile_n, tile_q, block_k]),
         _descriptor(weight.view(K, -1), [block_n, block_k]),
         epilogue.scale,
         epilogue.bias,
         residual_desc,
         y_desc,
+        N if tile_n > 1 else None,  # where it counts for nothing, it asks for no compilation of its own
         P,
         Q,
         tiles,
@@ -510,7 +560,7 @@ def halo_gemm(
         **epilogue.flags,
         **dependent_launch(x),
         ROUND_X=round_x,
-        WHOLE_ROWS=Q == tile_q,
-        MASKED=P % tile_p != 0 or Q % tile_q != 0,
+        WHOLE=Q == tile_q and (tile_n == 1 or P == tile_p),
+        MASKED=N % tile_n != 0 or P % tile_p != 0 or Q % tile_q != 0,
         **options,
     )
