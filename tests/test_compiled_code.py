@@ -29,13 +29,13 @@ SPLIT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee
 SPLIT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
 DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAPPED=True, FLUSH=8)
 DESCRIPTORS |= dict(HAS_RESIDUAL=True, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee")
-HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, WHOLE=True, MASKED=False)
+HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, ROUND_AHEAD=False, WHOLE=True, MASKED=False)
 HALO_64 = HALO | dict(C=64, K=64, N=None, TILE_N=1, TILE_P=8, TILE_Q=32, BLOCK_N=64, BLOCK_K=64, X_SLOTS=2, W_SLOTS=4)
 HALO_64 |= dict(STAGED=True, IN_SLOT=True, num_warps=4)
 IN_REGISTERS = dict(BLOCK_N=128, BLOCK_K=32, X_SLOTS=3, STAGED=False, IN_SLOT=False, num_warps=8)
 HALO_128 = HALO | IN_REGISTERS | dict(C=128, K=128, N=None, TILE_N=1, TILE_P=16, TILE_Q=16, W_SLOTS=6)
-HALO_8X8 = HALO | IN_REGISTERS | dict(C=256, K=256, TILE_N=4, TILE_P=8, TILE_Q=8, W_SLOTS=6, ROUND_X=True)
-HALO_4X4 = HALO | IN_REGISTERS | dict(C=512, K=512, TILE_N=16, TILE_P=4, TILE_Q=4, W_SLOTS=4, ROUND_X=True)
+HALO_8X8 = HALO | IN_REGISTERS | dict(C=256, K=256, TILE_N=4, TILE_P=8, TILE_Q=8, W_SLOTS=6, ROUND_X=True, ROUND_AHEAD=True)
+HALO_4X4 = HALO | IN_REGISTERS | dict(C=512, K=512, TILE_N=16, TILE_P=4, TILE_Q=4, W_SLOTS=4, ROUND_X=True, ROUND_AHEAD=True)
 DEPTHWISE = FILTER | EPILOGUE | dict(K=64, MULTIPLIER=1)
 MAX_POOL = FILTER | dict(
     DEPENDENT=True, RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None
@@ -128,7 +128,7 @@ KERNELS = {
         "halo_gemm.halo_gemm_forward_kernel",
         "bf16",
         LAST,
-        HALO_8X8 | dict(BLOCK_K=64, X_SLOTS=2, W_SLOTS=5, STAGED=True, ROUND_X=False),
+        HALO_8X8 | dict(BLOCK_K=64, X_SLOTS=2, W_SLOTS=5, STAGED=True, ROUND_X=False, ROUND_AHEAD=False),
     ),
     "conv2d, halo, 8x8, TF32, rounded": (
         "halo_gemm.halo_gemm_forward_kernel",

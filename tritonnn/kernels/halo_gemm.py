@@ -122,6 +122,22 @@ def round_box(x_ring, slot, TILE_P: gl.constexpr, LAYOUT: gl.constexpr, num_warp
 
 
 @gluon.jit
+def round_rows(
+    x_ring,
+    slot,
+    FIRST: gl.constexpr,
+    ROWS: gl.constexpr,
+    TILE_P: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Rounds rows of a box to TF32 where they lie; for the tensor cores to see it takes a fence and a barrier."""
+    spread: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
+    rows = rows_of(x_ring, slot, FIRST, ROWS, TILE_P, LAYOUT)
+    rows.store(round_to_tf32(rows.load(spread)))
+
+
+@gluon.jit
 def halves_of(acc, RUN: gl.constexpr):
     """Every other RUN of columns, and those between."""
     BLOCK_N: gl.constexpr = acc.shape[0]
@@ -219,6 +235,7 @@ def halo_gemm_forward_kernel(
     ROUND_Y: gl.constexpr,
     DEPENDENT: gl.constexpr,
     ROUND_X: gl.constexpr,
+    ROUND_AHEAD: gl.constexpr,
     WHOLE: gl.constexpr,
     MASKED: gl.constexpr,
     TILE_N: gl.constexpr,
@@ -239,7 +256,8 @@ def halo_gemm_forward_kernel(
     weight is brought once: the programs are a multiple of the blocks of channels, so that each keeps to one. The
     descriptors of images have the dimensions [rows, images, columns, channels], and in this order are a tile's pixels.
     y_desc and residual_desc are pointers unless y is STAGED. WHOLE: a tile is as wide as the image and, if it is of
-    several images, as high; unless it is MASKED, it lies inside.
+    several images, as high; unless it is MASKED, it lies inside. ROUND_AHEAD: a box is rounded in three parts, one
+    beside each step of the box before it, and not as a whole beside the last of them, which it would outlast.
     """
     BLOCK_M: gl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: gl.constexpr = K // BLOCK_N
@@ -374,9 +392,26 @@ def halo_gemm_forward_kernel(
                             BLOCKS_N,
                             C,
                         )
+                    if ROUND_AHEAD:
+                        slot_next = (box + 1) % X_SLOTS
+                        if r == 0:
+                            has_next = (tile + (block_c * 3 + s + 1) // BOXES * programs) < tiles
+                            mbarrier.wait(x_bars.index(slot_next), (box + 1) // X_SLOTS & 1, pred=has_next)
+                        round_rows(
+                            x_ring,
+                            slot_next,
+                            r * (TILE_P // 2),
+                            TILE_P // 2 if r < 2 else 2,
+                            TILE_P,
+                            LINES,
+                            num_warps,
+                        )
+                        if r == 2:
+                            fence_async_shared()
+                            gl.thread_barrier()
                     step += 1
                 box += 1
-                if ROUND_X:
+                if ROUND_X and not ROUND_AHEAD:
                     slot_next = box % X_SLOTS
                     has_next = (tile + (block_c * 3 + s + 1) // BOXES * programs) < tiles
                     mbarrier.wait(x_bars.index(slot_next), box // X_SLOTS & 1, pred=has_next)
@@ -450,6 +485,14 @@ def halo_gemm_forward_kernel(
         count += 1
     if STAGED:
         tma.store_wait(0)
+
+
+def rounds_ahead(blocks: HaloBlocks) -> bool:
+    """Whether x is rounded a box earlier than it has to be; the box after that arrives meanwhile, in a third slot.
+
+    Not measured yet.
+    """
+    return blocks.TILE_N > 1 and blocks.TILE_P > 1 and blocks.X_SLOTS > 2
 
 
 @functools.lru_cache
@@ -560,6 +603,7 @@ def halo_gemm(
         **epilogue.flags,
         **dependent_launch(x),
         ROUND_X=round_x,
+        ROUND_AHEAD=round_x and rounds_ahead(blocks),
         WHOLE=Q == tile_q and (tile_n == 1 or P == tile_p),
         MASKED=N % tile_n != 0 or P % tile_p != 0 or Q % tile_q != 0,
         **options,
