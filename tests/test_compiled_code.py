@@ -34,8 +34,9 @@ HALO_64 = HALO | dict(C=64, K=64, N=None, TILE_N=1, TILE_P=8, TILE_Q=32, BLOCK_N
 HALO_64 |= dict(STAGED=True, IN_SLOT=True, num_warps=4)
 IN_REGISTERS = dict(BLOCK_N=128, BLOCK_K=32, X_SLOTS=3, STAGED=False, IN_SLOT=False, num_warps=8)
 HALO_128 = HALO | IN_REGISTERS | dict(C=128, K=128, N=None, TILE_N=1, TILE_P=16, TILE_Q=16, W_SLOTS=6)
-HALO_8X8 = HALO | IN_REGISTERS | dict(C=256, K=256, TILE_N=4, TILE_P=8, TILE_Q=8, W_SLOTS=6, ROUND_X=True, ROUND_AHEAD=True)
-HALO_4X4 = HALO | IN_REGISTERS | dict(C=512, K=512, TILE_N=16, TILE_P=4, TILE_Q=4, W_SLOTS=4, ROUND_X=True, ROUND_AHEAD=True)
+HALO_8X8 = HALO | IN_REGISTERS | dict(C=256, K=256, TILE_N=4, TILE_P=8, TILE_Q=8, W_SLOTS=6)
+HALO_4X4 = HALO | IN_REGISTERS | dict(C=512, K=512, TILE_N=16, TILE_P=4, TILE_Q=4, W_SLOTS=4)
+AHEAD = dict(ROUND_X=True, ROUND_AHEAD=True)
 DEPTHWISE = FILTER | EPILOGUE | dict(K=64, MULTIPLIER=1)
 MAX_POOL = FILTER | dict(
     DEPENDENT=True, RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None
@@ -128,19 +129,19 @@ KERNELS = {
         "halo_gemm.halo_gemm_forward_kernel",
         "bf16",
         LAST,
-        HALO_8X8 | dict(BLOCK_K=64, X_SLOTS=2, W_SLOTS=5, STAGED=True, ROUND_X=False, ROUND_AHEAD=False),
+        HALO_8X8 | dict(BLOCK_K=64, X_SLOTS=2, W_SLOTS=5, STAGED=True),
     ),
     "conv2d, halo, 8x8, TF32, rounded": (
         "halo_gemm.halo_gemm_forward_kernel",
         "fp32",
         LAST,
-        HALO_8X8 | dict(HAS_RESIDUAL=False),
+        HALO_8X8 | AHEAD | dict(HAS_RESIDUAL=False),
     ),
     "conv2d, halo, 4x4, TF32, rounded, masked": (
         "halo_gemm.halo_gemm_forward_kernel",
         "fp32",
         LAST,
-        HALO_4X4 | dict(MASKED=True),
+        HALO_4X4 | AHEAD | dict(MASKED=True),
     ),
     "conv2d, depthwise": ("conv2d.conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
     "max_pool2d": ("max_pool2d.max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),

@@ -7,7 +7,7 @@ from compare import image, tf32, worst_image
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonnn.kernels import block_sizes, conv2d, halo_gemm, implicit_gemm
+from tritonnn.kernels import conv2d, halo_gemm, implicit_gemm
 from tritonnn.kernels.block_sizes import (
     DescriptorBlocks,
     GemmBlocks,
@@ -91,6 +91,14 @@ CHOSEN = {
     "64 channels, TF32, rounded on the way": (F32 | dict(round_x=True), TF32_64),
     "128 channels, TF32": (F32 | dict(c=128, side=16), TF32_128),
     "128 channels, TF32, rounded on the way": (F32 | dict(c=128, side=16, round_x=True), TF32_128),
+    "128 channels, TF32, 128 images": (F32 | dict(n=128, c=128, side=16), TF32_128),
+    "56x56": (dict(n=128, side=56), HALF_64),
+    "56x56, TF32": (F32 | dict(n=128, side=56), TF32_64),
+    "28x28, TF32, rounded on the way": (F32 | dict(n=128, c=128, side=28, round_x=True), TF32_128),
+    "256 channels": (dict(c=256, side=8), HaloBlocks(4, 8, 8, 128, 64, 2, 5, True, False, 8, 1)),
+    "256 channels, TF32": (F32 | dict(c=256, side=8), TF32_8X8),
+    "256 channels, TF32, rounded on the way": (F32 | dict(c=256, side=8, round_x=True), TF32_8X8),
+    "512 channels": (dict(c=512, side=4), HaloBlocks(16, 4, 4, 128, 64, 2, 4, True, False, 8, 1)),
     "a list of strides": (dict(stride=[1, 1], padding=[1, 1], dilation=[1, 1]), HALF_64),
 }
 NOT_CHOSEN = {
@@ -98,8 +106,11 @@ NOT_CHOSEN = {
     "128 channels, 128 images": (dict(n=128, c=128, side=16), DescriptorBlocks),
     "one image": (dict(n=1), SplitBlocks),
     "64 to 128 channels": (dict(k=128), DescriptorBlocks),
-    "256 channels": (dict(c=256, side=8), DescriptorBlocks),
-    "56x56": (dict(side=56), DescriptorBlocks),
+    "256 channels, 128 images": (dict(n=128, c=256, side=8), DescriptorBlocks),
+    "512 channels, TF32": (F32 | dict(c=512, side=4), DescriptorBlocks),
+    "28x28": (dict(c=128, side=28), DescriptorBlocks),
+    "28x28, TF32": (F32 | dict(c=128, side=28), DescriptorBlocks),
+    "14x14": (dict(c=256, side=14), DescriptorBlocks),
     "stride 2": (dict(stride=(2, 2)), DescriptorBlocks),
     "1x1": (dict(taps=1), DescriptorBlocks),
     "5x5": (dict(taps=5), DescriptorBlocks),
@@ -135,20 +146,6 @@ class TestChoice:
         choice = conv2d.default_choice(product(**sizes))
         assert type(choice.blocks) is form
         assert conv2d.can_run(product(**sizes), choice)
-
-    @pytest.mark.parametrize("sizes, blocks", [((256, 8), TF32_8X8), ((512, 4), TF32_4X4)], ids=str)
-    def test_several_images_where_x_would_be_copied(self, sizes, blocks, monkeypatch):
-        """Once they are switched on."""
-        monkeypatch.setattr(block_sizes, "ROUNDED_HALO_SIDES", {256: (8,), 512: (4,)})
-        monkeypatch.setattr(conv2d, "halo_blocks", halo_blocks.__wrapped__)
-        sizes = F32 | dict(c=sizes[0], side=sizes[1])
-        chosen = product(**sizes, round_x=True)
-        assert conv2d.default_choice(chosen) == Choice(blocks, copies_x=False)
-        assert conv2d.can_run(chosen, Choice(blocks, copies_x=False))
-        for changes in (dict(round_x=False), dict(n=128, round_x=True), dict(nchw=True, round_x=True)):
-            choice = conv2d.default_choice(product(**sizes | changes))
-            assert isinstance(choice.blocks, DescriptorBlocks)
-            assert choice.copies_x == ("round_x" in changes and changes["round_x"])
 
     @pytest.mark.parametrize("name", SEVERAL_IMAGES)
     def test_tiles_of_several_images_can_run(self, name):
@@ -200,9 +197,10 @@ class TestChoice:
     @pytest.mark.parametrize(
         "sizes, copies",
         {
-            "64 channels": (dict(side=56), False),
-            "128 channels": (dict(c=128, side=28), True),
-            "256 channels": (dict(c=256, side=8), True),
+            "64 channels": (dict(side=48), False),
+            "128 channels": (dict(c=128, side=24), True),
+            "256 channels": (dict(c=256, side=14), True),
+            "512 channels": (dict(c=512, side=4), True),
             "64 to 128, stride 2": (dict(k=128, stride=(2, 2)), False),
             "128 to 256, stride 2": (dict(c=128, side=16, k=256, stride=(2, 2)), False),
             "256 to 512, stride 2": (dict(c=256, side=8, k=512, stride=(2, 2)), True),
@@ -242,6 +240,8 @@ PRECISIONS = {
 }
 LIMIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-17}
 """The largest error of an image, relative to it: one rounding; in TF32 of the sums, for operands that are rounded."""
+TRUNCATION = 2**-25
+"""What an addition in the tensor core, of eight products in TF32, costs a sum on average: it cuts off."""
 ROUNDED_Y = 2**-11
 EPILOGUES = {
     "plain": (),
@@ -391,7 +391,10 @@ class TestOnAGpu:
         exact = exact.relu() if "relu" in steps else exact
         settings = Epilogue(scale, bias, residual, "relu" in steps, round_y)
         y = run(x, weight, round_x, settings, blocks)
-        assert worst_image(y, exact) < (ROUNDED_Y if round_y else LIMIT[x.dtype])
+        limit = LIMIT[x.dtype]
+        if x.dtype == torch.float32:
+            limit = ROUNDED_Y if round_y else max(limit, weight[0].numel() / 8 * TRUNCATION)
+        assert worst_image(y, exact) < limit
         if round_y:
             assert torch.equal(tf32(y), y)
         for _ in range(3):  # the same bits every time: no race

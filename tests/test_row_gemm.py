@@ -176,13 +176,13 @@ def sized(n=128, c=3, side=224, k=64, size=7, **changes) -> Product:
 
 HALF = dict(dtype=torch.bfloat16, input_precision="ieee", round_x=False)
 CHOSEN = {
-    "TF32": (dict(), RowBlocks(128, 64, 4, 3)),
+    "TF32": (dict(), RowBlocks(128, 64, 8, 3)),
     "strict float32": (dict(input_precision="tf32x3", round_x=False), RowBlocks(64, 64, 4, 3)),
-    "bfloat16": (HALF, RowBlocks(128, 64, 4, 3)),
-    "two images": (dict(n=2), RowBlocks(128, 64, 4, 3)),
-    "1 channel": (dict(c=1, size=9, k=24), RowBlocks(128, 32, 4, 3)),
-    "11x11 in bfloat16": (HALF | dict(size=11, stride=(4, 4)), RowBlocks(128, 64, 4, 3)),
-    "a list of dilations": (dict(dilation=[1, 1]), RowBlocks(128, 64, 4, 3)),
+    "bfloat16": (HALF, RowBlocks(128, 64, 4, 1)),
+    "two images": (dict(n=2), RowBlocks(128, 64, 8, 3)),
+    "1 channel": (dict(c=1, size=9, k=24), RowBlocks(128, 32, 8, 3)),
+    "11x11 in bfloat16": (HALF | dict(size=11, stride=(4, 4)), RowBlocks(128, 64, 4, 1)),
+    "a list of dilations": (dict(dilation=[1, 1]), RowBlocks(128, 64, 8, 3)),
 }
 NOT_CHOSEN = {
     "CIFAR's first layer": dict(n=1024, side=32, size=3, stride=(1, 1)),

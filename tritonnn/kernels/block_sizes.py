@@ -182,13 +182,16 @@ def row_block_k(s: int, element_size: int) -> int:
 def row_blocks(pixels: int, k: int, reduction: int, element_size: int, input_precision: str) -> RowBlocks | None:
     """For a filter of few channels, its rows padded; None where gathering each element of x costs little.
 
-    Strict float32 holds x in two parts: 128 pixels would take all 255 registers of 4 warps (`ptxas`, sm_90a).
+    Measured on an H200 on ResNet18's first layer, 128 images of 224x224: TF32 386 us for 1,344 by single elements,
+    strict float32 725 for 1,660, bfloat16, whose loads go through L1, where windows overlap, 237 for 474.
     """
     least_reduction, least_pixels = LEAST_OF_ROWS
     if triton.knobs.runtime.interpret or reduction <= least_reduction or pixels < least_pixels:
         return None
-    block_m = 128 if element_size == 2 or input_precision == "tf32" else 64
-    return RowBlocks(block_m, _power_of_2(k, 16, 64), 4, 3)
+    block_n = _power_of_2(k, 16, 64)
+    if element_size == 2:
+        return RowBlocks(128, block_n, 4, 1)
+    return RowBlocks(128, block_n, 8, 3) if input_precision == "tf32" else RowBlocks(64, block_n, 4, 3)
 
 
 @functools.lru_cache
@@ -210,11 +213,13 @@ def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitB
     block_m, block_n = 16, _power_of_2(n, 8, 32)
     tiles, blocks_k = ceil_div(m, block_m) * ceil_div(n, block_n), taps * c // block_k
     splits = splits_of(tiles, blocks_k)
-    slices = 8 if blocks_k >= 8 * splits else 4
-    # As many loads in flight as there are steps and memory for: every byte is waited for, none is used twice.
-    step_bytes = slices * (block_m + block_n) * block_k * element_size
-    num_stages = min(ceil_div(blocks_k, splits * slices) + 1, SHARED_MEMORY // step_bytes, 6)
-    return SplitBlocks(splits, slices, block_m, block_n, block_k, slices, num_stages)
+    num_stages = split_stages(4, block_m, block_n, block_k * element_size, ceil_div(blocks_k, splits))
+    return SplitBlocks(splits, 4, block_m, block_n, block_k, 4, num_stages)
+
+
+def split_stages(slices: int, block_m: int, block_n: int, line: int, blocks_k: int) -> int:
+    """As many loads in flight as there are steps and memory for: every byte is waited for, none is used twice."""
+    return min(ceil_div(blocks_k, slices) + 1, SHARED_MEMORY // (slices * (block_m + block_n) * line), 6)
 
 
 def splits_of(tiles: int, blocks_k: int, slices: int = 8, programs: int = MULTIPROCESSORS) -> int:
@@ -260,14 +265,45 @@ def descriptor_blocks(
     return DescriptorBlocks(*box, block_n, 128 // element_size, swapped, num_warps, num_stages)
 
 
-HALO_SIDES = {64: (32,), 128: (16,)}
-"""Where tiles with a halo were measured: sides of images, by their channels, before and after the convolution."""
-ROUNDED_HALO_SIDES: dict[int, tuple[int, ...]] = {}
-"""Likewise, where x is to be rounded to TF32 and would be copied for it. Not measured yet: {256: (8,), 512: (4,)}."""
-HALO_TILES = 512
-"""From so many tiles on; at 128 of 128 channels the form over descriptors is faster, 16.0 us for 16.6."""
-ROUNDED_HALO_TILES = 256
-"""Likewise for tiles of several images: about two for each multiprocessor."""
+class HaloSide(NamedTuple):
+    """Images of one size and number of channels, which a 3x3 convolution keeps, whose tiles with a halo were measured.
+
+    The blocks for 16-bit numbers, TF32 and TF32 that is rounded on the way, each with the number of tiles from which on
+    they are taken; None where another form is faster.
+    """
+
+    half: tuple[HaloBlocks, int] | None
+    tf32: tuple[HaloBlocks, int] | None
+    rounded: tuple[HaloBlocks, int] | None
+
+
+_HALF_64, _TF32_64 = (
+    HaloBlocks(1, 8, 32, 64, 64, 2, 4, True, True, 4, 2),
+    HaloBlocks(1, 8, 32, 64, 32, 2, 4, False, False, 4, 2),
+)
+_HALF_128, _TF32_128 = (
+    HaloBlocks(1, 16, 16, 128, 64, 3, 3, True, False, 8, 1),
+    HaloBlocks(1, 16, 16, 128, 32, 3, 6, False, False, 8, 1),
+)
+_HALF_8, _TF32_8 = (
+    HaloBlocks(4, 8, 8, 128, 64, 2, 5, True, False, 8, 1),
+    HaloBlocks(4, 8, 8, 128, 32, 3, 6, False, False, 8, 1),
+)
+_HALF_4 = HaloBlocks(16, 4, 4, 128, 64, 2, 4, True, False, 8, 1)
+HALO_SIDES = {
+    (64, 32): HaloSide((_HALF_64, 512), (_TF32_64, 512), (_TF32_64, 512)),
+    (64, 56): HaloSide((_HALF_64, 512), (_TF32_64, 512), (_TF32_64, 512)),
+    (128, 16): HaloSide((_HALF_128, 512), (_TF32_128, 128), (_TF32_128, 128)),
+    (128, 28): HaloSide(None, None, (_TF32_128, 512)),
+    (256, 8): HaloSide((_HALF_8, 512), (_TF32_8, 512), (_TF32_8, 512)),
+    (512, 4): HaloSide((_HALF_4, 256), None, None),
+}
+"""By channels and side. Measured on an H200 (benchmarks/results), 1,024 images or 128; us, in brackets the next form:
+
+64 at 32x32 in bfloat16 114 (193), TF32 that is rounded on the way 278 (445); 64 at 56x56, 128 images, 51 (79), TF32 100
+(145), rounded 126 (172); 128 at 16x16 104 (119), rounded 211 (294), of 128 images 31 (40); 128 at 28x28, 128 images,
+rounded 109 (117); 256 at 8x8 97 (106), TF32 185 (195), rounded 198 (229); 512 at 4x4 95 (99).
+"""
 
 
 @functools.lru_cache
@@ -275,27 +311,11 @@ def halo_blocks(n: int, p: int, q: int, c: int, k: int, element_size: int, round
     """For a 3x3 convolution of n images of p x q pixels, c to k channels; None where it is not known to be the fastest.
 
     `round_x`: to TF32, on the way.
-
-    Measured on an H200, 1,024 images (benchmarks/results): 64 channels in bfloat16 114 us, 193 over descriptors; 128
-    channels 104 and 119; in TF32, x rounded on the way, 278 and 445; 235 and 295, with a copy that rounds it before.
     """
-    half = element_size == 2
-    line = 128 // element_size
-    if c != k or p != q:
+    side = HALO_SIDES.get((c, p)) if c == k and p == q else None
+    found = side and (side.half if element_size == 2 else side.rounded if round_x else side.tf32)
+    if not found:
         return None
-    if p in HALO_SIDES.get(c, ()):
-        least = HALO_TILES
-        if k == 64:
-            blocks = HaloBlocks(1, 8, 32, 64, line, 2, 4, half, half, 4, 2)
-        else:
-            blocks = HaloBlocks(1, 16, 16, 128, line, 3, 3 if half else 6, half, False, 8, 1)
-    elif round_x and p in ROUNDED_HALO_SIDES.get(c, ()):
-        least = ROUNDED_HALO_TILES
-        if p > 4:
-            blocks = HaloBlocks(4, 8, 8, 128, line, 3, 6, False, False, 8, 1)
-        else:
-            blocks = HaloBlocks(16, 4, 4, 128, line, 3, 4, False, False, 8, 1)
-    else:
-        return None
+    blocks, least = found
     boxes = math.prod(ceil_div(size, tile) for size, tile in zip((n, p, q), blocks))
     return blocks if boxes * (k // blocks.BLOCK_N) >= least else None
