@@ -204,17 +204,29 @@ def padded_row_blocks(rows: int, columns: int) -> PaddedRowBlocks:
 
 @functools.lru_cache
 def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitBlocks | None:
-    """For so few pixels that larger tiles would leave multiprocessors idle; None where there are enough of them."""
+    """For so few pixels that larger tiles would leave multiprocessors idle; None where there are enough of them.
+
+    Measured on an H200 in ResNet18 on one image (`benchmarks/results`): to wait for other programs costs 2 us, which is
+    less than what it saves only where even the least tiles are few, on 512 channels.
+    """
     block_k = math.gcd(c, 128 // element_size)
     if triton.knobs.runtime.interpret or element_size == 8 or block_k < 16 or taps * c < 256:
         return None
     if m * n > 2**17:
         return None
-    block_m, block_n = 16, _power_of_2(n, 8, 32)
-    tiles, blocks_k = ceil_div(m, block_m) * ceil_div(n, block_n), taps * c // block_k
-    splits = splits_of(tiles, blocks_k)
-    num_stages = split_stages(4, block_m, block_n, block_k * element_size, ceil_div(blocks_k, splits))
-    return SplitBlocks(splits, 4, block_m, block_n, block_k, 4, num_stages)
+    blocks_k, splits, slices = taps * c // block_k, 1, 4
+    if taps * c <= 512:  # a step or two
+        block_m, block_n, slices = 16, 16, 8
+    else:
+        for block_m, block_n in ((16, 32), (16, 16), (16, 8)):
+            if ceil_div(m, block_m) * ceil_div(n, block_n) >= ENOUGH_PROGRAMS:
+                break
+        else:
+            block_m, block_n = 16, 16
+            programs = MULTIPROCESSORS * (2 if element_size == 4 else 1)
+            splits = splits_of(ceil_div(m, block_m) * ceil_div(n, block_n), blocks_k, slices, programs)
+    num_stages = split_stages(slices, block_m, block_n, block_k * element_size, ceil_div(blocks_k, splits))
+    return SplitBlocks(splits, slices, block_m, block_n, block_k, slices, num_stages)
 
 
 def split_stages(slices: int, block_m: int, block_n: int, line: int, blocks_k: int) -> int:
