@@ -43,27 +43,43 @@ def pooled_linear_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program owns BLOCK_K outputs of an image, BLOCK_M of whose PIXELS are added up at a time."""
+    """One program owns BLOCK_K outputs of an image, BLOCK_M of whose PIXELS are added up at a time.
+
+    A single output is one sum, of products before they are added up over the image: there is less to wait for.
+    """
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     n = (tl.program_id(0) // BLOCKS_K).to(tl.int64)
-    k = tl.program_id(0) % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = tl.program_id(0) % BLOCKS_K * BLOCK_K
+    if BLOCK_K > 1:
+        k += tl.arange(0, BLOCK_K)
     wait_for_predecessor(DEPENDENT)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + k, mask=k < K, other=0.0)
     y = tl.full((BLOCK_K,), 0, ACC)
+    products = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     for first_c in tl.static_range(0, C, BLOCK_C):
         c = first_c + tl.arange(0, BLOCK_C)
-        mask_weight = (k < K)[:, None] & (c < C)[None, :]
-        weight = tl.load(weight_ptr + k[:, None] * C + c[None, :], mask=mask_weight, other=0.0)  # [BLOCK_K, BLOCK_C]
         total = tl.full((BLOCK_C,), 0, ACC)
         for first in range(0, PIXELS, BLOCK_M):
             pixel = first + tl.arange(0, BLOCK_M)
             offs = (pixel // W).to(tl.int64) * x_stride_h + (pixel % W).to(tl.int64) * x_stride_w
             mask_x = (pixel < PIXELS)[:, None] & (c < C)[None, :]
             x_ptrs = x_ptr + n * x_stride_n + offs[:, None] + (c.to(tl.int64) * x_stride_c)[None, :]
-            total += tl.sum(tl.load(x_ptrs, mask=mask_x, other=0.0).to(ACC), 0)
-        y += tl.sum(weight.to(ACC) * (total / PIXELS)[None, :], 1)
+            x = tl.load(x_ptrs, mask=mask_x, other=0.0).to(ACC)
+            if BLOCK_K == 1:  # the weight once for each row of x, so that a thread has what it multiplies
+                weight = tl.load(weight_ptr + k * C + (0 * pixel[:, None] + c[None, :]), mask=mask_x, other=0.0)
+                products += x * weight.to(ACC)
+            else:
+                total += tl.sum(x, 0)
+        if BLOCK_K > 1:
+            mask_weight = (k < K)[:, None] & (c < C)[None, :]
+            weight = tl.load(weight_ptr + k[:, None] * C + c[None, :], mask=mask_weight, other=0.0)
+            y += tl.sum(weight.to(ACC) * (total / PIXELS)[None, :], 1)
     start_successor(DEPENDENT)
+    if BLOCK_K == 1:
+        y = tl.sum(tl.reshape(products, (BLOCK_M * BLOCK_C,))) / PIXELS
     if HAS_BIAS:
-        y += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)
+        y += bias.to(ACC)
     tl.store(y_ptr + n * K + k, round_to(y, y_ptr.dtype.element_ty), mask=k < K)
 
 
