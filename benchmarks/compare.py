@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py
 
-Ends with 0, 1 if the GPU was lost on the way, 2 on wrong use.
+Ends with 0, 1 if the GPU was lost on the way, 2 on wrong use, 130 if it was interrupted.
 """
 
 import sys
@@ -93,8 +93,8 @@ def names_of(case: Case, wanted: Sequence[str] | None) -> list[str]:
     return layer_peers_of(wanted) if case.task == "layers" else peers_of(case, wanted)
 
 
-def compare(args: argparse.Namespace, console: Console) -> bool:
-    """Returns whether the GPU was there to the end."""
+def compare(args: argparse.Namespace, console: Console) -> int:
+    """Returns the status to end with; what was measured is written in any case."""
     if not torch.cuda.is_available():
         raise UserError("no CUDA GPU: times on anything else say nothing about the kernels")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -123,13 +123,17 @@ def compare(args: argparse.Namespace, console: Console) -> bool:
         except DeviceLost as error:
             results.notes.append(f"The GPU was lost: {error}")
             print(f"error: the GPU was lost: {error}", file=sys.stderr)
-            return False
+            return 1
+        except KeyboardInterrupt:
+            results.notes.append("Interrupted: the case that ran then, and those after it, are missing.")
+            print(f"interrupted: {folder} has the cases that were done", file=sys.stderr)
+            return 130
         finally:
             write(results, folder, plots.save_plots(results, folder))
     if results.networks:
         console.print(rich_table(report.summary_table(results)))
     say(f"written: {folder}")
-    return True
+    return 0
 
 
 def run(
@@ -216,8 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.report:
             report_again(args.report)
             return
-        alive = compare(args, console)
-    sys.exit(0 if alive else 1)
+        status = compare(args, console)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

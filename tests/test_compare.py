@@ -596,22 +596,32 @@ def test_the_whole_command_but_for_the_measurements(monkeypatch: pytest.MonkeyPa
     assert "The fastest of each side" in capsys.readouterr().out
 
 
-def test_a_lost_gpu_ends_the_run_and_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+@pytest.mark.parametrize(
+    "reason, status, said",
+    [
+        (DeviceLost("an illegal memory access"), 1, "error: the GPU was lost: an illegal memory access"),
+        (KeyboardInterrupt(), 130, "interrupted: {folder} has the cases that were done"),
+    ],
+    ids=["a lost GPU", "Ctrl-C"],
+)
+def test_what_ends_the_run_keeps_what_was_measured(
+    reason: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+):
     made = made_up()
 
     def network_result(case: Case, *_) -> NetworkResult:
         if case.batch_size == 1:
-            raise DeviceLost("an illegal memory access was encountered")
+            raise reason
         return made.networks[1]
 
     pretend_a_gpu(monkeypatch, made)
     monkeypatch.setattr(compare, "network_result", network_result)
     with pytest.raises(SystemExit) as ended:
         compare.main(["--cases", "cifar-bf16-128", "cifar-bf16-1", "--output", str(tmp_path)])
-    assert ended.value.code == 1
-    assert capsys.readouterr().err == "error: the GPU was lost: an illegal memory access was encountered\n"
+    assert ended.value.code == status
+    assert capsys.readouterr().err == said.format(folder=tmp_path) + "\n"
     found = load(tmp_path / "results.json")
-    assert found.networks == [made.networks[1]] and "The GPU was lost" in found.notes[-1]
+    assert found.networks == [made.networks[1]] and ("lost" in found.notes[-1] or "Interrupted" in found.notes[-1])
 
 
 @pytest.mark.gpu
