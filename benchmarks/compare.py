@@ -12,6 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository's root
 
 import argparse
+import os
 import re
 import shlex
 import time
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from benchmarks import plots, report
+from benchmarks import ahead, plots, report
 from benchmarks.cases import BATCH_SIZES, DTYPES, Case, affordable, flags, select
 from benchmarks.layers import LAYER_PEERS, layer_peers_of, layers_result, unavailable
 from benchmarks.measure import Say, network_result, peers_of, release
@@ -43,6 +44,13 @@ class Parser(argparse.ArgumentParser):
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
+        raise ValueError
+    return number
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 0:
         raise ValueError
     return number
 
@@ -71,6 +79,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--all", action="store_true", help="every case rather than the most important ones")
     add("--minutes", type=minutes, default=8.0, help="start no case that would last longer (default: %(default)s)")
+    add(
+        "--ahead",
+        type=count,
+        metavar="N",
+        default=max(min((os.cpu_count() or 1) // 2, 8), 1),
+        help="processes that compile before anything is timed; 0: none (default: %(default)s here)",
+    )
     add("--output", type=Path, help="folder; default: benchmarks/results/<GPU>/compare")
     add(
         "--report", type=Path, metavar="JSON", help="only write page and pictures of an earlier run, beside its results"
@@ -139,7 +154,12 @@ def compare(args: argparse.Namespace, console: Console) -> int:
 def run(
     args: argparse.Namespace, device: torch.device, results: Results, folder: Path, say: Say, console: Console
 ) -> None:
-    for case, fits in affordable(args.selected, args.minutes * 60, time.perf_counter):
+    start = time.perf_counter()
+    if args.ahead:
+        todo = ahead.jobs((case, names_of(case, args.peers)) for case in args.selected)
+        ahead.compile_ahead(todo, args.ahead, say)
+    budget_s = args.minutes * 60 - (time.perf_counter() - start)
+    for case, fits in affordable(args.selected, budget_s, time.perf_counter):
         if not fits:
             results.skipped.append(case.name)
             say(f"{case.name}: skipped, no time is left for it (--minutes {args.minutes:g})")

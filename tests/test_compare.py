@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tritonnn
-from benchmarks import compare, layers, measure, peers, plots, report
+from benchmarks import ahead, compare, layers, measure, peers, plots, report
 from benchmarks.cases import BATCH_SIZES, DEFAULT_CASES, DTYPES, Case, affordable, every_case, flags, select
 from benchmarks.networks import Setup, errors, spread
 from benchmarks.results import (
@@ -171,17 +171,51 @@ def test_cases_that_no_longer_fit_are_skipped_and_shorter_ones_still_run():
     assert run == [True, False, True]
 
 
-def test_a_case_is_expected_to_last_as_long_as_those_before_it():
+@pytest.mark.parametrize(("seconds", "fit"), [(100, [True, True, False]), (10, [True, True, True])])
+def test_a_case_is_expected_to_last_as_long_as_those_before_it(seconds: int, fit: list[bool]):
+    """Whatever its estimate is, 40 s."""
     fake = FakeTime()
     run = []
-    for _, fits in affordable([Case("cifar", "bf16", n) for n in (1024, 128, 1)], 250, fake.now):
+    for _, fits in affordable([Case("cifar", "bf16", n) for n in (1024, 128, 1)], 2.5 * seconds + 20, fake.now):
         run.append(fits)
-        fake.seconds += 100 * fits
-    assert run == [True, True, False]
+        fake.seconds += seconds * fits
+    assert run == fit
+
+
+def test_what_is_compiled_ahead():
+    """Networks once, whatever runs them, those of layers too; nothing that chooses by times."""
+    networks = [Case("cifar", "bf16", 8), Case("cifar", "bf16", 8, max_autotune=True), Case("layers", "tf32", 1)]
+    found = ahead.jobs((case, compare.names_of(case, None)) for case in networks)
+    every = ["compile-reduce-overhead", "swapped-graph", "fused-graph"]
+    assert found == {networks[0]: every, Case("cifar", "tf32", 1): ["swapped-graph"]}
+    assert ahead.jobs([(networks[0], ["eager-nchw", "fused-graph-in-place"])]) == {networks[0]: ["fused-graph"]}
+    assert ahead.jobs([(networks[0], ["eager-nchw"])]) == {}
+
+
+def test_compiling_ahead_may_fail(monkeypatch: pytest.MonkeyPatch):
+    commands, said = [], []
+
+    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+        commands.append(command)
+        if command[-2] == "1":
+            raise subprocess.TimeoutExpired(command, 1)
+        return subprocess.CompletedProcess(command, int(command[-2] == "8"))
+
+    monkeypatch.setattr(ahead.subprocess, "run", run)
+    todo = {Case("cifar", "bf16", n): ["fused-graph"] for n in (1, 8, 128)}
+    ahead.compile_ahead(todo, 2, said.append)
+    assert sorted(command[2:] for command in commands) == sorted(
+        ["cifar", "bf16", str(n), "fused-graph"] for n in (1, 8, 128)
+    )
+    assert len(said) == 1 and said[0].startswith("compiled ahead: 1 of 3 networks in ")
 
 
 def test_the_first_case_runs_whatever_the_budget():
-    assert [fits for _, fits in affordable(DEFAULT_CASES[:2], 1, lambda: 0.0)] == [True, False]
+    fake, run = FakeTime(), []
+    for _, fits in affordable(DEFAULT_CASES[:2], 1, fake.now):
+        run.append(fits)
+        fake.seconds += 2
+    assert run == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -563,7 +597,7 @@ def test_a_run_writes_after_each_case_and_goes_on_after_a_failure(monkeypatch: p
         return next(network for network in made.networks if network.batch_size == case.batch_size)
 
     monkeypatch.setattr(compare, "network_result", network_result)
-    args = compare.parse(["--cases", "cifar-bf16-?", "cifar-bf16-128", "cifar-bf16-1024"])
+    args = compare.parse(["--cases", "cifar-bf16-?", "cifar-bf16-128", "cifar-bf16-1024", "--ahead", "0"])
     results, said = made_up(), []
     results.networks, results.layers, results.skipped = [], [], []
     console = compare.Console(file=open(tmp_path / "log", "w"), width=160)
@@ -579,6 +613,7 @@ def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, made: Results) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     for name, value in {"ceilings": made.ceilings, "described": made.environment, "settings": made.settings}.items():
         monkeypatch.setattr(compare, name, lambda *_, value=value: value)
+    monkeypatch.setattr(ahead, "compile_ahead", lambda todo, processes, say: say(f"ahead: {len(todo)}"))
 
 
 def test_the_whole_command_but_for_the_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
@@ -593,7 +628,8 @@ def test_the_whole_command_but_for_the_measurements(monkeypatch: pytest.MonkeyPa
     found = load(folder / "results.json")
     assert (found.networks, found.layers) == (made.networks[:1], made.layers)
     assert {path.suffix for path in folder.iterdir()} == {".json", ".md", ".png"}
-    assert "The fastest of each side" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "The fastest of each side" in out and "ahead: 1\n" in out
 
 
 @pytest.mark.parametrize(
@@ -626,6 +662,11 @@ def test_what_ends_the_run_keeps_what_was_measured(
 
 @pytest.mark.gpu
 class TestOnAGpu:
+    def test_compiling_ahead(self):
+        said = []
+        ahead.compile_ahead({Case("cifar", "bf16", 8): ["swapped-graph", "fused-graph"]}, 1, said.append)
+        assert said[0].startswith("compiled ahead: 1 of 1 networks")
+
     def test_the_peers_that_compile_in_seconds(self):
         names = [name for name in peers.PEERS if not name.startswith("compile")]
         with flags("bf16"):
