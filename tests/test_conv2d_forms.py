@@ -256,7 +256,8 @@ def test_precision_of_operands(input_precision, form):
         descriptor_gemm(x, packed, y, True, *window, input_precision, Epilogue(), blocks)
     elif form == "split among warps":
         blocks = SplitBlocks(1, 4, 16, 16, 32, 4, 1)
-        split_gemm(x, packed[-24:], y, pixel_strides(y, True), *window, input_precision, rounds, Epilogue(), blocks)
+        as_it_is = pack_weight(weight, "ieee")
+        split_gemm(x, as_it_is, y, pixel_strides(y, True), *window, input_precision, rounds, Epilogue(), blocks)
     else:
         implicit_gemm(x, packed, y, pixel_strides(y, True), *window, 1, input_precision, rounds, Epilogue())
     assert float((y.double() - exact).norm() / exact.norm()) < 3e-7
