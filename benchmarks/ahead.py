@@ -38,14 +38,11 @@ COMPILED_BY = {
 
 def jobs(cases: Iterable[tuple[Case, Sequence[str]]]) -> dict[Case, list[str]]:
     """What to compile for cases and their peers: networks, and peers of theirs, without repetitions."""
-    found: dict[Case, list[str]] = {}
+    found: dict[Case, dict[str, None]] = {}
     for case, peers in cases:
         network = Case("cifar" if case.task == "layers" else case.task, case.dtype, case.batch_size)
-        known = found.setdefault(network, [])
-        known += dict.fromkeys(
-            COMPILED_BY[peer] for peer in peers if peer in COMPILED_BY and COMPILED_BY[peer] not in known
-        )
-    return {network: peers for network, peers in found.items() if peers}
+        found.setdefault(network, {}).update(dict.fromkeys(COMPILED_BY[peer] for peer in peers if peer in COMPILED_BY))
+    return {network: list(peers) for network, peers in found.items() if peers}
 
 
 def compile_ahead(todo: Mapping[Case, Sequence[str]], processes: int, say: Callable[[str], None]) -> None:

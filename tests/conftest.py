@@ -31,3 +31,23 @@ def strict_float32() -> Iterator[None]:
     yield
     for flag, precision in zip(flags, before):
         flag.fp32_precision = precision
+
+
+@pytest.fixture
+def blocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are chosen as on a GPU, not as for the interpreter; nothing of it is remembered."""
+    import triton
+
+    from tritonnn.kernels import conv2d, implicit_gemm
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    for module in (conv2d, implicit_gemm):
+        for name, function in list(vars(module).items()):
+            if hasattr(function, "cache_info"):
+                monkeypatch.setattr(module, name, function.__wrapped__)
+
+
+@pytest.fixture
+def on_hopper(blocks_of_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forms and blocks are chosen as on an H100 or H200."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -7,15 +7,13 @@ from compare import image, tf32, worst_image
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonnn.kernels import conv2d, halo_gemm, implicit_gemm
+from tritonnn.kernels import conv2d, halo_gemm
 from tritonnn.kernels.block_sizes import (
     DescriptorBlocks,
     GemmBlocks,
     HaloBlocks,
     SplitBlocks,
-    gemm_blocks,
     halo_blocks,
-    split_blocks,
 )
 from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.epilogue import Epilogue
@@ -123,15 +121,11 @@ NOT_CHOSEN = {
 }
 
 
+@pytest.mark.usefixtures("on_hopper")
 class TestChoice:
     @pytest.fixture(autouse=True)
-    def on_hopper(self, monkeypatch):
-        """Nothing of it is remembered."""
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    def any_triton(self, monkeypatch):
         monkeypatch.setattr(halo_gemm, "VERIFIED", triton.__version__)
-        monkeypatch.setattr(conv2d, "split_blocks", split_blocks.__wrapped__)
-        monkeypatch.setattr(implicit_gemm, "gemm_blocks", gemm_blocks.__wrapped__)
 
     @pytest.mark.parametrize("name", CHOSEN)
     def test_default_where_it_was_measured(self, name):

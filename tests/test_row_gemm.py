@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-import triton
 from compare import DEVICE, image, tf32, worst_image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tritonnn
-from tritonnn.kernels import conv2d, implicit_gemm, row_gemm
-from tritonnn.kernels.block_sizes import GemmBlocks, RowBlocks, gemm_blocks, row_blocks
+from tritonnn.kernels import conv2d, row_gemm
+from tritonnn.kernels.block_sizes import GemmBlocks, RowBlocks
 from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.epilogue import Epilogue
 from tritonnn.kernels.product import Choice, Product
@@ -196,15 +195,8 @@ NOT_CHOSEN = {
 CANNOT_RUN = ["5 channels", "groups", "columns apart", "float64"]
 
 
+@pytest.mark.usefixtures("on_hopper")
 class TestChoice:
-    @pytest.fixture(autouse=True)
-    def on_hopper(self, monkeypatch):
-        """Nothing of it is remembered."""
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-        monkeypatch.setattr(conv2d, "row_blocks", row_blocks.__wrapped__)
-        monkeypatch.setattr(implicit_gemm, "gemm_blocks", gemm_blocks.__wrapped__)
-
     @pytest.mark.parametrize("name", CHOSEN)
     def test_default_for_large_filters_of_few_channels(self, name):
         sizes, blocks = CHOSEN[name]

@@ -1,7 +1,6 @@
 """Tuning: what is tried, that nothing wrong is chosen, where choices are kept, and that launches follow them."""
 
 import json
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,22 +9,21 @@ import pytest
 import torch
 import triton
 from compare import DEVICE, image
+from problems import H200, HALF, PROBLEMS, problem
 from torch import nn
 from trained import trained
 
 import tritonnn
 from tritonnn import trial as trials
-from tritonnn.candidates import Gpu, candidates
-from tritonnn.kernels import conv2d, implicit_gemm, tuned_blocks
-from tritonnn.kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, RowBlocks, SplitBlocks, gemm_blocks
-from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.product import FORMS, Choice, Problem, Product, problem_of
+from tritonnn.candidates import candidates
+from tritonnn.kernels import conv2d, tuned_blocks
+from tritonnn.kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, RowBlocks, SplitBlocks
+from tritonnn.kernels.product import FORMS, Choice, problem_of
 from tritonnn.kernels.tuned_blocks import Entry
 from tritonnn.trial import Trial, Wrong, operands
 from tritonnn.tuning import Tuned, TuningReport, fastest, find_problems
 
 CPU = torch.device("cpu")
-H200 = Gpu(132, 232448)
 in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
 
@@ -37,146 +35,6 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuned_blocks.forget()
     yield tmp_path / "cache"
     tuned_blocks.forget()
-
-
-def problem(n=2, c=64, size=8, k=32, taps=3, **changes) -> Problem:
-    window = (1, 1), (taps // 2, taps // 2), (1, 1)
-    plain = Problem(n, c, size, size, k, taps, taps, *window, 1, torch.float32, "ieee", False, True, True, ())
-    return plain._replace(**changes)
-
-
-HALF = dict(dtype=torch.bfloat16)
-PROBLEMS = {
-    "bfloat16, 1024 images": problem(1024, 64, 32, 64, **HALF),
-    "bfloat16, 512 channels": problem(128, 512, 4, 512, **HALF, epilogue=("bias", "residual", "relu")),
-    "bfloat16, 128 channels": problem(512, 128, 16, 128, **HALF),
-    "56x56": problem(32, 64, 56, 64, **HALF, epilogue=("bias", "residual", "relu")),
-    "28x28, TF32": problem(33, 128, 28, 128, input_precision="tf32", round_x=True, epilogue=("bias", "residual")),
-    "8x8": problem(135, 256, 8, 256, **HALF, epilogue=("bias", "residual", "relu")),
-    "7x7, TF32": problem(67, 512, 7, 512, input_precision="tf32", round_x=True, epilogue=("residual",)),
-    "4x4, TF32": problem(519, 512, 4, 512, input_precision="tf32", round_x=True, epilogue=("bias",)),
-    "one image": problem(1, 256, 8, 512, stride=(2, 2), **HALF),
-    "1x1": problem(128, 64, 32, 128, 1, stride=(2, 2), **HALF),
-    "64 channels, NCHW": problem(128, 64, 32, 64, channels_last_x=False, channels_last_y=False, **HALF),
-    "3 channels, NCHW": problem(128, 3, 32, 64, channels_last_x=False, channels_last_y=False, **HALF),
-    "7x7 of 3 channels": problem(128, 3, 224, 64, 7, stride=(2, 2), input_precision="tf32", round_x=True),
-    "7x7, strict float32": problem(128, 3, 224, 64, 7, stride=(2, 2), input_precision="tf32x3", channels_last_x=False),
-    "11x11, bfloat16": problem(128, 3, 224, 64, 11, stride=(4, 4), **HALF),
-    "48 channels": problem(40, 48, 24, 80, **HALF),
-    "groups": problem(8, 128, 16, 128, groups=2, **HALF),
-    "TF32, rounded before": problem(128, 128, 16, 128, input_precision="tf32"),
-    "TF32, to be rounded": problem(128, 128, 16, 128, input_precision="tf32", round_x=True),
-    "TF32, NCHW": problem(128, 128, 16, 128, input_precision="tf32", round_x=True, channels_last_x=False),
-    "strict float32": problem(128, 128, 16, 128, input_precision="tf32x3"),
-    "strict float32, one image": problem(1, 128, 16, 128, input_precision="tf32x3"),
-    "linear": problem(128, 512, 1, 10, 1, **HALF),
-}
-ANY = Choice(GemmBlocks(16, 16, 16, 4, 1), False)
-
-
-def fits(p: Problem) -> bool:
-    """Whether descriptors could fetch the images."""
-    on_tensor_cores = p.dtype.itemsize == 2 or p.input_precision != "ieee"
-    return on_tensor_cores and p.groups == 1 and p.c * p.dtype.itemsize % 128 == 0
-
-
-def fits_with_halo(p: Problem) -> bool:
-    """Whether boxes with a halo could be fetched."""
-    shape = (p.r, p.s, p.stride, p.k % 64, p.channels_last_y) == (3, 3, (1, 1), 0, True)
-    return fits(p) and shape and p.input_precision != "tf32x3"
-
-
-def tried(name: str, gpu: Gpu = H200) -> list[Choice]:
-    p = PROBLEMS[name]
-    return candidates(p, ANY, fits(p), fits_with_halo(p), gpu)
-
-
-class TestCandidates:
-    @pytest.fixture(autouse=True)
-    def blocks_of_a_gpu(self, monkeypatch):
-        """Not those of the interpreter; nothing of it is remembered."""
-        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-        monkeypatch.setattr(implicit_gemm, "gemm_blocks", gemm_blocks.__wrapped__)
-
-    @pytest.mark.parametrize("name", PROBLEMS)
-    def test_they_are_few_and_the_default_is_first(self, name):
-        choices = tried(name)
-        assert choices[0] == ANY
-        assert 4 <= len(choices) <= 16 and len(set(choices)) == len(choices)
-
-    @pytest.mark.parametrize("name", PROBLEMS)
-    def test_the_product_takes_each(self, name, monkeypatch):
-        p = PROBLEMS[name]
-        monkeypatch.setattr(conv2d, "fits_descriptors", lambda *_: fits(p))
-        monkeypatch.setattr(conv2d, "fits_halo", lambda *_: fits_with_halo(p))
-        x = torch.empty(1, p.c, p.h, p.w, dtype=p.dtype)
-        x = x.contiguous(memory_format=torch.channels_last if p.channels_last_x else torch.contiguous_format)
-        y, packed = torch.empty(1, p.k, *p.output), torch.empty(p.k, p.r, p.s, p.c // p.groups)
-        settings = p.stride, p.padding, p.dilation, p.groups, p.input_precision, p.round_x, Epilogue()
-        product = Product(x, packed, y, p.channels_last_y, *settings)
-        assert all(conv2d.can_run(product, choice) for choice in tried(name))
-
-    @pytest.mark.parametrize("shared_memory", [232448, 101376, 49152])
-    @pytest.mark.parametrize("name", PROBLEMS)
-    def test_sizes(self, name, shared_memory):
-        p = PROBLEMS[name]
-        (usual,) = tried(name, Gpu(132, 0))[1:]  # the default of the form, whatever the memory
-        for choice in tried(name, Gpu(132, shared_memory)):
-            sizes = choice.blocks._asdict()
-            if isinstance(choice.blocks, HaloBlocks):
-                continue
-            sizes.pop("SWAPPED", None)
-            stages = sizes.pop("num_stages")
-            assert all(size & (size - 1) == 0 for size in sizes.values())
-            assert sizes["BLOCK_N"] <= max(64, 2 * p.k // p.groups - 1)
-            if not isinstance(choice.blocks, GemmBlocks | RowBlocks):
-                assert p.c % sizes["BLOCK_K"] == 0
-            rows = math.prod(size for name, size in sizes.items() if name.startswith("TILE")) * sizes.get("BLOCK_M", 1)
-            block_k = sizes.get("BLOCK_K", 128 // p.dtype.itemsize)
-            step = sizes.get("SLICES", 1) * (rows + sizes["BLOCK_N"]) * block_k
-            assert choice in (ANY, usual) or stages * step * p.dtype.itemsize <= shared_memory
-
-    @pytest.mark.parametrize("shared_memory", [232448, 101376, 49152])
-    @pytest.mark.parametrize(
-        "name",
-        ["bfloat16, 128 channels", "56x56", "28x28, TF32", "8x8", "7x7, TF32", "4x4, TF32", "TF32, rounded before"],
-    )
-    def test_sizes_of_tiles_with_a_halo(self, name, shared_memory):
-        p = PROBLEMS[name]
-        tiles = [c.blocks for c in tried(name, Gpu(132, shared_memory)) if isinstance(c.blocks, HaloBlocks)]
-        assert bool(tiles) == (shared_memory == 232448)
-        for blocks in tiles:
-            row, weight = blocks.TILE_N * blocks.TILE_Q, blocks.BLOCK_N * 128
-            box, y = (blocks.TILE_P + 2) * row * 128, blocks.TILE_P * row * blocks.BLOCK_N * p.dtype.itemsize
-            slots = blocks.X_SLOTS * box + blocks.W_SLOTS * weight + y * (blocks.STAGED and not blocks.IN_SLOT)
-            assert blocks.PROGRAMS * (slots + 1024) <= shared_memory + 1024
-            covered = [-(-side // size) * size for side, size in zip((p.n, *p.output), blocks)]
-            assert math.prod(covered) <= p.pixels * 4 / 3
-            assert blocks.TILE_N == 1 or covered[1:] == list(blocks[1:3])
-            assert p.k % blocks.BLOCK_N == 0 and blocks.BLOCK_K * p.dtype.itemsize == 128
-            assert y <= box or not blocks.IN_SLOT
-
-    def test_forms(self):
-        forms = {name: {type(choice.blocks) for choice in tried(name)[1:]} for name in PROBLEMS}
-        assert forms["bfloat16, 1024 images"] == {HaloBlocks, DescriptorBlocks, GemmBlocks}
-        assert forms["1x1"] == {DescriptorBlocks, GemmBlocks}
-        assert forms["one image"] == {SplitBlocks, DescriptorBlocks, GemmBlocks}
-        assert forms["groups"] == forms["3 channels, NCHW"] == {GemmBlocks}
-        assert forms["7x7 of 3 channels"] == forms["11x11, bfloat16"] == {RowBlocks, GemmBlocks}
-
-    @pytest.mark.parametrize("name", ["7x7 of 3 channels", "7x7, strict float32", "11x11, bfloat16"])
-    def test_rows_come_through_each_cache(self, name):
-        stages = {choice.blocks.num_stages for choice in tried(name) if isinstance(choice.blocks, RowBlocks)}
-        assert 1 in stages and max(stages) > 1
-
-    def test_tf32_is_rounded_on_the_way_or_by_a_copy(self):
-        descriptors = [choice for choice in tried("TF32, to be rounded") if isinstance(choice.blocks, DescriptorBlocks)]
-        assert {(choice.blocks.SWAPPED, choice.copies_x) for choice in descriptors} == {(False, False), (True, True)}
-
-    @pytest.mark.parametrize("name", ["64 channels, NCHW", "TF32, NCHW"])
-    def test_nchw_is_copied_for_descriptors(self, name):
-        choices = [choice for choice in tried(name) if isinstance(choice.blocks, DescriptorBlocks)]
-        assert choices and all(choice.copies_x for choice in choices)
 
 
 class TestOperands:
