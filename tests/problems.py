@@ -1,9 +1,11 @@
-"""Convolutions as problems of tuning."""
+"""Convolutions as problems of tuning, and as operands of which nothing but the sizes counts."""
 
 import torch
 
 from tritonnn.candidates import Gpu
-from tritonnn.kernels.product import Problem
+from tritonnn.kernels.epilogue import Epilogue
+from tritonnn.kernels.product import Problem, Product
+from tritonnn.kernels.window import output_size
 
 H200 = Gpu(132, 232448)
 
@@ -40,3 +42,20 @@ PROBLEMS = {
     "strict float32, one image": problem(1, 128, 16, 128, input_precision="tf32x3"),
     "linear": problem(128, 512, 1, 10, 1, **HALF),
 }
+
+
+def product(
+    n=1024, c=64, side=32, k=None, taps=3, dtype=torch.bfloat16, nchw=False, misaligned=False, **changes
+) -> Product:
+    """Operands that were never written: nothing but their sizes counts."""
+    k = k or c
+    x = torch.empty(n * side * side * c + 1, dtype=dtype)[int(misaligned) :][: n * side * side * c]
+    x = x.view(n, c, side, side) if nchw else x.view(n, side, side, c).permute(0, 3, 1, 2)
+    window = {"stride": (1, 1), "padding": (taps // 2, taps // 2), "dilation": (1, 1), "groups": 1}
+    window |= {name: changes.pop(name) for name in window if name in changes}
+    p, q = (output_size(side, taps, *(window[name][i] for name in ("stride", "padding", "dilation"))) for i in (0, 1))
+    y = torch.empty(n, p, q, k, dtype=dtype).permute(0, 3, 1, 2)
+    packed = torch.empty(k, taps, taps, c // window["groups"], dtype=dtype)
+    precision = changes.pop("input_precision", "ieee" if dtype.itemsize == 2 else "tf32")
+    made = Product(x, packed, y, True, *window.values(), precision, False, Epilogue())
+    return made._replace(**changes)

@@ -35,6 +35,7 @@ class Convolution:
 
 @pytest.fixture
 def split(monkeypatch, fresh):
+    monkeypatch.setattr(conv2d, "held_blocks", lambda *_: None)
     monkeypatch.setattr(conv2d, "split_blocks", lambda *_: SplitBlocks(8, 4, 16, 32, 32, 4, 3))
 
 

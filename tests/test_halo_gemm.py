@@ -4,20 +4,21 @@ import pytest
 import torch
 import triton
 from compare import image, tf32, worst_image
+from problems import product
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonnn.kernels import conv2d, halo_gemm
+from tritonnn.kernels import conv2d, halo_gemm, verified
 from tritonnn.kernels.block_sizes import (
     DescriptorBlocks,
     GemmBlocks,
     HaloBlocks,
-    SplitBlocks,
+    HeldBlocks,
     halo_blocks,
 )
 from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.product import Choice, Product
+from tritonnn.kernels.product import Choice
 
 HALF_64, HALF_128 = (
     HaloBlocks(1, 8, 32, 64, 64, 2, 4, True, True, 4, 2),
@@ -55,25 +56,6 @@ SEVERAL_IMAGES = {
 """By the type and the size of the images."""
 
 
-def product(
-    n=1024, c=64, side=32, k=None, taps=3, dtype=torch.bfloat16, nchw=False, misaligned=False, **changes
-) -> Product:
-    """Operands that were never written: nothing but their sizes counts."""
-    k = k or c
-    x = torch.empty(n * side * side * c + 1, dtype=dtype)[int(misaligned) :][: n * side * side * c]
-    x = x.view(n, c, side, side) if nchw else x.view(n, side, side, c).permute(0, 3, 1, 2)
-    window = {"stride": (1, 1), "padding": (taps // 2, taps // 2), "dilation": (1, 1), "groups": 1}
-    window |= {name: changes.pop(name) for name in window if name in changes}
-    p, q = (
-        conv2d.output_size(side, taps, *(window[name][i] for name in ("stride", "padding", "dilation"))) for i in (0, 1)
-    )
-    y = torch.empty(n, p, q, k, dtype=dtype).permute(0, 3, 1, 2)
-    packed = torch.empty(k, taps, taps, c // window["groups"], dtype=dtype)
-    precision = changes.pop("input_precision", "ieee" if dtype.itemsize == 2 else "tf32")
-    made = Product(x, packed, y, True, *window.values(), precision, False, Epilogue())
-    return made._replace(**changes)
-
-
 def misaligned_residual() -> Epilogue:
     residual = torch.empty(1024 * 32 * 32 * 64 + 1, dtype=torch.bfloat16)[1:]
     return Epilogue(residual=residual.view(1024, 32, 32, 64).permute(0, 3, 1, 2))
@@ -102,7 +84,7 @@ CHOSEN = {
 NOT_CHOSEN = {
     "too few tiles": (dict(n=127), DescriptorBlocks),
     "128 channels, 128 images": (dict(n=128, c=128, side=16), DescriptorBlocks),
-    "one image": (dict(n=1), SplitBlocks),
+    "one image": (dict(n=1), HeldBlocks),
     "64 to 128 channels": (dict(k=128), DescriptorBlocks),
     "256 channels, 128 images": (dict(n=128, c=256, side=8), DescriptorBlocks),
     "512 channels, TF32": (F32 | dict(c=512, side=4), DescriptorBlocks),
@@ -125,7 +107,7 @@ NOT_CHOSEN = {
 class TestChoice:
     @pytest.fixture(autouse=True)
     def any_triton(self, monkeypatch):
-        monkeypatch.setattr(halo_gemm, "VERIFIED", triton.__version__)
+        monkeypatch.setattr(verified, "VERSIONS", triton.__version__)
 
     @pytest.mark.parametrize("name", CHOSEN)
     def test_default_where_it_was_measured(self, name):
@@ -158,9 +140,9 @@ class TestChoice:
         assert not conv2d.can_run(odd, Choice(HALF_64, copies_x=False))
 
     def test_another_gpu_or_triton(self, monkeypatch):
-        monkeypatch.setattr(halo_gemm, "VERIFIED", "3.5.")
+        monkeypatch.setattr(verified, "VERSIONS", "3.5.")
         assert isinstance(conv2d.default_choice(product()).blocks, DescriptorBlocks)
-        monkeypatch.setattr(halo_gemm, "VERIFIED", triton.__version__)
+        monkeypatch.setattr(verified, "VERSIONS", triton.__version__)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
         assert not isinstance(conv2d.default_choice(product()).blocks, HaloBlocks)
 
@@ -346,7 +328,7 @@ def convolved(x: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.fixture
 def hopper():
-    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(halo_gemm.VERIFIED):
+    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(verified.VERSIONS):
         pytest.skip("needs a Hopper GPU and the Triton for which the kernel was written")
 
 

@@ -38,7 +38,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def start(*args: str) -> subprocess.Popen:
     """train.py on CPUs, with kernels in Triton's interpreter."""
     command = [sys.executable, str(ROOT / "train.py"), *args]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}  # other tests run beside it
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

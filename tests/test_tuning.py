@@ -497,8 +497,8 @@ class TestOnAGpu:
         trial = Trial(PROBLEMS[name], torch.device(DEVICE.type, 0))
         product = trial.product
         default = conv2d.default_choice(product)
-        fetches = conv2d.fetches_by_descriptors(product), conv2d.fetches_with_halo(product)
-        choices = candidates(trial.problem, default, *fetches, H200)
+        fits = conv2d.fetches_by_descriptors(product), conv2d.fetches_with_halo(product), conv2d.fits_held(product)
+        choices = candidates(trial.problem, default, *fits, H200)
         like, _ = trial.check(default)
         rejected = {}
         for choice in choices:

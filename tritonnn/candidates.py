@@ -6,13 +6,17 @@ from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from .kernels.block_sizes import (
+    HELD_PIXELS,
     LEAST_OF_ROWS,
+    MOST_HELD,
     DescriptorBlocks,
     GemmBlocks,
     HaloBlocks,
+    HeldBlocks,
     RowBlocks,
     SplitBlocks,
     ceil_div,
+    held_registers,
     row_block_k,
     splits_of,
     tile,
@@ -94,6 +98,8 @@ LEAST_OF_A_TILE = 0.75
 SPLIT_TILES = [(16, 8), (16, 16), (16, 32), (32, 32)]
 SPLIT_SLICES = [(4, 4, 4), (8, 8, 3), (8, 8, 5), (4, 4, 6)]
 """SLICES, warps, stages."""
+HELD_TILES = [(HELD_PIXELS, 8), (HELD_PIXELS, 16), (HELD_PIXELS, 32)]
+HELD_WARPS = [4, 8]
 
 BARRIERS = 256
 """Bytes of shared memory, at most."""
@@ -111,13 +117,15 @@ class Gpu(NamedTuple):
     shared_memory: int
 
 
-def candidates(problem: Problem, default: Choice, descriptors: bool, halo: bool, gpu: Gpu) -> list[Choice]:
-    """The default first; `descriptors` and `halo` say whether x can be fetched by them, or with it."""
+def candidates(problem: Problem, default: Choice, descriptors: bool, halo: bool, held: bool, gpu: Gpu) -> list[Choice]:
+    """The default first; `descriptors`, `halo` and `held` say whether these forms take x, as it is or copied."""
     choices = [default]
     if halo:
         choices += islice(_halo(problem, gpu), MOST_OF_A_FORM)
     if descriptors:
         choices += islice(_descriptors(problem, gpu), MOST_OF_A_FORM)
+    if held:
+        choices += _held(problem, gpu)
     choices += _split(problem, gpu)
     choices += islice(_rows(problem, gpu), MOST_OF_A_FORM)
     choices += islice(_pointers(problem, default, gpu), MOST_OF_A_FORM if len(choices) == 1 else MOST_BESIDE_OTHERS)
@@ -174,6 +182,20 @@ def _descriptors(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
                 box = tile(problem.n, *problem.output, block_m)
                 blocks = DescriptorBlocks(*box, block_n, line, swapped, num_warps, num_stages)
                 yield Choice(blocks, copies_x=rounds or not problem.channels_last_x)
+
+
+def _held(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
+    size = problem.dtype.itemsize
+    block_k = math.gcd(problem.c, 128 // size)
+    if block_k * size < 64 or problem.pixels * problem.k > MOST_SPLIT_OUTPUTS:
+        return
+    for _, block_n in _by_waves(problem, HELD_TILES, gpu)[:2]:
+        for num_warps in HELD_WARPS:
+            blocks = HeldBlocks(block_n, block_k, num_warps)
+            fits = num_warps * HELD_PIXELS * block_n * 4 <= gpu.shared_memory
+            fits = fits and held_registers(blocks, problem.reduction, size) <= MOST_HELD
+            if fits and problem.k % block_n == 0:
+                yield Choice(blocks, copies_x=False)
 
 
 def _split(problem: Problem, gpu: Gpu) -> Iterator[Choice]:

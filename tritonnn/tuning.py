@@ -20,6 +20,7 @@ from .candidates import Gpu, candidates
 from .fusion import FusedNetwork
 from .kernels import tuned_blocks
 from .kernels.conv2d import default_choice, fetches_by_descriptors, fetches_with_halo, run_gemm
+from .kernels.held_gemm import fits_held
 from .kernels.product import Choice, Problem
 from .kernels.tuned_blocks import Entry
 from .swap import swapped
@@ -195,8 +196,8 @@ def _compile(
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_COMPILERS)) as pool:
         for problem in problems:
             product, _ = operands(problem, device)
-            fetches = fetches_by_descriptors(product), fetches_with_halo(product)
-            jobs[problem] = candidates(problem, default_choice(product), *fetches, gpu)
+            fits = fetches_by_descriptors(product), fetches_with_halo(product), fits_held(product)
+            jobs[problem] = candidates(problem, default_choice(product), *fits, gpu)
         futures = [pool.submit(run, problem, choice) for problem, choices in jobs.items() for choice in choices]
         for _ in as_completed(futures):
             advance("compiling", len(futures))

@@ -68,6 +68,18 @@ class SplitBlocks(NamedTuple):
     num_stages: int
 
 
+HELD_PIXELS = 16
+"""Of a tile of `HeldBlocks`: the least that a tensor core takes."""
+
+
+class HeldBlocks(NamedTuple):
+    """A tile of HELD_PIXELS x BLOCK_N outputs, of whose reduction each warp takes a block of BLOCK_K in turn."""
+
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+
+
 class DescriptorBlocks(NamedTuple):
     """A tile of TILE_N images x TILE_P rows x TILE_Q columns x BLOCK_N channels, reduced BLOCK_K channels at a time."""
 
@@ -114,7 +126,8 @@ def _power_of_2(size: int, least: int, most: int) -> int:
 def elementwise_block(numel: int, element_size: int) -> int:
     """Elements a program of an element-wise kernel owns.
 
-    4 KB: on an H200 float32 takes 135 us with 8 KB, 129 with 4 KB, as a copy does (2^26 elements).
+    4 KB: on an H200 2^26 elements of float32 take 135 us with 8 KB, 128 with 4 KB, as a copy does (eight warps; with
+    four 1 % longer).
     """
     return _power_of_2(numel, 1, INTERPRETER_TILE) if triton.knobs.runtime.interpret else 4096 // element_size
 
@@ -200,6 +213,34 @@ def padded_row_blocks(rows: int, columns: int) -> PaddedRowBlocks:
     elements = INTERPRETER_TILE if triton.knobs.runtime.interpret else 4096
     block_w = _power_of_2(columns, 1, min(elements // ROW_CHANNELS, 256))
     return PaddedRowBlocks(_power_of_2(rows, 1, elements // ROW_CHANNELS // block_w), block_w)
+
+
+MOST_HELD = 216
+"""Registers of a thread for what it loads: with more, or as many warps as would halve them, some are spilled."""
+
+
+def held_registers(blocks: HeldBlocks, reduction: int, element_size: int) -> int:
+    """Of a thread, for its parts of x and the weight."""
+    block_n, block_k, num_warps = blocks
+    steps = ceil_div(reduction // block_k, num_warps)
+    return steps * block_k * (HELD_PIXELS + block_n) * element_size // (32 * 4)
+
+
+@functools.lru_cache
+def held_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> HeldBlocks | None:
+    """For so few pixels that a program's whole reduction fits its registers; None where it does not.
+
+    Measured on an H200 on ResNet18's layers of one image (`benchmarks/results`): 16 bytes for each load of a thread are
+    worth more than that no warp is idle in the last step; four warps are worth as much as eight.
+    """
+    block_k = math.gcd(c, 128 // element_size)
+    if block_k * element_size < 64 or taps * c < 256 or m * n > 2**17 or n % 8 != 0:
+        return None
+    for block_n in (32, 16, 8):
+        if n % block_n == 0 and ceil_div(m, HELD_PIXELS) * (n // block_n) >= ENOUGH_PROGRAMS:
+            break
+    blocks = HeldBlocks(block_n, block_k, 8)
+    return blocks if held_registers(blocks, taps * c, element_size) <= MOST_HELD else None
 
 
 @functools.lru_cache

@@ -4,11 +4,14 @@
                     * x[n, group(k) + c, p*stride_h + r*dilation_h - padding_h, q*stride_w + s*dilation_w - padding_w]
 
 x: [N, C, H, W], any strides; weight: [K, C / groups, R, S]; y: [N, K, P, Q], channels_last where x or weight is. It is
-a matrix product in one of five forms. For few pixels its sums are split among warps (split_gemm.py). On Hopper GPUs
-the copy engine brings the tiles, under a 3x3 filter with a halo (halo_gemm.py) or else for one tap after the other
-(descriptor_gemm.py). A large filter of few channels is applied by its rows (row_gemm.py). What is left goes by pointers
-(implicit_gemm.py). Where each channel has a filter of its own, so it has a kernel, below.
+a matrix product in one of six forms. For few pixels its sums are split among warps, which hold all that they need in
+registers (held_gemm.py) or else fetch it ahead (split_gemm.py). On Hopper GPUs the copy engine brings the tiles, under
+a 3x3 filter with a halo (halo_gemm.py) or else for one tap after the other (descriptor_gemm.py). A large filter of few
+channels is applied by its rows (row_gemm.py). What is left goes by pointers (implicit_gemm.py). Where each channel has
+a filter of its own, so it has a kernel, below.
 """
+
+import math
 
 import torch
 import triton
@@ -19,11 +22,13 @@ from .arithmetic import accumulator, index_type, round_to, round_to_tf32
 from .block_sizes import (
     DescriptorBlocks,
     HaloBlocks,
+    HeldBlocks,
     RowBlocks,
     SplitBlocks,
     ceil_div,
     descriptor_blocks,
     halo_blocks,
+    held_blocks,
     pixel_blocks,
     row_blocks,
     split_blocks,
@@ -33,11 +38,12 @@ from .dependent_launch import dependent_launch, start_successor, wait_for_predec
 from .descriptor_gemm import descriptor_gemm, fits_descriptors
 from .epilogue import Epilogue
 from .halo_gemm import are_halo_blocks, fits_halo, halo_gemm
+from .held_gemm import are_held_blocks, fits_held, held_gemm
 from .implicit_gemm import implicit_gemm, pointer_blocks, spans_taps
 from .launch_plan import launch
-from .memory_format import empty_image, is_channels_last, pixel_strides
+from .memory_format import empty_image, is_aligned, is_channels_last, pixel_strides
 from .operator import register
-from .product import Choice, Product
+from .product import Choice, Product, on_tensor_cores
 from .row_gemm import fits_rows, row_gemm
 from .split_gemm import MOST_PIXELS, Shortcut, split_gemm
 from .tuned_blocks import tuned_choice
@@ -167,8 +173,8 @@ def launch_unpacked(x, weight, y, channels_last_y, window, groups, precision_of,
     round_x = input_precision == "tf32"
     product = Product(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
     choice = choose(product)
-    by_split = isinstance(choice.blocks, SplitBlocks)
-    packed = channels_last(weight) if by_split else pack_weight(weight, input_precision)
+    few = isinstance(choice.blocks, HeldBlocks | SplitBlocks)
+    packed = channels_last(weight) if few else pack_weight(weight, input_precision)
     run_gemm(product._replace(packed=packed), choice)
 
 
@@ -185,19 +191,19 @@ def choose(product: Product) -> Choice:
 
 
 def default_choice(product: Product) -> Choice:
-    """Picks the form of the product: split among warps for few pixels, by rows, halo, descriptors or pointers."""
+    """Picks the form of the product: held or split for few pixels, by rows, halo, descriptors or pointers."""
     x, packed, y, _, stride, _, dilation, groups, input_precision, round_x, _ = product
     N, C, _, _ = x.shape
     K, P, Q = y.shape[1:]
     R, S = packed.shape[1:3]
-    blocks = split_blocks(N * P * Q, K, C, R * S, x.element_size()) if groups == 1 else None
+    blocks = few_pixels_blocks(product) if groups == 1 else None
     if blocks is not None:
         return Choice(blocks, copies_x=False)
     if fits_rows(C, dilation, groups, x.dtype):
         blocks = row_blocks(N * P * Q, K, R * S * C, x.element_size(), input_precision)
         if blocks is not None:
             return Choice(blocks, copies_x=False)
-    aligned = _is_aligned(x)
+    aligned = is_aligned(x)
     halo = halo_blocks(N, P, Q, C, K, x.element_size(), round_x and aligned)
     if halo is not None and not fetches_with_halo(product):
         halo = None
@@ -218,24 +224,28 @@ def default_choice(product: Product) -> Choice:
     return Choice(blocks, copies_x)
 
 
+def few_pixels_blocks(product: Product) -> HeldBlocks | SplitBlocks | None:
+    """None where there are too many pixels for both forms."""
+    x, K = product.x, product.y.shape[1]
+    sizes = product.y[:, 0].numel(), K, x.shape[1], math.prod(product.packed.shape[1:3]), x.element_size()
+    blocks = held_blocks(*sizes)
+    return blocks if blocks is not None and fits_held(product) else split_blocks(*sizes)
+
+
 def fetches_by_descriptors(product: Product) -> bool:
     """Whether a product is one of the tensor cores' whose x, once it is channels_last, descriptors can fetch."""
     x = product.x
-    on_tensor_cores = x.element_size() == 2 or product.input_precision != "ieee"
-    fits = on_tensor_cores and fits_descriptors(x, product.y.shape[1], product.stride, product.groups)
+    fits = on_tensor_cores(x, product.input_precision)
+    fits = fits and fits_descriptors(x, product.y.shape[1], product.stride, product.groups)
     return fits and _has_aligned_residual(product)
 
 
 def fetches_with_halo(product: Product) -> bool:
     """Whether a product is one of the tensor cores', of a 3x3 filter, that makes a channels_last y from boxes of x."""
     x, packed, y, channels_last_y, *window, groups, input_precision, _, _ = product
-    on_tensor_cores = x.element_size() == 2 or input_precision == "tf32"
-    fits = on_tensor_cores and channels_last_y and fits_halo(x, y.shape[1], packed.shape[1:3], *window, groups)
+    fits = x.element_size() == 2 or input_precision == "tf32"
+    fits = fits and channels_last_y and fits_halo(x, y.shape[1], packed.shape[1:3], *window, groups)
     return fits and _has_aligned_residual(product)
-
-
-def _is_aligned(x: torch.Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
 
 
 def _has_aligned_residual(product: Product) -> bool:
@@ -250,16 +260,18 @@ def can_run(product: Product, choice: Choice) -> bool:
     if isinstance(blocks, SplitBlocks):
         few = product.y[:, 0].numel() < MOST_PIXELS
         return few and product.groups == 1 and x.element_size() <= 4 and C % blocks.BLOCK_K == 0
+    if isinstance(blocks, HeldBlocks):
+        return fits_held(product) and are_held_blocks(blocks, product)
     if isinstance(blocks, RowBlocks):
         return fits_rows(C, product.dilation, product.groups, x.dtype)
     if isinstance(blocks, HaloBlocks):
         fits = fetches_with_halo(product) and are_halo_blocks(blocks, product.y.shape, C, x.element_size())
-        return fits and (choice.copies_x or _is_aligned(x))
+        return fits and (choice.copies_x or is_aligned(x))
     if isinstance(blocks, DescriptorBlocks):
         rounds = product.round_x and not choice.copies_x
         forms = {"tf32x3": [False], "tf32": [False] if rounds else [False, True]}.get(product.input_precision, [True])
         fits = fetches_by_descriptors(product) and blocks.SWAPPED in forms and C % blocks.BLOCK_K == 0
-        return fits and (choice.copies_x or _is_aligned(x))
+        return fits and (choice.copies_x or is_aligned(x))
     return True
 
 
@@ -273,6 +285,9 @@ def run_gemm(product: Product, choice: Choice) -> None:
         return
     if isinstance(blocks, DescriptorBlocks):
         descriptor_gemm(x, packed, y, channels_last_y, *window, input_precision, epilogue, blocks)
+        return
+    if isinstance(blocks, HeldBlocks):
+        held_gemm(x, packed[-y.shape[1] :], y, *window, input_precision, round_x, epilogue, blocks)
         return
     y_strides = pixel_strides(y, channels_last_y)
     if isinstance(blocks, SplitBlocks):
@@ -408,8 +423,7 @@ def _launch_with_shortcut(x, packed, *arguments) -> torch.Tensor:
     scale, bias, shortcut, shortcut_packed, shortcut_scale, shortcut_bias, relu, kernel_size = arguments[:8]
     *window, shortcut_stride, precision, rounded, shortcut_precision, shortcut_rounded, round_y = arguments[8:]
     y = _output_with_shortcut(x, packed, *arguments)
-    N, K, P, Q = y.shape
-    blocks = split_blocks(N * P * Q, K, x.shape[1], kernel_size[0] * kernel_size[1], x.element_size())
+    K = y.shape[1]
     second = Shortcut(
         shortcut,
         shortcut_packed[-K:],
@@ -421,8 +435,16 @@ def _launch_with_shortcut(x, packed, *arguments) -> torch.Tensor:
     )
     round_x = precision == "tf32" and not rounded
     epilogue = Epilogue(scale, bias, None, relu, round_y)
-    strides = pixel_strides(y, True)
-    split_gemm(x, packed[-K:], y, strides, *window, precision, round_x, epilogue, blocks, second)
+    product = Product(x, packed, y, True, *window, 1, precision, round_x, epilogue)
+    blocks = few_pixels_blocks(product)
+    fits = is_aligned(shortcut) and on_tensor_cores(shortcut, shortcut_precision)
+    if isinstance(blocks, HeldBlocks) and not (fits and shortcut.shape[1] % blocks.BLOCK_K == 0):
+        blocks = split_blocks(y[:, 0].numel(), K, x.shape[1], math.prod(kernel_size), x.element_size())
+    operands = x, packed[-K:], y
+    if isinstance(blocks, HeldBlocks):
+        held_gemm(*operands, *window, precision, round_x, epilogue, blocks, second)
+    else:
+        split_gemm(*operands, pixel_strides(y, True), *window, precision, round_x, epilogue, blocks, second)
     return y
 
 

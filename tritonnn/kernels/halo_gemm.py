@@ -14,7 +14,6 @@ well.
 import functools
 
 import torch
-import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,9 +31,7 @@ from .block_sizes import HaloBlocks, ceil_div
 from .dependent_launch import dependent_launch, wait_for_predecessor
 from .epilogue import Epilogue
 from .launch_plan import launch
-
-VERIFIED = "3.6."
-"""Gluon is experimental: the versions of Triton in which this kernel's results were checked."""
+from .verified import gluon_is_verified
 
 
 @gluon.jit
@@ -520,9 +517,7 @@ def fits_halo(
         return False
     if C * x.element_size() % 128 != 0 or out_channels % 64 != 0 or H * W * max(C, out_channels) >= 2**31:
         return False
-    if triton.knobs.runtime.interpret or not triton.__version__.startswith(VERIFIED):
-        return False
-    return torch.cuda.get_device_capability(x.device) == (9, 0)
+    return gluon_is_verified(x.device)
 
 
 def are_halo_blocks(blocks: HaloBlocks, output: torch.Size, C: int, element_size: int) -> bool:

@@ -21,6 +21,11 @@ def is_channels_last(x: torch.Tensor) -> bool:
     return True
 
 
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether x [N, C, H, W] is dense in channels_last and begins at a multiple of 16 bytes."""
+    return x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0
+
+
 def empty_image(shape: tuple[int, int, int, int], like: torch.Tensor, channels_last: bool, dtype=None) -> torch.Tensor:
     """An uninitialised [N, C, H, W] tensor on the device and, unless `dtype` says otherwise, of the type of `like`."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from .block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, RowBlocks, SplitBlocks, ceil_div
+from .block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, HeldBlocks, RowBlocks, SplitBlocks, ceil_div
 from .epilogue import Epilogue
 from .window import output_size
 
-Blocks = SplitBlocks | HaloBlocks | DescriptorBlocks | RowBlocks | GemmBlocks
+Blocks = HeldBlocks | SplitBlocks | HaloBlocks | DescriptorBlocks | RowBlocks | GemmBlocks
 FORMS: dict[str, type[Blocks]] = {
+    "held": HeldBlocks,
     "split": SplitBlocks,
     "halo": HaloBlocks,
     "descriptors": DescriptorBlocks,
@@ -20,6 +21,11 @@ FORMS: dict[str, type[Blocks]] = {
     "pointers": GemmBlocks,
 }
 """Blocks are of as many numbers as those of no other form: tuples are compared by what they hold."""
+
+
+def on_tensor_cores(x: torch.Tensor, input_precision: str) -> bool:
+    """Whether products of x are those of the tensor cores."""
+    return x.element_size() == 2 or input_precision != "ieee"
 
 
 class Product(NamedTuple):
@@ -55,7 +61,7 @@ class Choice(NamedTuple):
         if isinstance(blocks, HaloBlocks):
             notes += [f"{blocks.X_SLOTS} + {blocks.W_SLOTS} slots", f"{blocks.PROGRAMS} a multiprocessor"]
             notes += ["staged in a slot" if blocks.IN_SLOT else "staged"] * blocks.STAGED
-        else:
+        elif not isinstance(blocks, HeldBlocks):
             notes += [f"{blocks.num_stages} stages"]
         natural = isinstance(blocks, DescriptorBlocks) and not blocks.SWAPPED
         notes += ["natural"] * natural + ["x copied"] * self.copies_x

@@ -396,7 +396,7 @@ def split_gemm(
         *padding,
         *dilation,
         **epilogue.flags,
-        **_flags(shortcut),
+        **shortcut_flags(shortcut),
         **dependent_launch(x),
         INPUT_PRECISION=input_precision,
         ROUND_X=round_x,
@@ -424,7 +424,7 @@ NO_SHORTCUT = {
 }
 
 
-def _flags(shortcut: Shortcut | None) -> dict[str, object]:
+def shortcut_flags(shortcut: Shortcut | None) -> dict[str, object]:
     """The kernel's constexpr arguments."""
     if shortcut is None:
         return NO_SHORTCUT

@@ -1,0 +1,437 @@
+"""Convolution of few pixels, all that a program needs held in registers: for Hopper GPUs.
+
+    y[n, p, q, k] = relu(bias[k] + residual[n, p, q, k] + shortcut[n, p, q, k] + scale[k]
+                         * sum over r, s, c of x[n, p*stride + r*dilation - padding, ..., c] * weight[k, r, s, c])
+
+The reduction is split among the warps of a program, as in split_gemm.py, but nothing is fetched ahead: a thread loads
+its part of both operands at once, in the order in which the tensor cores take them, and waits once. x is read through
+L1, where the windows of a program overlap. Images are channels_last.
+"""
+
+import torch
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from .arithmetic import add, round_to_tf32, split_to_tf32
+from .block_sizes import HELD_PIXELS, MOST_HELD, HeldBlocks, ceil_div, held_registers
+from .dependent_launch import dependent_launch
+from .epilogue import Epilogue
+from .launch_plan import launch
+from .memory_format import is_aligned
+from .product import Product, on_tensor_cores
+from .split_gemm import MOST_PIXELS, Shortcut, quotient, shortcut_flags
+from .verified import gluon_is_verified
+
+OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# The assembler would move arithmetic of addresses behind the wait, where nothing hides it, and loads between the
+# products, which would wait for one after the other; it moves neither over a branch. This one is never taken.
+UNLESS = gl.constexpr("{ .reg .pred none; setp.lt.s32 none, $1, 1; @none bra PASSED; ")
+PASSED = gl.constexpr("; PASSED: mov.b32 $0, 0; }")
+
+
+@gluon.jit
+def wait_in_place(DEPENDENT: gl.constexpr, count):
+    """`wait_for_predecessor`; what stands before it stays there. `count` is positive."""
+    if DEPENDENT:
+        asm: gl.constexpr = UNLESS + "griddepcontrol.wait" + PASSED
+        gl.inline_asm_elementwise(asm, "=r,r", [count], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def start_in_place(DEPENDENT: gl.constexpr, count):
+    """`start_successor`; what stands before it stays there. `count` is positive."""
+    if DEPENDENT:
+        asm: gl.constexpr = UNLESS + "griddepcontrol.launch_dependents" + PASSED
+        gl.inline_asm_elementwise(asm, "=r,r", [count], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def spread(LENGTH: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """0 .. LENGTH - 1 along one of three dimensions."""
+    if DIM == 0:
+        along: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
+        index = gl.expand_dims(gl.expand_dims(gl.arange(0, LENGTH, along), 1), 2)
+    elif DIM == 1:
+        along: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))
+        index = gl.expand_dims(gl.expand_dims(gl.arange(0, LENGTH, along), 0), 2)
+    else:
+        along: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
+        index = gl.expand_dims(gl.expand_dims(gl.arange(0, LENGTH, along), 0), 1)
+    return index
+
+
+@gluon.jit
+def pixels_of(m, PIXELS, Q, inverse_of_pixels, inverse_of_q, ONE_IMAGE: gl.constexpr):
+    """(image, row, column) of the output pixels of number m."""
+    n = 0 * m if ONE_IMAGE else quotient(m, inverse_of_pixels)
+    pixel = m - n * PIXELS
+    p = quotient(pixel, inverse_of_q)
+    return n, p, pixel - p * Q
+
+
+@gluon.jit
+def load_weights(
+    weight_ptr,
+    first_channel,
+    REDUCTION: gl.constexpr,
+    SLICES: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """For each step [SLICES, BLOCK_K, BLOCK_N] of weight [K, REDUCTION]."""
+    STEPS: gl.constexpr = (REDUCTION + SLICES * BLOCK_K - 1) // (SLICES * BLOCK_K)
+    offs_k = spread(SLICES, 0, LAYOUT) * BLOCK_K + spread(BLOCK_K, 1, LAYOUT)
+    weight_ptrs = weight_ptr + ((first_channel + spread(BLOCK_N, 2, LAYOUT)) * REDUCTION + offs_k)
+    weights = ()
+    for step in gl.static_range(STEPS):
+        first = step * SLICES * BLOCK_K
+        if (step + 1) * SLICES * BLOCK_K <= REDUCTION:
+            weight = gl.load(weight_ptrs + first)
+        else:
+            inside = spread(SLICES, 0, LAYOUT) * BLOCK_K < REDUCTION - first
+            weight = gl.load(weight_ptrs + first, mask=inside, other=0.0)
+        weights = weights + (weight,)
+    return weights
+
+
+@gluon.jit
+def places_of_x(
+    x_ptr,
+    n,
+    h_first,
+    w_first,
+    inside,
+    H,
+    W,
+    stride_n,
+    stride_h,
+    stride_w,
+    C: gl.constexpr,
+    R: gl.constexpr,
+    S: gl.constexpr,
+    DILATION_H: gl.constexpr,
+    DILATION_W: gl.constexpr,
+    PADDED: gl.constexpr,
+    SLICES: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """For each step the pointers [SLICES, BLOCK_M, BLOCK_K] and masks [SLICES, BLOCK_M, 1] of its part of x.
+
+    n, h_first, w_first, where the windows begin, and inside, whether they are to be read: [1, BLOCK_M, 1].
+    """
+    BLOCKS_C: gl.constexpr = C // BLOCK_K
+    BLOCKS: gl.constexpr = R * S * BLOCKS_C
+    STEPS: gl.constexpr = (BLOCKS + SLICES - 1) // SLICES
+    offs_x = n * stride_n + h_first * stride_h + w_first * stride_w
+    x_ptrs = x_ptr + (offs_x + spread(BLOCK_K, 2, LAYOUT))  # [1, BLOCK_M, BLOCK_K]
+    places = ()
+    for step in gl.static_range(STEPS):
+        block = step * SLICES + spread(SLICES, 0, LAYOUT)
+        tap = block // BLOCKS_C
+        r = tap // S * DILATION_H
+        s = tap % S * DILATION_W
+        mask = inside & (block < BLOCKS)
+        if PADDED:
+            # Without a sign what lies before the image lies far behind it.
+            h = (h_first + r).to(gl.uint32, bitcast=True)
+            w = (w_first + s).to(gl.uint32, bitcast=True)
+            mask = mask & (h < H) & (w < W)
+        places = places + ((x_ptrs + (r * stride_h + s * stride_w + block % BLOCKS_C * BLOCK_K), mask),)
+    return places
+
+
+@gluon.jit
+def load_all(places):
+    """What is at all places, 0 where the mask forbids it."""
+    STEPS: gl.constexpr = len(places)
+    loaded = ()
+    for step in gl.static_range(STEPS):
+        loaded = loaded + (gl.load(places[step][0], mask=places[step][1], other=0.0),)
+    return loaded
+
+
+@gluon.jit
+def held_product(xs, weights, INPUT_PRECISION: gl.constexpr, ROUND_X: gl.constexpr, LAYOUT: gl.constexpr):
+    """[SLICES, BLOCK_M, BLOCK_N]: the sums of each warp's products, in two chains, as each waits for itself."""
+    STEPS: gl.constexpr = len(xs)
+    SHAPE: gl.constexpr = (xs[0].shape[0], xs[0].shape[1], weights[0].shape[2])
+    acc = gl.zeros(SHAPE, gl.float32, LAYOUT)
+    other = gl.zeros(SHAPE, gl.float32, LAYOUT)
+    for step in gl.static_range(STEPS):
+        x, weight = xs[step], weights[step]
+        if INPUT_PRECISION == "tf32x3":
+            x_high, x_low = split_to_tf32(x)
+            weight_high, weight_low = split_to_tf32(weight)
+            # The small products may all be added up in the tensor core, whose sums are truncated.
+            other = mma_v2(x_low, weight_high, other, input_precision="tf32")
+            other = mma_v2(x_high, weight_low, other, input_precision="tf32")
+            high = mma_v2(x_high, weight_high, gl.zeros(SHAPE, gl.float32, LAYOUT), input_precision="tf32")
+            acc = add(acc, high)
+        else:
+            if ROUND_X:
+                x = round_to_tf32(x)
+            if INPUT_PRECISION == "tf32":
+                weight = round_to_tf32(weight)
+            if step % 2 == 0:
+                acc = mma_v2(x, weight, acc, input_precision=INPUT_PRECISION)
+            else:
+                other = mma_v2(x, weight, other, input_precision=INPUT_PRECISION)
+    return acc + other
+
+
+@gluon.jit
+def held_gemm_forward_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    shortcut_ptr,
+    shortcut_weight_ptr,
+    shortcut_scale_ptr,
+    shortcut_bias_ptr,
+    y_ptr,
+    M,
+    H,
+    W,
+    PIXELS,
+    Q,
+    inverse_of_pixels,
+    inverse_of_q,
+    x_stride_n,
+    x_stride_h,
+    x_stride_w,
+    shortcut_stride_n,
+    shortcut_stride_h,
+    shortcut_stride_w,
+    C: gl.constexpr,
+    K: gl.constexpr,
+    R: gl.constexpr,
+    S: gl.constexpr,
+    STRIDE_H: gl.constexpr,
+    STRIDE_W: gl.constexpr,
+    PADDING_H: gl.constexpr,
+    PADDING_W: gl.constexpr,
+    DILATION_H: gl.constexpr,
+    DILATION_W: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    HAS_SHORTCUT: gl.constexpr,
+    HAS_SHORTCUT_SCALE: gl.constexpr,
+    HAS_SHORTCUT_BIAS: gl.constexpr,
+    SHORTCUT_C: gl.constexpr,
+    SHORTCUT_STRIDE_H: gl.constexpr,
+    SHORTCUT_STRIDE_W: gl.constexpr,
+    SHORTCUT_PRECISION: gl.constexpr,
+    ROUND_SHORTCUT: gl.constexpr,
+    RELU: gl.constexpr,
+    INPUT_PRECISION: gl.constexpr,
+    ROUND_X: gl.constexpr,
+    ROUND_Y: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+    ONE_IMAGE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """A program owns BLOCK_M of M = N * PIXELS output pixels x BLOCK_N output channels; PIXELS = P * Q.
+
+    weight is [K, R, S, C], contiguous; C is a multiple of BLOCK_K, K of BLOCK_N; the residual and y [N, P, Q, K] are
+    contiguous. The shortcut is a second image under a filter of one tap and no padding, whose products are added.
+    """
+    BLOCKS_N: gl.constexpr = K // BLOCK_N
+    SLICES: gl.constexpr = num_warps
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8])
+    K_WIDTH: gl.constexpr = BLOCK_K // 8
+    LAYOUT_X: gl.constexpr = gl.DotOperandLayout(0, MMA, K_WIDTH)
+    LAYOUT_W: gl.constexpr = gl.DotOperandLayout(1, MMA, K_WIDTH)
+    # Of the sums each thread adds up those of all warps at two places.
+    PAIRS: gl.constexpr = BLOCK_N // 2
+    TOTAL: gl.constexpr = gl.BlockedLayout([SLICES, 1, 2], [1, 32 // PAIRS, PAIRS], [1, num_warps, 1], [2, 1, 0])
+    OUT: gl.constexpr = gl.SliceLayout(0, TOTAL)
+
+    tile = gl.program_id(0)
+    first_pixel = tile // BLOCKS_N * BLOCK_M
+    first_channel = tile % BLOCKS_N * BLOCK_N
+    offs_n = first_channel + gl.arange(0, BLOCK_N, gl.SliceLayout(0, OUT))
+    offs_m = first_pixel + gl.arange(0, BLOCK_M, gl.SliceLayout(1, OUT))
+    m = first_pixel + spread(BLOCK_M, 1, LAYOUT_X)
+    inside = m < M
+    n, p, q = pixels_of(m, PIXELS, Q, inverse_of_pixels, inverse_of_q, ONE_IMAGE)
+    places = places_of_x(
+        x_ptr,
+        n,
+        p * STRIDE_H - PADDING_H,
+        q * STRIDE_W - PADDING_W,
+        inside,
+        H,
+        W,
+        x_stride_n,
+        x_stride_h,
+        x_stride_w,
+        C,
+        R,
+        S,
+        DILATION_H,
+        DILATION_W,
+        PADDING_H > 0 or PADDING_W > 0,
+        SLICES,
+        BLOCK_K,
+        LAYOUT_X,
+    )
+    if HAS_SHORTCUT:
+        shortcut_places = places_of_x(
+            shortcut_ptr,
+            n,
+            p * SHORTCUT_STRIDE_H,
+            q * SHORTCUT_STRIDE_W,
+            inside,
+            0,
+            0,
+            shortcut_stride_n,
+            shortcut_stride_h,
+            shortcut_stride_w,
+            SHORTCUT_C,
+            1,
+            1,
+            1,
+            1,
+            False,
+            SLICES,
+            BLOCK_K,
+            LAYOUT_X,
+        )
+    offs_y = gl.expand_dims(offs_m * K, 1) + gl.expand_dims(offs_n, 0)
+    mask_y = gl.expand_dims(offs_m < M, 1)
+
+    wait_in_place(DEPENDENT, M)
+    xs = load_all(places)
+    weights = load_weights(weight_ptr, first_channel, R * S * C, SLICES, BLOCK_N, BLOCK_K, LAYOUT_W)
+    if HAS_SHORTCUT:
+        shortcuts = load_all(shortcut_places)
+        shortcut_weights = load_weights(
+            shortcut_weight_ptr, first_channel, SHORTCUT_C, SLICES, BLOCK_N, BLOCK_K, LAYOUT_W
+        )
+    if HAS_SCALE:
+        scale = gl.load(scale_ptr + first_channel + spread(BLOCK_N, 2, MMA))
+    if HAS_SHORTCUT_SCALE:
+        shortcut_scale = gl.load(shortcut_scale_ptr + first_channel + spread(BLOCK_N, 2, MMA))
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + offs_n)
+    if HAS_SHORTCUT_BIAS:
+        shortcut_bias = gl.load(shortcut_bias_ptr + offs_n)
+    if HAS_RESIDUAL:
+        residual = gl.load(residual_ptr + offs_y, mask=mask_y, other=0.0)
+    start_in_place(DEPENDENT, M)  # it has few programs, and these, too, leave room for it
+    acc = held_product(xs, weights, INPUT_PRECISION, ROUND_X, MMA)
+    if HAS_SCALE:
+        acc *= scale
+    if HAS_SHORTCUT:
+        second = held_product(shortcuts, shortcut_weights, SHORTCUT_PRECISION, ROUND_SHORTCUT, MMA)
+        if HAS_SHORTCUT_SCALE:
+            second *= shortcut_scale
+        acc += second
+    sums = gl.allocate_shared_memory(
+        gl.float32, [SLICES, BLOCK_M, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]), acc
+    )
+    total = gl.sum(sums.load(TOTAL), 0)
+    if HAS_BIAS:
+        total += gl.expand_dims(bias, 0)
+    if HAS_SHORTCUT_BIAS:
+        total += gl.expand_dims(shortcut_bias, 0)
+    if HAS_RESIDUAL:
+        total += residual.to(gl.float32)
+    if RELU:
+        total = gl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ROUND_Y:
+        total = round_to_tf32(total)
+    gl.store(y_ptr + offs_y, total.to(y_ptr.dtype.element_ty), mask=mask_y)
+
+
+def held_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    input_precision: str,
+    round_x: bool,
+    epilogue: Epilogue,
+    blocks: HeldBlocks,
+    shortcut: Shortcut | None = None,
+) -> None:
+    """Fills y [N, K, P, Q] from x [N, C, H, W], both channels_last, and weight [K, R, S, C], contiguous.
+
+    Rounded or not: the kernel rounds the weight. The other arguments are those of `implicit_gemm`.
+    """
+    N, C, H, W = x.shape
+    K, P, Q = y.shape[1:]
+    M = N * P * Q
+    launch(
+        held_gemm_forward_kernel,
+        (ceil_div(M, HELD_PIXELS) * (K // blocks.BLOCK_N),),
+        x,
+        weight,
+        *epilogue[:3],
+        *(shortcut[:4] if shortcut else [None] * 4),
+        y,
+        M,
+        H,
+        W,
+        P * Q,
+        Q,
+        1 / (P * Q),
+        1 / Q,
+        *_strides(x),
+        *(_strides(shortcut.x) if shortcut else [0] * 3),
+        C,
+        K,
+        *weight.shape[1:3],
+        *stride,
+        *padding,
+        *dilation,
+        **epilogue.flags,
+        **shortcut_flags(shortcut),
+        **dependent_launch(x),
+        INPUT_PRECISION=input_precision,
+        ROUND_X=round_x,
+        ONE_IMAGE=N == 1,
+        BLOCK_M=HELD_PIXELS,
+        **blocks._asdict(),
+    )
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Of images, rows and columns of x [N, C, H, W], channels_last, even where a size is 1."""
+    _, C, H, W = x.shape
+    return H * W * C, W * C, C
+
+
+def fits_held(product: Product) -> bool:
+    """Whether this kernel makes that product and was verified here."""
+    x, y, residual = product.x, product.y, product.epilogue.residual
+    if product.groups > 1 or not product.channels_last_y or x.dtype not in OPERANDS:
+        return False
+    if not on_tensor_cores(x, product.input_precision):
+        return False
+    if not is_aligned(x) or (residual is not None and residual.data_ptr() % 16 != 0):
+        return False
+    few = y[:, 0].numel() < MOST_PIXELS and max(x.numel(), y.numel(), product.packed.numel()) < 2**31
+    return few and gluon_is_verified(x.device)
+
+
+def are_held_blocks(blocks: HeldBlocks, product: Product) -> bool:
+    """Whether the kernel can be compiled with them, registers permitting."""
+    _, R, S, C = product.packed.shape
+    size = product.x.element_size()
+    divided = C % blocks.BLOCK_K == 0 and product.y.shape[1] % blocks.BLOCK_N == 0
+    return divided and blocks.BLOCK_K * size in (64, 128) and held_registers(blocks, R * S * C, size) <= MOST_HELD
