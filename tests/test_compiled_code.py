@@ -6,6 +6,7 @@ longer saw that one of them is 1, and every load took one element: ten times slo
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -27,6 +28,11 @@ SPLIT |= dict(SPLITS=4, SLICES=2, BLOCK_M=16, BLOCK_N=16)
 SPLIT |= dict(HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False)
 SPLIT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
 SPLIT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
+HELD = FILTER | EPILOGUE | dict(C=128, K=128, INPUT_PRECISION="ieee", ROUND_X=False, ONE_IMAGE=True, BLOCK_M=16)
+HELD |= dict(HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False)
+HELD |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
+HELD |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, BLOCK_N=16, BLOCK_K=64, num_warps=8)
+HELD_SPLIT = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
 DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAPPED=True, FLUSH=8)
 DESCRIPTORS |= dict(HAS_RESIDUAL=True, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee")
 HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, ROUND_AHEAD=False, WHOLE=True, MASKED=False)
@@ -98,6 +104,14 @@ KERNELS = {
         dict(C=3, PADDING=3, ROUND_TO_TF32=True, BLOCK_H=4, BLOCK_W=256, BLOCK_C=4, odd=("H", "W", "rows", "columns")),
     ),
     "conv2d, few pixels": ("split_gemm.split_gemm_forward_kernel", "bf16", LAST, SPLIT | dict(INPUT_PRECISION="ieee")),
+    "conv2d, held": ("held_gemm.held_gemm_forward_kernel", "bf16", LAST, HELD),
+    "conv2d, held, 256 channels": (
+        "held_gemm.held_gemm_forward_kernel",
+        "bf16",
+        LAST,
+        HELD | dict(C=256, K=256, BLOCK_N=8),
+    ),
+    "conv2d, held, float32": ("held_gemm.held_gemm_forward_kernel", "fp32", LAST, HELD | HELD_SPLIT),
     "conv2d, descriptors": ("descriptor_gemm.descriptor_gemm_forward_kernel", "bf16", LAST, DESCRIPTORS),
     "conv2d, descriptors, TF32": (
         "descriptor_gemm.descriptor_gemm_forward_kernel",
@@ -164,11 +178,14 @@ BY_DESCRIPTORS = [name for name in KERNELS if "descriptors" in name]
 COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, rows, float32", *BY_DESCRIPTORS[2:]]
 """Kernels that round or split x in registers, from which the tensor cores then read it."""
 WITH_HALO = [name for name in KERNELS if "halo" in name]
+HELD_KERNELS = [name for name in KERNELS if "held" in name]
 BY_COPY_ENGINE = BY_DESCRIPTORS + WITH_HALO
+FEW_PIXELS = ["conv2d, few pixels", *HELD_KERNELS]
 ROUNDS = [
     *[name for name in WITH_HALO if "rounded" in name],
     "conv2d, TF32",
     "conv2d, float32",
+    "conv2d, held, float32",
     "conv2d, rows, float32",
     "padded rows",
     "conv2d, descriptors, TF32, rounded",
@@ -256,7 +273,7 @@ def test_no_pairs_of_16_bit_integers(name, ptx):
     assert not re.search(r"\.[su]16x2", ptx[name])
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in [*BY_COPY_ENGINE, "conv2d, few pixels"]])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in BY_COPY_ENGINE + FEW_PIXELS])
 def test_stores_take_16_bytes(name, ptx):
     assert re.search(r"st\.global\.v4\.b32", ptx[name])
 
@@ -299,6 +316,24 @@ def test_products_overlap_and_all_fits_the_registers(name, ptx, tmp_path):
     assert "0 bytes spill stores" in said and "serializ" not in said
 
 
+@pytest.mark.parametrize("name", HELD_KERNELS)
+def test_all_is_loaded_before_the_first_product(name, ptx, tmp_path):
+    """16 bytes at a time, as operands of the tensor cores, and behind the wait; nothing of it leaves the registers."""
+    assembled(ptx[name], tmp_path)
+    machine_code = subprocess.run(
+        [disassembler(), tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+    )
+    steps = re.findall(r"ACQBULK|LDG\.E\.128|HMMA|STL|LDL", machine_code.stdout)
+    order = [step for step, before in zip(steps, [None, *steps]) if step != before]
+    assert order == ["ACQBULK", "LDG.E.128", "HMMA"]
+    c = KERNELS[name][3]
+    size = 4 if "float32" in name else 2
+    reductions = 9 * c["C"], c["SHORTCUT_C"]
+    blocks = sum(math.ceil(reduction / (c["BLOCK_K"] * c["num_warps"])) for reduction in reductions)
+    vectors = blocks * c["BLOCK_K"] * (c["BLOCK_M"] + c["BLOCK_N"]) * size // 16
+    assert steps.count("LDG.E.128") == vectors / 32
+
+
 @pytest.mark.parametrize("name", [name for name, (*_, constants) in KERNELS.items() if constants.get("DEPENDENT")])
 def test_dependent_launches_touch_no_tensor_before_they_waited(name, ptx):
     first = re.search(r"(ld|st)\.global|cp\.async|griddepcontrol\.wait", ptx[name])
@@ -323,6 +358,10 @@ def ptxas() -> Path:
     import triton
 
     return Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+
+def disassembler() -> Path:
+    return ptxas().with_name("nvdisasm")
 
 
 class Hopper:

@@ -39,7 +39,13 @@ def start(*args: str) -> subprocess.Popen:
     """train.py on CPUs, with kernels in Triton's interpreter."""
     command = [sys.executable, str(ROOT / "train.py"), *args]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}  # other tests run beside it
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, preexec_fn=heed_ctrl_c, **pipes)
+
+
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores it, and so does what that starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def metrics(version: int = 0, data: str = "digits") -> list[dict[str, str]]:
