@@ -103,9 +103,9 @@ def evaluate(args: Namespace) -> bool:
 
 def allow_tf32(switch: str) -> None:
     if switch != "default":
-        precision = "tf32" if switch == "on" else "ieee"
-        torch.backends.cudnn.conv.fp32_precision = precision
-        torch.backends.cuda.matmul.fp32_precision = precision
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if switch == "on" else "ieee"
+        # Both of PyTorch's switches for this one: Lightning asks for the older, which is an error where they differ.
+        torch.backends.cuda.matmul.allow_tf32 = switch == "on"
 
 
 def next_log_dir(parent: Path) -> Path:
