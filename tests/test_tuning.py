@@ -1,5 +1,6 @@
 """Tuning: what is tried, that nothing wrong is chosen, where choices are kept, and that launches follow them."""
 
+import contextlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from trained import trained
 
 import tritonnn
 from tritonnn import trial as trials
+from tritonnn import tuning
 from tritonnn.candidates import candidates
 from tritonnn.kernels import conv2d, tuned_blocks
 from tritonnn.kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, RowBlocks, SplitBlocks
-from tritonnn.kernels.product import FORMS, Choice, problem_of
+from tritonnn.kernels.product import FORMS, Choice, Problem, problem_of
 from tritonnn.kernels.tuned_blocks import Entry
 from tritonnn.trial import Trial, Wrong, operands
 from tritonnn.tuning import Tuned, TuningReport, fastest, find_problems
@@ -147,6 +149,73 @@ class TestChoosing:
         assert self.choose({DEFAULT: 1.0, POINTERS: 8.0}).choice == POINTERS
         with pytest.raises(Wrong, match="error"):
             self.choose({DEFAULT: 1.0})
+
+
+PLAIN, BIASED, WHOLE = (problem(10, size=4, taps=1, epilogue=steps) for steps in ((), ("bias",), ("bias", "relu")))
+ELSEWHERE = problem(10, size=4, taps=1, k=16)
+
+
+@in_the_interpreter
+class TestFamilies:
+    """`tune`, on a CPU that poses as a GPU, with a clock that is told what to say."""
+
+    @pytest.fixture(autouse=True)
+    def posing(self, monkeypatch):
+        self.compiled, times = [], {DEFAULT: 9.0, POINTERS: 8.0, SPLIT: 5.0}
+        for name in ("device", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+        monkeypatch.setattr(tuning, "_check", lambda inputs: torch.device("cpu", 0))
+        monkeypatch.setattr(tuning, "_candidates", lambda *_: list(times))
+        monkeypatch.setattr(tuning, "_default", lambda *_: DEFAULT)
+        monkeypatch.setattr(tuning, "_compile", lambda jobs, *_: jobs and self.compiled.append(jobs))
+        monkeypatch.setattr(Trial, "clock", lambda self, choice: lambda: times[choice])
+
+    def tune(self, problems: list[Problem], **options: bool) -> TuningReport:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tuning, "find_problems", lambda *_: problems)
+            return tritonnn.tune(nn.Identity(), torch.zeros(1), **options)
+
+    def test_the_longest_epilogue_stands_for_the_others(self):
+        report = self.tune([PLAIN, WHOLE, ELSEWHERE, BIASED])
+        every, two = [DEFAULT, POINTERS, SPLIT], [DEFAULT, SPLIT]
+        assert self.compiled == [{WHOLE: every, ELSEWHERE: every}, {PLAIN: two, BIASED: two}]
+        assert {t.problem: t.choice for t in report.tuned} == dict.fromkeys([WHOLE, ELSEWHERE, PLAIN, BIASED], SPLIT)
+
+    def test_a_choice_from_the_tables_stands_for_others_too(self):
+        self.tune([WHOLE])
+        report = self.tune([WHOLE, PLAIN])
+        assert report.known == {WHOLE} and self.compiled[1:] == [{PLAIN: [DEFAULT, SPLIT]}]
+        self.tune([WHOLE, PLAIN], again=True)
+        assert self.compiled[2:] == [{WHOLE: [DEFAULT, POINTERS, SPLIT]}, {PLAIN: [DEFAULT, SPLIT]}]
+
+    def test_where_that_fails_the_others_keep_their_default(self, monkeypatch):
+        def run(product, choice):
+            conv2d.run_gemm(product, choice)
+            product.y.mul_(1.1 if product.epilogue.relu else 1)
+
+        monkeypatch.setattr(trials, "run_gemm", run)
+        report = self.tune([WHOLE, PLAIN])
+        assert list(report.failed) == [WHOLE] and [(t.problem, t.choice) for t in report.tuned] == [(PLAIN, DEFAULT)]
+
+
+def test_the_bar_starts_again_for_others(monkeypatch):
+    monkeypatch.setattr("rich.progress.Progress.stop", lambda bar: seen.extend(bar.tasks))
+    seen = []
+    with tuning._bar(True) as advance:
+        for total in (2, 2, 3, 3):
+            advance("timing", total)
+    assert [(task.completed, task.total) for task in seen] == [(2, 3)]
+
+
+SHIPPED = Path(tritonnn.__file__).parent / "tables"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_tables_can_be_used(path):
+    entries = tuned_blocks.read(path)
+    assert len(entries) == len(json.loads(path.read_text())["choices"]) > 0
+    assert all(entry.us <= entry.default_us for entry in entries.values())
 
 
 SPLIT_ENTRY, POINTERS_ENTRY = Entry(SPLIT, 5.0, 9.0), Entry(COPIED, 7.25, 8.0)

@@ -104,7 +104,7 @@ HELD_WARPS = [4, 8]
 BARRIERS = 256
 """Bytes of shared memory, at most."""
 MOST_OF_A_FORM = 6
-MOST_BESIDE_OTHERS = 2
+MOST_BESIDE_OTHERS = 1
 MOST_SPLIT_OUTPUTS = 2**19
 
 T = TypeVar("T", bound=Sequence[int])

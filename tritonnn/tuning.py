@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import triton
@@ -30,6 +31,8 @@ MOST_COMPILERS = 16
 SAMPLES, FINAL_SAMPLES, FINALISTS = 2, 5, 3
 FASTER_BY = 0.98
 """What a choice has to take of the default's time to replace it: less than that is noise."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -131,14 +134,15 @@ def tune(
         report.known = set() if again else set(problems) & tuned_blocks.tuned_choices(device.index).keys()
         todo = [problem for problem in problems if problem not in report.known]
         with _bar(progress) as advance, torch.autocast("cuda", enabled=False):
-            jobs = _compile(todo, device, advance)
-            for problem, choices in jobs.items():
-                try:
-                    trial = Trial(problem, device)
-                    report.tuned.append(fastest(trial, choices, trial.clock))
-                except (Wrong, torch.OutOfMemoryError) as error:
-                    report.failed[problem] = str(error)
-                advance("timing", len(jobs))
+            # Problems that differ in their epilogues only are tuned once, with the longest: each further one would
+            # have all candidates compiled again. The others choose between what came of it and their own default.
+            found = {} if again else _by_shape(tuned_blocks.tuned_choices(device.index))
+            heads = set(_by_shape({p: p for p in todo if _shape(p) not in found}).values())
+            _tune({p: _candidates(p, device) for p in todo if p in heads}, device, advance, report)
+            found |= _by_shape({t.problem: t.choice for t in report.tuned})
+            defaults = {p: _default(p, device) for p in todo if p not in heads}
+            others = {p: [*dict.fromkeys((own, found.get(_shape(p), own)))] for p, own in defaults.items()}
+            _tune(others, device, advance, report)
         if report.tuned:
             _keep(report.tuned, device)
     report.seconds = time.perf_counter() - start
@@ -180,29 +184,60 @@ def find_problems(model: nn.Module, inputs: tuple, layers: str | Sequence[str] =
     return list(dict.fromkeys(problems))
 
 
-def _compile(
-    problems: Sequence[Problem], device: torch.device, advance: Callable[[str, int], None]
-) -> dict[Problem, list[Choice]]:
-    """The candidates of each problem, compiled in parallel: compilers let go of Python's lock."""
-    jobs: dict[Problem, list[Choice]] = {}
+def _shape(problem: Problem) -> Problem:
+    return problem._replace(epilogue=())
+
+
+def _by_shape(values: Mapping[Problem, T]) -> dict[Problem, T]:
+    """Of problems that differ in their epilogues only the value of the longest one, the first of several."""
+    longest_last = sorted(reversed(values), key=lambda problem: len(problem.epilogue))
+    return {_shape(problem): values[problem] for problem in longest_last}
+
+
+def _default(problem: Problem, device: torch.device) -> Choice:
+    return default_choice(operands(problem, device)[0])
+
+
+def _candidates(problem: Problem, device: torch.device) -> list[Choice]:
     properties = torch.cuda.get_device_properties(device)
     shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     gpu = Gpu(properties.multi_processor_count, shared_memory)
+    product, _ = operands(problem, device)
+    fits = fetches_by_descriptors(product), fetches_with_halo(product), fits_held(product)
+    return candidates(problem, default_choice(product), *fits, gpu)
+
+
+def _tune(
+    jobs: Mapping[Problem, Sequence[Choice]],
+    device: torch.device,
+    advance: Callable[[str, int], None],
+    report: TuningReport,
+) -> None:
+    """Compiles all choices, and finds each problem's fastest."""
+    _compile(jobs, device, advance)
+    for problem, choices in jobs.items():
+        try:
+            trial = Trial(problem, device)
+            report.tuned.append(fastest(trial, choices, trial.clock))
+        except (Wrong, torch.OutOfMemoryError) as error:
+            report.failed[problem] = str(error)
+        advance("timing", len(jobs))
+
+
+def _compile(
+    jobs: Mapping[Problem, Sequence[Choice]], device: torch.device, advance: Callable[[str, int], None]
+) -> None:
+    """In parallel: compilers let go of Python's lock."""
 
     def run(problem: Problem, choice: Choice) -> None:
         with torch.cuda.device(device), contextlib.suppress(Exception):  # which the trial will meet too
             run_gemm(operands(problem, device)[0], choice)
 
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_COMPILERS)) as pool:
-        for problem in problems:
-            product, _ = operands(problem, device)
-            fits = fetches_by_descriptors(product), fetches_with_halo(product), fits_held(product)
-            jobs[problem] = candidates(problem, default_choice(product), *fits, gpu)
         futures = [pool.submit(run, problem, choice) for problem, choices in jobs.items() for choice in choices]
         for _ in as_completed(futures):
             advance("compiling", len(futures))
     torch.cuda.synchronize()
-    return jobs
 
 
 def fastest(trial: Trial, choices: Sequence[Choice], clock: Callable[[Choice], Callable[[], float]]) -> Tuned:
@@ -267,6 +302,8 @@ def _bar(shown: bool) -> Iterator[Callable[[str, int], None]]:
         def advance(name: str, total: int) -> None:
             if name not in tasks:
                 tasks[name] = progress.add_task(f"Convolutions, {name}", total=total)
+            elif progress.tasks[tasks[name]].finished:  # once more, others
+                progress.reset(tasks[name], total=total)
             progress.advance(tasks[name])
 
         yield advance
