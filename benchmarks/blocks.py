@@ -18,14 +18,22 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.timing import capture, clock  # noqa: E402
-from tritonnn.candidates import HALO_TILES  # noqa: E402
-from tritonnn.kernels.block_sizes import DescriptorBlocks, HaloBlocks, SplitBlocks, ceil_div, splits_of, tile  # noqa: E402
+from tritonnn.candidates import HALO_TILES, HELD_TILES, HELD_WARPS  # noqa: E402
+from tritonnn.kernels.block_sizes import (  # noqa: E402
+    MOST_HELD,
+    DescriptorBlocks,
+    HaloBlocks,
+    HeldBlocks,
+    SplitBlocks,
+    ceil_div,
+    held_registers,
+    splits_of,
+    tile,
+)
 from tritonnn.kernels.channels_last import pack_weight  # noqa: E402
-from tritonnn.kernels.descriptor_gemm import descriptor_gemm  # noqa: E402
+from tritonnn.kernels.conv2d import run_gemm  # noqa: E402
 from tritonnn.kernels.epilogue import Epilogue  # noqa: E402
-from tritonnn.kernels.halo_gemm import halo_gemm  # noqa: E402
-from tritonnn.kernels.memory_format import pixel_strides  # noqa: E402
-from tritonnn.kernels.split_gemm import split_gemm  # noqa: E402
+from tritonnn.kernels.product import Choice, Product  # noqa: E402
 
 PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee", 4e-3),
@@ -36,7 +44,7 @@ PRECISIONS = {
 """Type, input precision, and the largest error of a right result, relative in the 2-norm."""
 
 SAMPLES, WORKERS = 7, 12
-Blocks = DescriptorBlocks | HaloBlocks | SplitBlocks
+Blocks = DescriptorBlocks | HaloBlocks | HeldBlocks | SplitBlocks
 
 
 class Shape(NamedTuple):
@@ -63,7 +71,7 @@ SHAPES = [
 
 
 def candidates(shape: Shape, n: int, precision: str) -> Iterator[Blocks]:
-    """The blocks to try: large tiles over descriptors or with a halo, small ones split among warps for few pixels."""
+    """The blocks to try: large tiles over descriptors or with a halo, small ones held or split for few pixels."""
     dtype, input_precision, _ = PRECISIONS[precision]
     side = shape.size // shape.stride
     line = 128 // dtype.itemsize
@@ -82,6 +90,11 @@ def candidates(shape: Shape, n: int, precision: str) -> Iterator[Blocks]:
                 yield HaloBlocks(tile_n, tile_p, tile_q, block_n, line, *rest)
     pixels = n * side * side
     if pixels * shape.out_channels <= 2**19:
+        for _, block_n in HELD_TILES:
+            for warps in HELD_WARPS:
+                blocks = HeldBlocks(block_n, line, warps)
+                if held_registers(blocks, 9 * shape.in_channels, dtype.itemsize) <= MOST_HELD:
+                    yield blocks
         for block_m, block_n in ((16, 8), (16, 16), (16, 32), (32, 32)):
             for slices, warps, stages in ((4, 4, 3), (4, 4, 4), (8, 4, 3), (8, 8, 3), (8, 8, 4), (16, 8, 3)):
                 tiles = ceil_div(pixels, block_m) * ceil_div(shape.out_channels, block_n)
@@ -114,20 +127,12 @@ class Problem:
         return torch.ops.aten.cudnn_convolution_relu(self.x, self.weight, self.bias, *self.window, 1)
 
     def ours(self, blocks: Blocks) -> Callable[[], Tensor]:
-        K = self.y.shape[1]
-        weight = self.packed[2 * K :] if isinstance(blocks, SplitBlocks) and len(self.packed) == 3 * K else self.packed
-
-        epilogue = Epilogue(bias=self.bias, relu=True)
+        rounds = self.input_precision == "tf32" and isinstance(blocks, HeldBlocks | SplitBlocks)
+        settings = *self.window, 1, self.input_precision, rounds, Epilogue(bias=self.bias, relu=True)
+        product = Product(self.x, self.packed, self.y, True, *settings)
 
         def call() -> Tensor:
-            if isinstance(blocks, DescriptorBlocks):
-                operands = self.x, weight, self.y, True, *self.window
-                descriptor_gemm(*operands, self.input_precision, epilogue, blocks)
-            elif isinstance(blocks, HaloBlocks):
-                halo_gemm(self.x, weight, self.y, False, epilogue, blocks)
-            else:
-                operands = self.x, weight, self.y, pixel_strides(self.y, True), *self.window
-                split_gemm(*operands, self.input_precision, self.input_precision == "tf32", epilogue, blocks)
+            run_gemm(product, Choice(blocks, copies_x=False))
             return self.y
 
         return call
