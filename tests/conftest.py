@@ -49,5 +49,19 @@ def blocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def on_hopper(blocks_of_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forms and blocks are chosen as on an H100 or H200."""
+    """Forms and blocks are chosen as on an H100 or H200 with the Triton for which kernels were verified."""
+    import triton
+
+    from tritonnn.kernels import verified
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(verified, "VERSIONS", triton.__version__)
+
+
+@pytest.fixture
+def hopper() -> None:
+    """Skips where kernels in Gluon were not verified."""
+    from tritonnn.kernels.verified import VERSIONS, gluon_is_verified
+
+    if not gluon_is_verified(torch.device("cuda", 0)):
+        pytest.skip(f"needs a Hopper GPU and Triton {VERSIONS}")

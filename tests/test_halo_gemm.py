@@ -105,10 +105,6 @@ NOT_CHOSEN = {
 
 @pytest.mark.usefixtures("on_hopper")
 class TestChoice:
-    @pytest.fixture(autouse=True)
-    def any_triton(self, monkeypatch):
-        monkeypatch.setattr(verified, "VERSIONS", triton.__version__)
-
     @pytest.mark.parametrize("name", CHOSEN)
     def test_default_where_it_was_measured(self, name):
         sizes, blocks = CHOSEN[name]
@@ -324,12 +320,6 @@ def convolved(x: Tensor, weight: Tensor) -> Tensor:
     """In float64, of operands that are rounded to TF32 if they are float32; zeros are padded, and multiplied."""
     x, weight = (tf32(t) if t.dtype == torch.float32 else t for t in (x, weight))
     return F.conv2d(F.pad(x.double(), (1, 1, 1, 1)), weight.double())
-
-
-@pytest.fixture
-def hopper():
-    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(verified.VERSIONS):
-        pytest.skip("needs a Hopper GPU and the Triton for which the kernel was written")
 
 
 @pytest.mark.gpu

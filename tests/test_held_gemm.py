@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import triton
 from compare import image, tf32, worst_image
 from problems import product
 from torch import Tensor
@@ -40,10 +39,6 @@ OTHERS = {
 
 @pytest.mark.usefixtures("on_hopper")
 class TestChoice:
-    @pytest.fixture(autouse=True)
-    def any_triton(self, monkeypatch):
-        monkeypatch.setattr(verified, "VERSIONS", triton.__version__)
-
     @pytest.mark.parametrize("name", CHOSEN)
     def test_default_for_one_image(self, name):
         sizes, blocks = CHOSEN[name]
@@ -164,12 +159,6 @@ class Convolution:
         assert worst_image(y, self.exact()) < self.limit
         for _ in range(3):  # the same bits every time: no race
             assert torch.equal(self(), y)
-
-
-@pytest.fixture
-def hopper():
-    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(verified.VERSIONS):
-        pytest.skip("needs a Hopper GPU and the Triton for which the kernel was written")
 
 
 @pytest.mark.gpu
