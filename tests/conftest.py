@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,15 @@ def hopper() -> None:
 
     if not gluon_is_verified(torch.device("cuda", 0)):
         pytest.skip(f"needs a Hopper GPU and Triton {VERSIONS}")
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No tables but those of the test; the folder of the user's."""
+    from tritonnn.kernels import tuned_blocks
+
+    monkeypatch.setenv("TRITONNN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuned_blocks, "SHIPPED", tmp_path / "shipped")
+    tuned_blocks.forget()
+    yield tmp_path / "cache"
+    tuned_blocks.forget()

@@ -3,8 +3,9 @@
 import torch
 
 from tritonnn.candidates import Gpu
+from tritonnn.kernels.block_sizes import GemmBlocks, SplitBlocks
 from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.product import Problem, Product
+from tritonnn.kernels.product import Choice, Problem, Product
 from tritonnn.kernels.window import output_size
 
 H200 = Gpu(132, 232448)
@@ -42,6 +43,11 @@ PROBLEMS = {
     "strict float32, one image": problem(1, 128, 16, 128, input_precision="tf32x3"),
     "linear": problem(128, 512, 1, 10, 1, **HALF),
 }
+
+SPLIT = Choice(SplitBlocks(1, 4, 16, 16, 32, 4, 1), False)
+POINTERS = Choice(GemmBlocks(64, 32, 32, 4, 1), False)
+COPIED = Choice(GemmBlocks(128, 32, 64, 4, 1), True)
+DEFAULT = Choice(GemmBlocks(128, 32, 64, 4, 1), False)
 
 
 def product(
