@@ -11,11 +11,10 @@ import tritonnn
 from tritonnn.kernels import conv2d
 from tritonnn.kernels.block_sizes import DescriptorBlocks, SplitBlocks, tile
 from tritonnn.kernels.channels_last import pack_weight
-from tritonnn.kernels.descriptor_gemm import descriptor_gemm, fits_descriptors
+from tritonnn.kernels.descriptor_gemm import fits_descriptors
 from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.implicit_gemm import implicit_gemm
-from tritonnn.kernels.memory_format import pixel_strides
-from tritonnn.kernels.split_gemm import Shortcut, split_gemm
+from tritonnn.kernels.implicit_gemm import pointer_blocks
+from tritonnn.kernels.product import Choice, Product, Shortcut
 
 in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
@@ -143,8 +142,8 @@ WINDOWS = {
 
 def convolved(
     x: torch.Tensor, k: int, kernel_size, stride: int, padding, dilation, channels_last: bool
-) -> tuple[tuple, tuple, Epilogue, torch.Tensor]:
-    """A form's operands (x, weight, y), its window and epilogue, and what is to be in y."""
+) -> tuple[Product, torch.Tensor]:
+    """A product, and what is to be in its y."""
     weight, scale, bias = image(k, x.shape[1], *kernel_size), image(k), image(k)
     exact = F.conv2d(x.double(), weight.double(), None, stride, padding, dilation)
     exact = exact * scale.double()[:, None, None] + bias.double()[:, None, None]
@@ -155,7 +154,8 @@ def convolved(
     y = torch.full(exact.shape, float("nan")).contiguous(memory_format=memory_format)
     window = (stride, stride), padding, dilation
     epilogue = Epilogue(scale, bias, residual, relu=True)
-    return (x, weight.permute(0, 2, 3, 1).contiguous(), y), window, epilogue, exact.relu()
+    packed = weight.permute(0, 2, 3, 1).contiguous()
+    return Product(x, packed, y, channels_last, *window, 1, "ieee", False, epilogue), exact.relu()
 
 
 @in_the_interpreter
@@ -164,11 +164,10 @@ def convolved(
 def test_descriptors(case, channels_last):
     sizes = {"stride": 1, "padding": (0, 0), "dilation": (1, 1)} | WINDOWS[case]
     x = image(*sizes.pop("x"), channels_last=True)
-    operands, window, epilogue, exact = convolved(x, **sizes, channels_last=channels_last)
-    y = operands[2]
-    blocks = DescriptorBlocks(*tile(x.shape[0], *y.shape[2:], 64), 32, 32, True, 4, 1)
-    descriptor_gemm(*operands, channels_last, *window, "ieee", epilogue, blocks)
-    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+    product, exact = convolved(x, **sizes, channels_last=channels_last)
+    blocks = DescriptorBlocks(*tile(x.shape[0], *exact.shape[2:], 64), 32, 32, True, 4, 1)
+    conv2d.run_gemm(product, Choice(blocks, copies_x=False))
+    torch.testing.assert_close(product.y.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @in_the_interpreter
@@ -178,11 +177,9 @@ def test_descriptors(case, channels_last):
 def test_split_among_warps_and_programs(case, channels_last, splits):
     sizes = {"stride": 1, "padding": (0, 0), "dilation": (1, 1)} | WINDOWS[case]
     x = image(*sizes.pop("x"), channels_last=channels_last)
-    operands, window, epilogue, exact = convolved(x, **sizes, channels_last=channels_last)
-    y = operands[2]
-    blocks = SplitBlocks(splits, 8, 16, 16, 32, 4, 1)
-    split_gemm(*operands, pixel_strides(y, channels_last), *window, "ieee", False, epilogue, blocks)
-    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+    product, exact = convolved(x, **sizes, channels_last=channels_last)
+    conv2d.run_gemm(product, Choice(SplitBlocks(splits, 8, 16, 16, 32, 4, 1), copies_x=False))
+    torch.testing.assert_close(product.y.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @in_the_interpreter
@@ -192,7 +189,8 @@ def test_split_among_warps_and_programs(case, channels_last, splits):
 def test_shortcut(stride, splits, input_precision):
     x = image(2, 32, 6, 6, channels_last=True)
     sizes = dict(k=24, kernel_size=(3, 3), stride=1, padding=(1, 1), dilation=(1, 1), channels_last=True)
-    (x, weight, y), window, epilogue, _ = convolved(x, **sizes)
+    product, _ = convolved(x, **sizes)
+    weight, epilogue = product.packed, product.epilogue
     z = image(2, 64, 6 * stride[0] - stride[0] + 1, 6 * stride[1])
     second, scale, bias = image(24, 64, 1, 1), image(24), image(24)
     shortcut = Shortcut(z, second.permute(0, 2, 3, 1).contiguous(), scale, bias, stride, input_precision, False)
@@ -201,9 +199,9 @@ def test_shortcut(stride, splits, input_precision):
     )
     exact += scale.double()[:, None, None] * F.conv2d(z.double(), second.double(), stride=stride)
     exact = (exact + (epilogue.bias + bias).double()[:, None, None] + epilogue.residual.double()).relu()
-    blocks = SplitBlocks(splits, 4, 16, 16, 32, 4, 1)
-    split_gemm(x, weight, y, pixel_strides(y, True), *window, input_precision, False, epilogue, blocks, shortcut)
-    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+    product = product._replace(input_precision=input_precision, shortcut=shortcut)
+    conv2d.run_gemm(product, Choice(SplitBlocks(splits, 4, 16, 16, 32, 4, 1), copies_x=False))
+    torch.testing.assert_close(product.y.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @in_the_interpreter
@@ -253,13 +251,13 @@ def test_precision_of_operands(input_precision, form):
     rounds = input_precision == "tf32"
     if form == "descriptors":
         blocks = DescriptorBlocks(2, 4, 8, 32, 32, False, 4, 1)
-        descriptor_gemm(x, packed, y, True, *window, input_precision, Epilogue(), blocks)
     elif form == "split among warps":
         blocks = SplitBlocks(1, 4, 16, 16, 32, 4, 1)
-        as_it_is = pack_weight(weight, "ieee")
-        split_gemm(x, as_it_is, y, pixel_strides(y, True), *window, input_precision, rounds, Epilogue(), blocks)
+        packed = pack_weight(weight, "ieee")  # as it is
     else:
-        implicit_gemm(x, packed, y, pixel_strides(y, True), *window, 1, input_precision, rounds, Epilogue())
+        blocks = pointer_blocks(2 * 6 * 6, 24, 64, 9, 4, input_precision)
+    product = Product(x, packed, y, True, *window, 1, input_precision, rounds, Epilogue())
+    conv2d.run_gemm(product, Choice(blocks, copies_x=False))
     assert float((y.double() - exact).norm() / exact.norm()) < 3e-7
 
 

@@ -8,7 +8,7 @@ from problems import product
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonnn.kernels import conv2d, halo_gemm, verified
+from tritonnn.kernels import conv2d, verified
 from tritonnn.kernels.block_sizes import (
     DescriptorBlocks,
     GemmBlocks,
@@ -18,7 +18,8 @@ from tritonnn.kernels.block_sizes import (
 )
 from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.product import Choice
+from tritonnn.kernels.halo_gemm import halo_gemm
+from tritonnn.kernels.product import Choice, Product
 
 HALF_64, HALF_128 = (
     HaloBlocks(1, 8, 32, 64, 64, 2, 4, True, True, 4, 2),
@@ -305,13 +306,18 @@ def usual_blocks(x: Tensor, K: int) -> HaloBlocks:
     return HALF_64 if dtype.itemsize == 2 else TF32_64
 
 
+def launch(x: Tensor, packed: Tensor, y: Tensor, round_x: bool, epilogue: Epilogue, blocks: HaloBlocks) -> None:
+    input_precision = "tf32" if x.dtype == torch.float32 else "ieee"
+    halo_gemm(Product(x, packed, y, True, (1, 1), (1, 1), (1, 1), 1, input_precision, round_x, epilogue), blocks)
+
+
 def run(x: Tensor, weight: Tensor, round_x: bool, epilogue: Epilogue, blocks: HaloBlocks | None = None) -> Tensor:
     """y, in the middle of memory of which nothing else may be written."""
     (N, _, H, W), K = x.shape, weight.shape[0]
     memory = torch.full((N * K * H * W + 2 * GUARD,), float("nan"), dtype=x.dtype, device=x.device)
     y = memory[GUARD:-GUARD].view(N, H, W, K).permute(0, 3, 1, 2)
     packed = pack_weight(weight, "tf32" if x.dtype == torch.float32 else "ieee")
-    halo_gemm.halo_gemm(x, packed, y, round_x, epilogue, blocks or usual_blocks(x, K))
+    launch(x, packed, y, round_x, epilogue, blocks or usual_blocks(x, K))
     assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all()
     return y
 
@@ -412,7 +418,7 @@ class TestOnAGpu:
         def chain() -> None:
             for i in range(6):
                 source, y = images[0] if i == 0 else images[1 + i % 2], images[2 - i % 2]
-                halo_gemm.halo_gemm(source, packed, y, False, Epilogue(residual=images[0], round_y=True), blocks)
+                launch(source, packed, y, False, Epilogue(residual=images[0], round_y=True), blocks)
 
         chain()
         torch.cuda.synchronize()

@@ -11,8 +11,7 @@ from tritonnn.kernels import conv2d, verified
 from tritonnn.kernels.block_sizes import MOST_HELD, HeldBlocks, SplitBlocks, held_blocks, held_registers
 from tritonnn.kernels.epilogue import Epilogue
 from tritonnn.kernels.held_gemm import held_gemm
-from tritonnn.kernels.product import Choice
-from tritonnn.kernels.split_gemm import Shortcut
+from tritonnn.kernels.product import Choice, Product, Shortcut
 
 F32 = dict(dtype=torch.float32)
 STRICT = F32 | dict(input_precision="tf32x3")
@@ -135,22 +134,16 @@ class Convolution:
         y = y if residual is None else y + residual.double()
         return y.relu() if relu else y
 
-    def __call__(self, x: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, y: Tensor) -> Product:
+        rounds = self.precision == "tf32"
+        return Product(x, weight, y, True, *self.window, 1, self.precision, rounds, self.epilogue, self.shortcut)
+
+    def __call__(self) -> Tensor:
         N, K, P, Q = self.exact().shape
         memory = torch.full((N * P * Q * K + 2 * GUARD,), float("nan"), dtype=self.dtype, device=self.x.device)
         y = memory[GUARD:-GUARD].view(N, P, Q, K).permute(0, 3, 1, 2)
         weight = self.weight.permute(0, 2, 3, 1).contiguous()
-        held_gemm(
-            self.x if x is None else x,
-            weight,
-            y,
-            *self.window,
-            self.precision,
-            self.precision == "tf32",
-            self.epilogue,
-            self.blocks(),
-            self.shortcut,
-        )
+        held_gemm(self.product(self.x, weight, y), self.blocks())
         assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all()
         return y
 
@@ -216,12 +209,12 @@ class TestOnAGpu:
         convolution = Convolution(precision, **SHAPES[shape])
         blocks, weight = convolution.blocks(), convolution.weight.permute(0, 2, 3, 1).contiguous()
         images = [convolution.x, torch.empty_like(convolution.x), torch.empty_like(convolution.x)]
+        convolution.epilogue = Epilogue(residual=images[0])
 
         def chain() -> None:
             for i in range(24):
                 x, y = images[0] if i == 0 else images[1 + i % 2], images[2 - i % 2]
-                epilogue = Epilogue(residual=images[0])
-                held_gemm(x, weight, y, *convolution.window, convolution.precision, False, epilogue, blocks)
+                held_gemm(convolution.product(x, weight, y), blocks)
 
         chain()
         torch.cuda.synchronize()

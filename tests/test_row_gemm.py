@@ -144,10 +144,10 @@ def test_padded_rows(padding, columns, round_to_tf32):
 def test_the_compiler_can_see_that_loads_are_aligned(stride, padding, monkeypatch):
     """Strides are 1, which is compiled in, or multiples of 16; what a step to the next pixel takes is a constant."""
     seen = []
-    monkeypatch.setattr(row_gemm, "implicit_gemm", lambda *args: seen.extend(args))
+    monkeypatch.setattr(row_gemm, "implicit_gemm", lambda product, blocks: seen.append(product))
     operands, _ = product(image(2, 3, 15, 18), image(20, 3, 7, 7), (stride, stride), (padding, padding))
     conv2d.run_gemm(operands, Choice(BLOCKS, copies_x=False))
-    windows, taps, _, _, (_, step), *_ = seen
+    windows, taps, (_, step) = seen[0].x, seen[0].packed, seen[0].stride
     assert windows.stride()[1::2] == (1, 1) and step == 4 * stride
     assert windows.stride(0) % 16 == windows.stride(2) % 16 == windows.data_ptr() % 16 == 0
     assert windows.shape[1] == 32 and taps.shape == (20, 7, 1, 32)

@@ -120,7 +120,7 @@ class Trial:
     def copies(self) -> list[Product]:
         """As many copies of the operands as take 1.5 times the L2 cache, the operands themselves if one is enough."""
         if not self._copies:
-            x, packed, y, *rest, epilogue = self.product
+            x, packed, y, epilogue = *self.product[:3], self.product.epilogue
             tensors = [t for t in (x, packed, y, epilogue.residual) if t is not None]
             cache = torch.cuda.get_device_properties(x.device).L2_cache_size
             count = min(math.ceil(1.5 * cache / sum(t.nbytes for t in tensors)), MOST_CALLS)
@@ -128,7 +128,8 @@ class Trial:
             for _ in range(count - 1):
                 residual = None if epilogue.residual is None else epilogue.residual.clone()
                 changed = epilogue._replace(residual=residual)
-                self._copies.append(Product(x.clone(), packed.clone(), y.clone(), *rest, changed))
+                copied = dict(x=x.clone(), packed=packed.clone(), y=y.clone(), epilogue=changed)
+                self._copies.append(self.product._replace(**copied))
         return self._copies
 
     @staticmethod

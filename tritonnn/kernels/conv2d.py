@@ -11,8 +11,6 @@ channels is applied by its rows (row_gemm.py). What is left goes by pointers (im
 a filter of its own, so it has a kernel, below.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +19,7 @@ from ..precision import convolution_input_precision, convolutions_in_tf32
 from .arithmetic import accumulator, index_type, round_to, round_to_tf32
 from .block_sizes import (
     DescriptorBlocks,
+    GemmBlocks,
     HaloBlocks,
     HeldBlocks,
     RowBlocks,
@@ -43,9 +42,9 @@ from .implicit_gemm import implicit_gemm, pointer_blocks, spans_taps
 from .launch_plan import launch
 from .memory_format import empty_image, is_aligned, is_channels_last, pixel_strides
 from .operator import register
-from .product import Choice, Product, on_tensor_cores
+from .product import Choice, Product, Shortcut, on_tensor_cores
 from .row_gemm import fits_rows, row_gemm
-from .split_gemm import MOST_PIXELS, Shortcut, split_gemm
+from .split_gemm import MOST_PIXELS, split_gemm
 from .tuned_blocks import tuned_choice
 from .window import output_size
 
@@ -192,7 +191,7 @@ def choose(product: Product) -> Choice:
 
 def default_choice(product: Product) -> Choice:
     """Picks the form of the product: held or split for few pixels, by rows, halo, descriptors or pointers."""
-    x, packed, y, _, stride, _, dilation, groups, input_precision, round_x, _ = product
+    x, packed, y, _, stride, _, dilation, groups, input_precision, round_x, *_ = product
     N, C, _, _ = x.shape
     K, P, Q = y.shape[1:]
     R, S = packed.shape[1:3]
@@ -226,10 +225,11 @@ def default_choice(product: Product) -> Choice:
 
 def few_pixels_blocks(product: Product) -> HeldBlocks | SplitBlocks | None:
     """None where there are too many pixels for both forms."""
-    x, K = product.x, product.y.shape[1]
-    sizes = product.y[:, 0].numel(), K, x.shape[1], math.prod(product.packed.shape[1:3]), x.element_size()
+    x, (N, K, P, Q), (R, S) = product.x, product.y.shape, product.packed.shape[1:3]
+    sizes = N * P * Q, K, x.shape[1], R * S, x.element_size()
     blocks = held_blocks(*sizes)
-    return blocks if blocks is not None and fits_held(product) else split_blocks(*sizes)
+    held = blocks is not None and fits_held(product) and are_held_blocks(blocks, product)
+    return blocks if held else split_blocks(*sizes)
 
 
 def fetches_by_descriptors(product: Product) -> bool:
@@ -242,9 +242,9 @@ def fetches_by_descriptors(product: Product) -> bool:
 
 def fetches_with_halo(product: Product) -> bool:
     """Whether a product is one of the tensor cores', of a 3x3 filter, that makes a channels_last y from boxes of x."""
-    x, packed, y, channels_last_y, *window, groups, input_precision, _, _ = product
-    fits = x.element_size() == 2 or input_precision == "tf32"
-    fits = fits and channels_last_y and fits_halo(x, y.shape[1], packed.shape[1:3], *window, groups)
+    x, packed, y, channels_last_y, *window = product[:8]  # to groups
+    fits = x.element_size() == 2 or product.input_precision == "tf32"
+    fits = fits and channels_last_y and fits_halo(x, y.shape[1], packed.shape[1:3], *window)
     return fits and _has_aligned_residual(product)
 
 
@@ -258,7 +258,7 @@ def can_run(product: Product, choice: Choice) -> bool:
     x, blocks = product.x, choice.blocks
     C = x.shape[1]
     if isinstance(blocks, SplitBlocks):
-        few = product.y[:, 0].numel() < MOST_PIXELS
+        few = product.y.numel() // product.y.shape[1] < MOST_PIXELS
         return few and product.groups == 1 and x.element_size() <= 4 and C % blocks.BLOCK_K == 0
     if isinstance(blocks, HeldBlocks):
         return fits_held(product) and are_held_blocks(blocks, product)
@@ -275,27 +275,22 @@ def can_run(product: Product, choice: Choice) -> bool:
     return True
 
 
+RUN = {
+    HeldBlocks: held_gemm,
+    SplitBlocks: split_gemm,
+    HaloBlocks: halo_gemm,
+    DescriptorBlocks: descriptor_gemm,
+    RowBlocks: row_gemm,
+    GemmBlocks: implicit_gemm,
+}
+
+
 def run_gemm(product: Product, choice: Choice) -> None:
-    x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue = product
-    blocks, copies_x = choice
-    if copies_x:
-        x, round_x = channels_last(x, round_x).permute(0, 3, 1, 2), False
-    if isinstance(blocks, HaloBlocks):
-        halo_gemm(x, packed, y, round_x, epilogue, blocks)
-        return
-    if isinstance(blocks, DescriptorBlocks):
-        descriptor_gemm(x, packed, y, channels_last_y, *window, input_precision, epilogue, blocks)
-        return
-    if isinstance(blocks, HeldBlocks):
-        held_gemm(x, packed[-y.shape[1] :], y, *window, input_precision, round_x, epilogue, blocks)
-        return
-    y_strides = pixel_strides(y, channels_last_y)
-    if isinstance(blocks, SplitBlocks):
-        split_gemm(x, packed[-y.shape[1] :], y, y_strides, *window, input_precision, round_x, epilogue, blocks)
-    elif isinstance(blocks, RowBlocks):
-        row_gemm(x, packed, y, y_strides, *window, input_precision, round_x, epilogue, blocks)
-    else:
-        implicit_gemm(x, packed, y, y_strides, *window, groups, input_precision, round_x, epilogue, blocks)
+    """Fills y."""
+    if choice.copies_x:
+        x = channels_last(product.x, product.round_x).permute(0, 3, 1, 2)
+        product = product._replace(x=x, round_x=False)
+    RUN[type(choice.blocks)](product, choice.blocks)
 
 
 def _launch_depthwise(x, weight, y, channels_last_y, stride, padding, dilation, epilogue) -> None:
@@ -435,16 +430,8 @@ def _launch_with_shortcut(x, packed, *arguments) -> torch.Tensor:
     )
     round_x = precision == "tf32" and not rounded
     epilogue = Epilogue(scale, bias, None, relu, round_y)
-    product = Product(x, packed, y, True, *window, 1, precision, round_x, epilogue)
-    blocks = few_pixels_blocks(product)
-    fits = is_aligned(shortcut) and on_tensor_cores(shortcut, shortcut_precision)
-    if isinstance(blocks, HeldBlocks) and not (fits and shortcut.shape[1] % blocks.BLOCK_K == 0):
-        blocks = split_blocks(y[:, 0].numel(), K, x.shape[1], math.prod(kernel_size), x.element_size())
-    operands = x, packed[-K:], y
-    if isinstance(blocks, HeldBlocks):
-        held_gemm(*operands, *window, precision, round_x, epilogue, blocks, second)
-    else:
-        split_gemm(*operands, pixel_strides(y, True), *window, precision, round_x, epilogue, blocks, second)
+    product = Product(x, packed, y, True, *window, 1, precision, round_x, epilogue, second)
+    run_gemm(product, Choice(few_pixels_blocks(product), copies_x=False))
     return y
 
 

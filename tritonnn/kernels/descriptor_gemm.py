@@ -17,8 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .arithmetic import add_rounded_dot, add_split_dot, round_to, round_to_tf32
 from .block_sizes import FLUSH_STEPS, DescriptorBlocks, ceil_div
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
-from .epilogue import Epilogue
 from .launch_plan import launch
+from .product import Product
 
 
 @triton.jit
@@ -164,34 +164,21 @@ def _pixels(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((N, H, W, C), (H * W * C, W * C, C, 1))
 
 
-def descriptor_gemm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    channels_last: bool,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    input_precision: str,
-    epilogue: Epilogue,
-    blocks: DescriptorBlocks,
-) -> None:
-    """Fills y [N, K, P, Q], `channels_last` or contiguous, from x [N, C, H, W], channels_last; see `implicit_gemm`.
-
-    A residual is channels_last, and then so is y.
-    """
+def descriptor_gemm(product: Product, blocks: DescriptorBlocks) -> None:
+    """x in channels_last (`fits_descriptors`). A residual is in channels_last, and then so is y."""
+    x, weight, y, epilogue = product.x, product.packed, product.y, product.epilogue
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
     R, S = weight.shape[1:3]
     tile_n, tile_p, tile_q, block_n, block_k = blocks[:5]
-    if stride[0] == 1:
+    if product.stride[0] == 1:
         x_desc = TensorDescriptor.from_tensor(_pixels(x), [tile_n, tile_p, tile_q, block_k])
     else:
         x = _pixels(x).view(N, H // 2, 2, W // 2, 2 * C)
         x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k])
     weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
     y_box = [tile_n, tile_p, tile_q, block_n]
-    y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if channels_last else y
+    y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if product.channels_last_y else y
     residual_desc = y_desc
     if epilogue.residual is not None:
         residual_desc = TensorDescriptor.from_tensor(_pixels(epilogue.residual), y_box)
@@ -215,13 +202,13 @@ def descriptor_gemm(
         K,
         R,
         S,
-        stride[0],
-        *padding,
-        *dilation,
+        product.stride[0],
+        *product.padding,
+        *product.dilation,
         **epilogue.flags,
         **dependent_launch(x),
-        INPUT_PRECISION=input_precision,
-        CHANNELS_LAST=channels_last,
+        INPUT_PRECISION=product.input_precision,
+        CHANNELS_LAST=product.channels_last_y,
         FLUSH=FLUSH_STEPS,
         **blocks._asdict(),
     )

@@ -29,8 +29,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .arithmetic import round_to_tf32
 from .block_sizes import HaloBlocks, ceil_div
 from .dependent_launch import dependent_launch, wait_for_predecessor
-from .epilogue import Epilogue
 from .launch_plan import launch
+from .product import Product
 from .verified import gluon_is_verified
 
 
@@ -552,18 +552,9 @@ def _descriptor(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, box, _layout(8 * x.element_size(), len(box)))
 
 
-def halo_gemm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    round_x: bool,
-    epilogue: Epilogue,
-    blocks: HaloBlocks,
-) -> None:
-    """Fills y [N, K, P, Q] from x [N, C, H, W] and weight [K, 3, 3, C], all of them channels_last; float32 in TF32.
-
-    Stride, padding and dilation are 1. `round_x`: x is rounded to TF32 on the way.
-    """
+def halo_gemm(product: Product, blocks: HaloBlocks) -> None:
+    """A 3x3 filter of channels_last images (`fits_halo`), float32 in TF32."""
+    x, weight, y, round_x, epilogue = product.x, product.packed, product.y, product.round_x, product.epilogue
     N, C, _, _ = x.shape
     K, P, Q = y.shape[1:]
     tile_n, tile_p, tile_q, block_n, block_k = blocks[:5]

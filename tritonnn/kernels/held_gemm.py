@@ -17,11 +17,10 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from .arithmetic import add, round_to_tf32, split_to_tf32
 from .block_sizes import HELD_PIXELS, MOST_HELD, HeldBlocks, ceil_div, held_registers
 from .dependent_launch import dependent_launch
-from .epilogue import Epilogue
 from .launch_plan import launch
 from .memory_format import is_aligned
-from .product import Product, on_tensor_cores
-from .split_gemm import MOST_PIXELS, Shortcut, quotient, shortcut_flags
+from .product import Product, on_tensor_cores, shortcut_flags
+from .split_gemm import MOST_PIXELS, quotient
 from .verified import gluon_is_verified
 
 OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
@@ -356,25 +355,12 @@ def held_gemm_forward_kernel(
     gl.store(y_ptr + offs_y, total.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
-def held_gemm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    input_precision: str,
-    round_x: bool,
-    epilogue: Epilogue,
-    blocks: HeldBlocks,
-    shortcut: Shortcut | None = None,
-) -> None:
-    """Fills y [N, K, P, Q] from x [N, C, H, W], both channels_last, and weight [K, R, S, C], contiguous.
-
-    Rounded or not: the kernel rounds the weight. The other arguments are those of `implicit_gemm`.
-    """
+def held_gemm(product: Product, blocks: HeldBlocks) -> None:
+    """All images in channels_last (`fits_held`); the weight need not have been rounded."""
+    x, y, epilogue, shortcut = product.x, product.y, product.epilogue, product.shortcut
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
+    weight = product.packed[-K:]
     M = N * P * Q
     launch(
         held_gemm_forward_kernel,
@@ -396,14 +382,14 @@ def held_gemm(
         C,
         K,
         *weight.shape[1:3],
-        *stride,
-        *padding,
-        *dilation,
+        *product.stride,
+        *product.padding,
+        *product.dilation,
         **epilogue.flags,
         **shortcut_flags(shortcut),
         **dependent_launch(x),
-        INPUT_PRECISION=input_precision,
-        ROUND_X=round_x,
+        INPUT_PRECISION=product.input_precision,
+        ROUND_X=product.round_x,
         ONE_IMAGE=N == 1,
         BLOCK_M=HELD_PIXELS,
         **blocks._asdict(),
@@ -418,14 +404,15 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 def fits_held(product: Product) -> bool:
     """Whether this kernel makes that product and was verified here."""
-    x, y, residual = product.x, product.y, product.epilogue.residual
+    x, y, residual, shortcut = product.x, product.y, product.epilogue.residual, product.shortcut
     if product.groups > 1 or not product.channels_last_y or x.dtype not in OPERANDS:
         return False
-    if not on_tensor_cores(x, product.input_precision):
+    images = [(x, product.input_precision)] + ([(shortcut.x, shortcut.input_precision)] if shortcut else [])
+    if not all(is_aligned(image) and on_tensor_cores(image, precision) for image, precision in images):
         return False
-    if not is_aligned(x) or (residual is not None and residual.data_ptr() % 16 != 0):
+    if residual is not None and residual.data_ptr() % 16 != 0:
         return False
-    few = y[:, 0].numel() < MOST_PIXELS and max(x.numel(), y.numel(), product.packed.numel()) < 2**31
+    few = y.numel() // y.shape[1] < MOST_PIXELS and max(x.numel(), y.numel(), product.packed.numel()) < 2**31
     return few and gluon_is_verified(x.device)
 
 
@@ -433,5 +420,6 @@ def are_held_blocks(blocks: HeldBlocks, product: Product) -> bool:
     """Whether the kernel can be compiled with them, registers permitting."""
     _, R, S, C = product.packed.shape
     size = product.x.element_size()
-    divided = C % blocks.BLOCK_K == 0 and product.y.shape[1] % blocks.BLOCK_N == 0
+    channels = [C] + ([product.shortcut.x.shape[1]] if product.shortcut else [])
+    divided = all(c % blocks.BLOCK_K == 0 for c in channels) and product.y.shape[1] % blocks.BLOCK_N == 0
     return divided and blocks.BLOCK_K * size in (64, 128) and held_registers(blocks, R * S * C, size) <= MOST_HELD

@@ -10,15 +10,15 @@ The size of the image is no constexpr: one compiled kernel serves all sizes, and
 coordinates it narrowed them to pairs of 16-bit integers, which gave wrong masks on an H200 (triton 3.6).
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from .arithmetic import accumulator, add_rounded_dot, add_split_dot, dot, index_type, round_to, round_to_tf32
 from .block_sizes import FLUSH_STEPS, GemmBlocks, ceil_div, gemm_blocks
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
-from .epilogue import Epilogue
 from .launch_plan import launch
+from .memory_format import pixel_strides
+from .product import Product
 
 
 @triton.jit
@@ -175,31 +175,13 @@ def pointer_blocks(m: int, k: int, c: int, taps: int, element_size: int, input_p
     return gemm_blocks(m, k, taps * c if spans_taps(c, taps) else c, element_size, input_precision)
 
 
-def implicit_gemm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    y_strides: tuple[int, int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    input_precision: str,
-    round_x: bool,
-    epilogue: Epilogue,
-    blocks: GemmBlocks | None = None,
-) -> None:
-    """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and a weight of `pack_weight`.
-
-    `y_strides` are the image, channel and pixel strides of y and of a residual. For a product in TF32 x has been
-    rounded to it, unless `round_x` asks for it here.
-    """
+def implicit_gemm(product: Product, blocks: GemmBlocks) -> None:
+    """Any product."""
+    x, weight, y, groups, epilogue = product.x, product.packed, product.y, product.groups, product.epilogue
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
     R, S = weight.shape[1:3]
     C, K, M = C // groups, K // groups, N * P * Q
-    if blocks is None:
-        blocks = pointer_blocks(M, K, C, R * S, x.element_size(), input_precision)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N) * groups,)
     launch(
         implicit_gemm_forward_kernel,
@@ -214,20 +196,20 @@ def implicit_gemm(
         P * Q,
         Q,
         *x.stride(),
-        *y_strides,
+        *pixel_strides(y, product.channels_last_y),
         C,
         K,
         R,
         S,
-        *stride,
-        *padding,
-        *dilation,
+        *product.stride,
+        *product.padding,
+        *product.dilation,
         **epilogue.flags,
         **dependent_launch(x),
         SPAN_TAPS=spans_taps(C, R * S),
         GROUPS=groups,
-        INPUT_PRECISION=input_precision,
-        ROUND_X=round_x,
+        INPUT_PRECISION=product.input_precision,
+        ROUND_X=product.round_x,
         FLUSH=FLUSH_STEPS,
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),

@@ -28,8 +28,27 @@ def on_tensor_cores(x: torch.Tensor, input_precision: str) -> bool:
     return x.element_size() == 2 or input_precision != "ieee"
 
 
+class Shortcut(NamedTuple):
+    """scale * conv2d(x, weight) + bias, of one tap and no padding, to be added to another convolution.
+
+    x: [N, C, H, W], any strides; weight: [K, 1, 1, C], contiguous, of a type with x; scale, bias: [K], contiguous.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    bias: torch.Tensor | None
+    stride: tuple[int, int]
+    input_precision: str
+    round_x: bool
+
+
 class Product(NamedTuple):
-    """x [N, C, H, W], the weight as `pack_weight` gives it, y [N, K, P, Q] to be filled, and how."""
+    """x [N, C, H, W], the weight as `pack_weight` gives it, y [N, K, P, Q] to be filled, and how.
+
+    y is dense, in channels_last or not; a residual has its strides. In TF32 x has been rounded, unless `round_x` asks
+    for that on the way. Only the forms for few pixels take a shortcut.
+    """
 
     x: torch.Tensor
     packed: torch.Tensor
@@ -42,6 +61,7 @@ class Product(NamedTuple):
     input_precision: str
     round_x: bool
     epilogue: Epilogue
+    shortcut: Shortcut | None = None
 
 
 class Choice(NamedTuple):
@@ -143,3 +163,31 @@ def problem_of(product: Product) -> Problem | None:
 @functools.lru_cache
 def _steps(*present: bool) -> tuple[str, ...]:
     return tuple(itertools.compress(Epilogue._fields, present))
+
+
+NO_SHORTCUT = {
+    "HAS_SHORTCUT": False,
+    "HAS_SHORTCUT_SCALE": False,
+    "HAS_SHORTCUT_BIAS": False,
+    "SHORTCUT_C": 0,
+    "SHORTCUT_STRIDE_H": 1,
+    "SHORTCUT_STRIDE_W": 1,
+    "SHORTCUT_PRECISION": "ieee",
+    "ROUND_SHORTCUT": False,
+}
+
+
+def shortcut_flags(shortcut: Shortcut | None) -> dict[str, object]:
+    """The kernel's constexpr arguments."""
+    if shortcut is None:
+        return NO_SHORTCUT
+    return {
+        "HAS_SHORTCUT": True,
+        "HAS_SHORTCUT_SCALE": shortcut.scale is not None,
+        "HAS_SHORTCUT_BIAS": shortcut.bias is not None,
+        "SHORTCUT_C": shortcut.x.shape[1],
+        "SHORTCUT_STRIDE_H": shortcut.stride[0],
+        "SHORTCUT_STRIDE_W": shortcut.stride[1],
+        "SHORTCUT_PRECISION": shortcut.input_precision,
+        "ROUND_SHORTCUT": shortcut.round_x,
+    }

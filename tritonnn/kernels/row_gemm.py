@@ -14,9 +14,9 @@ import triton.language as tl
 
 from .arithmetic import index_type, round_to_tf32
 from .block_sizes import ROW_CHANNELS, GemmBlocks, RowBlocks, ceil_div, padded_row_blocks, row_block_k, row_width
-from .epilogue import Epilogue
 from .implicit_gemm import implicit_gemm
 from .launch_plan import launch
+from .product import Product
 
 
 @triton.jit
@@ -88,25 +88,14 @@ def fits_rows(channels: int, dilation: tuple[int, int], groups: int, dtype: torc
     return channels <= ROW_CHANNELS and dilation[1] == 1 and groups == 1 and dtype.itemsize <= 4
 
 
-def row_gemm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    y_strides: tuple[int, int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    input_precision: str,
-    round_x: bool,
-    epilogue: Epilogue,
-    blocks: RowBlocks,
-) -> None:
-    """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and a weight of `pack_weight`; see `implicit_gemm`."""
+def row_gemm(product: Product, blocks: RowBlocks) -> None:
+    """A filter of few channels (`fits_rows`)."""
+    x, weight, y, stride, padding = product.x, product.packed, product.y, product.stride, product.padding
     N, _, H, _ = x.shape
     Q, R, S = y.shape[3], *weight.shape[1:3]
     width = row_width(S)
     columns = ceil_div((Q - 1) * stride[1] + width, 4) * 4  # rows are a multiple of 16 elements: loads take 16 bytes
-    rows = padded_rows(x, padding[1], columns, round_x)
+    rows = padded_rows(x, padding[1], columns, product.round_x)
     taps = padded_rows(weight.permute(0, 3, 1, 2), 0, width).view(-1, R, 1, ROW_CHANNELS * width)
     # Columns are elements, of which pixels are 4 * stride apart: as a stride of the tensor that would be a number of
     # which Triton knows only whether it is a multiple of 16, and loads would take 4 or 8 bytes.
@@ -114,6 +103,12 @@ def row_gemm(
     windows = rows.as_strided(
         (N, ROW_CHANNELS * width, H, length - ROW_CHANNELS * width + 1), (H * length, 1, length, 1)
     )
-    window = (stride[0], ROW_CHANNELS * stride[1]), (padding[0], 0), (dilation[0], 1)
-    gemm_blocks = GemmBlocks(BLOCK_K=row_block_k(S, x.element_size()), **blocks._asdict())
-    implicit_gemm(windows, taps, y, y_strides, *window, 1, input_precision, False, epilogue, gemm_blocks)
+    by_rows = product._replace(
+        x=windows,
+        packed=taps,
+        stride=(stride[0], ROW_CHANNELS * stride[1]),
+        padding=(padding[0], 0),
+        dilation=(product.dilation[0], 1),
+        round_x=False,
+    )
+    implicit_gemm(by_rows, GemmBlocks(BLOCK_K=row_block_k(S, x.element_size()), **blocks._asdict()))

@@ -8,8 +8,6 @@ does one; they are added up at the end, in the same order every time. Of SPLITS 
 to end adds up what all of them found. A shortcut is a second convolution, of one tap.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,8 +15,9 @@ import triton.language as tl
 from .arithmetic import accumulator, add, dot, index_type, round_to, round_to_tf32, split_to_tf32
 from .block_sizes import SplitBlocks, ceil_div
 from .dependent_launch import dependent_launch, start_successor, wait_for_predecessor
-from .epilogue import Epilogue
 from .launch_plan import counters, launch
+from .memory_format import pixel_strides
+from .product import Product, shortcut_flags
 
 MOST_PIXELS = 2**20
 """What the kernel's arithmetic of pixels is right for."""
@@ -327,41 +326,12 @@ def split_gemm_forward_kernel(
         tl.store(y_ptr + offs_y, round_to(total, y_ptr.dtype.element_ty), mask=mask_y)
 
 
-class Shortcut(NamedTuple):
-    """scale * conv2d(x, weight) + bias, of one tap and no padding, to be added to another convolution.
-
-    x: [N, C, H, W], any strides; weight: [K, 1, 1, C], contiguous, of a type with x; scale, bias: [K], contiguous.
-    """
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    scale: torch.Tensor | None
-    bias: torch.Tensor | None
-    stride: tuple[int, int]
-    input_precision: str
-    round_x: bool
-
-
-def split_gemm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    y_strides: tuple[int, int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    input_precision: str,
-    round_x: bool,
-    epilogue: Epilogue,
-    blocks: SplitBlocks,
-    shortcut: Shortcut | None = None,
-) -> None:
-    """Fills y [N, K, P, Q] from x [N, C, H, W], any strides, and weight [K, R, S, C], contiguous, rounded or not.
-
-    The other arguments are those of `implicit_gemm`.
-    """
+def split_gemm(product: Product, blocks: SplitBlocks) -> None:
+    """Any x and y; the weight need not have been rounded."""
+    x, y, epilogue, shortcut = product.x, product.y, product.epilogue, product.shortcut
     N, C, H, W = x.shape
     K, P, Q = y.shape[1:]
+    weight = product.packed[-K:]
     M = N * P * Q
     tiles = ceil_div(M, blocks.BLOCK_M) * ceil_div(K, blocks.BLOCK_N)
     partial = counts = None
@@ -387,19 +357,19 @@ def split_gemm(
         1 / (P * Q),
         1 / Q,
         *x.stride(),
-        *y_strides,
+        *pixel_strides(y, product.channels_last_y),
         *(shortcut.x.stride() if shortcut else [0] * 4),
         C,
         K,
         *weight.shape[1:3],
-        *stride,
-        *padding,
-        *dilation,
+        *product.stride,
+        *product.padding,
+        *product.dilation,
         **epilogue.flags,
         **shortcut_flags(shortcut),
         **dependent_launch(x),
-        INPUT_PRECISION=input_precision,
-        ROUND_X=round_x,
+        INPUT_PRECISION=product.input_precision,
+        ROUND_X=product.round_x,
         ACC=accumulator(x.dtype),
         ONE_IMAGE=N == 1,
         OFFSET=index_type(max(_extent(t) for t in (x, y, weight, shortcut.x if shortcut else x))),
@@ -410,31 +380,3 @@ def split_gemm(
 def _extent(t: torch.Tensor) -> int:
     """No less than the offset of any element."""
     return sum(size * stride for size, stride in zip(t.shape, t.stride()))
-
-
-NO_SHORTCUT = {
-    "HAS_SHORTCUT": False,
-    "HAS_SHORTCUT_SCALE": False,
-    "HAS_SHORTCUT_BIAS": False,
-    "SHORTCUT_C": 0,
-    "SHORTCUT_STRIDE_H": 1,
-    "SHORTCUT_STRIDE_W": 1,
-    "SHORTCUT_PRECISION": "ieee",
-    "ROUND_SHORTCUT": False,
-}
-
-
-def shortcut_flags(shortcut: Shortcut | None) -> dict[str, object]:
-    """The kernel's constexpr arguments."""
-    if shortcut is None:
-        return NO_SHORTCUT
-    return {
-        "HAS_SHORTCUT": True,
-        "HAS_SHORTCUT_SCALE": shortcut.scale is not None,
-        "HAS_SHORTCUT_BIAS": shortcut.bias is not None,
-        "SHORTCUT_C": shortcut.x.shape[1],
-        "SHORTCUT_STRIDE_H": shortcut.stride[0],
-        "SHORTCUT_STRIDE_W": shortcut.stride[1],
-        "SHORTCUT_PRECISION": shortcut.input_precision,
-        "ROUND_SHORTCUT": shortcut.round_x,
-    }
