@@ -2,6 +2,7 @@
 
 from .fusion import FusedNetwork, fuse
 from .fusion_report import FusionReport
+from .kernels.cache_keys import settle_cache_keys
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
 from .layers.batch_norm2d import TritonBatchNorm2d
 from .layers.conv2d import TritonConv2d
@@ -31,3 +32,5 @@ __all__ = [
     "swapped",
     "tune",
 ]
+
+settle_cache_keys()

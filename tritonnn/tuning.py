@@ -4,13 +4,12 @@ Triton's own autotuner does not check results, and keeps none on disk where argu
 """
 
 import contextlib
-import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,6 +17,7 @@ import triton
 from torch import Tensor, nn
 
 from .candidates import Gpu, candidates
+from .compile_ahead import Compilers
 from .fusion import FusedNetwork
 from .kernels import tuned_blocks
 from .kernels.conv2d import default_choice, fetches_by_descriptors, fetches_with_halo, run_gemm
@@ -27,7 +27,6 @@ from .kernels.tuned_blocks import Entry
 from .swap import swapped
 from .trial import WORSE_THAN_DEFAULT, Trial, Wrong, operands
 
-MOST_COMPILERS = 16
 SAMPLES, FINAL_SAMPLES, FINALISTS = 2, 5, 3
 FASTER_BY = 0.98
 """What a choice has to take of the default's time to replace it: less than that is noise."""
@@ -129,20 +128,24 @@ def tune(
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     device = _check(inputs)
     report = TuningReport()
-    with torch.cuda.device(device):
-        problems = find_problems(model, inputs, layers)
+    with torch.cuda.device(device), Compilers() as compilers, _bar(progress) as advance:
+
+        def compile_ahead(calls: Iterable[Callable[[], object]]) -> None:
+            compilers.compile_for(calls, lambda total: advance("compiling", total))
+
+        problems = find_problems(model, inputs, layers, compile_ahead)
         report.known = set() if again else set(problems) & tuned_blocks.tuned_choices(device.index).keys()
         todo = [problem for problem in problems if problem not in report.known]
-        with _bar(progress) as advance, torch.autocast("cuda", enabled=False):
+        with torch.autocast("cuda", enabled=False):
             # Problems that differ in their epilogues only are tuned once, with the longest: each further one would
             # have all candidates compiled again. The others choose between what came of it and their own default.
             found = {} if again else _by_shape(tuned_blocks.tuned_choices(device.index))
             heads = set(_by_shape({p: p for p in todo if _shape(p) not in found}).values())
-            _tune({p: _candidates(p, device) for p in todo if p in heads}, device, advance, report)
+            _tune({p: _candidates(p, device) for p in todo if p in heads}, device, compile_ahead, advance, report)
             found |= _by_shape({t.problem: t.choice for t in report.tuned})
             defaults = {p: _default(p, device) for p in todo if p not in heads}
             others = {p: [*dict.fromkeys((own, found.get(_shape(p), own)))] for p, own in defaults.items()}
-            _tune(others, device, advance, report)
+            _tune(others, device, compile_ahead, advance, report)
         if report.tuned:
             _keep(report.tuned, device)
     report.seconds = time.perf_counter() - start
@@ -163,8 +166,16 @@ def _check(inputs: tuple) -> torch.device:
     return device
 
 
-def find_problems(model: nn.Module, inputs: tuple, layers: str | Sequence[str] = "all") -> list[Problem]:
-    """The distinct problems of one call in eval mode, with these kinds of layers swapped."""
+def find_problems(
+    model: nn.Module,
+    inputs: tuple,
+    layers: str | Sequence[str] = "all",
+    compile_ahead: Callable[[Iterable[Callable[[], object]]], None] = lambda calls: None,
+) -> list[Problem]:
+    """The distinct problems of one call in eval mode, with these kinds of layers swapped.
+
+    `compile_ahead` may compile the kernels of the calls that it is given.
+    """
     training = [module for module in model.modules() if module.training]
     fused = [module for module in model.modules() if isinstance(module, FusedNetwork) and module._graphs is not None]
     graphs = [network._graphs for network in fused]
@@ -173,8 +184,10 @@ def find_problems(model: nn.Module, inputs: tuple, layers: str | Sequence[str] =
             module.training = False
         for network in fused:
             network._graphs = None
-        with tuned_blocks.recording() as problems, torch.no_grad(), swapped(model, layers):
-            model(*inputs)
+        with torch.no_grad(), swapped(model, layers):
+            compile_ahead([partial(model, *inputs)])
+            with tuned_blocks.recording() as problems:
+                model(*inputs)
     finally:
         for module in training:
             module.training = True
@@ -210,11 +223,13 @@ def _candidates(problem: Problem, device: torch.device) -> list[Choice]:
 def _tune(
     jobs: Mapping[Problem, Sequence[Choice]],
     device: torch.device,
+    compile_ahead: Callable[[Iterable[Callable[[], object]]], None],
     advance: Callable[[str, int], None],
     report: TuningReport,
 ) -> None:
     """Compiles all choices, and finds each problem's fastest."""
-    _compile(jobs, device, advance)
+    compile_ahead(_runs(jobs, device))
+    torch.cuda.synchronize()
     for problem, choices in jobs.items():
         try:
             trial = Trial(problem, device)
@@ -224,20 +239,11 @@ def _tune(
         advance("timing", len(jobs))
 
 
-def _compile(
-    jobs: Mapping[Problem, Sequence[Choice]], device: torch.device, advance: Callable[[str, int], None]
-) -> None:
-    """In parallel: compilers let go of Python's lock."""
-
-    def run(problem: Problem, choice: Choice) -> None:
-        with torch.cuda.device(device), contextlib.suppress(Exception):  # which the trial will meet too
-            run_gemm(operands(problem, device)[0], choice)
-
-    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_COMPILERS)) as pool:
-        futures = [pool.submit(run, problem, choice) for problem, choices in jobs.items() for choice in choices]
-        for _ in as_completed(futures):
-            advance("compiling", len(futures))
-    torch.cuda.synchronize()
+def _runs(jobs: Mapping[Problem, Sequence[Choice]], device: torch.device) -> Iterator[Callable[[], None]]:
+    """Calls that run the choices, each on its problem's operands."""
+    for problem, choices in jobs.items():
+        product, _ = operands(problem, device)
+        yield from (partial(run_gemm, product, choice) for choice in choices)
 
 
 def fastest(trial: Trial, choices: Sequence[Choice], clock: Callable[[Choice], Callable[[], float]]) -> Tuned:
