@@ -142,6 +142,17 @@ class TestTables:
         monkeypatch.delenv("XDG_CACHE_HOME")
         assert tuned_blocks.cache_folder() == Path.home() / ".cache/tritonnn"
 
+    def test_the_table_of_a_gpu_with_the_same_chip_comes_last(self, tables, monkeypatch):
+        (ours, theirs), *_ = tuned_blocks.SAME_CHIP.items()
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: [ours, theirs][device])
+        folder = tuned_blocks.SHIPPED
+        tuned_blocks.add(folder / tuned_blocks.file_name(ours), {OTHER: SPLIT_ENTRY})
+        tuned_blocks.add(folder / tuned_blocks.file_name(theirs), {problem(): SPLIT_ENTRY, OTHER: POINTERS_ENTRY})
+        tuned_blocks.add(tables / tuned_blocks.file_name(theirs), {problem(n=7): SPLIT_ENTRY})  # the user's
+        assert tuned_blocks.tuned_choices(0) == {problem(): SPLIT, OTHER: SPLIT}
+        assert tuned_blocks.tuned_choices(0).maps[0] == {OTHER: SPLIT}
+        assert tuned_blocks.tuned_choices(1) == {problem(): SPLIT, OTHER: COPIED, problem(n=7): SPLIT}
+
     def test_the_users_table_precedes_the_shipped_one(self, tables, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
         name = tuned_blocks.file_name("GPU 0")

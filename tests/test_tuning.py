@@ -16,6 +16,8 @@ from tritonnn import trial as trials
 from tritonnn import tuning
 from tritonnn.candidates import candidates
 from tritonnn.kernels import conv2d, tuned_blocks
+from tritonnn.kernels.block_sizes import GemmBlocks
+from tritonnn.kernels.dependent_launch import launches_as_in_graphs
 from tritonnn.kernels.product import Choice, Problem, problem_of
 from tritonnn.trial import Trial, Wrong, operands
 from tritonnn.tuning import Tuned, TuningReport, fastest, find_problems
@@ -169,6 +171,17 @@ class TestFamilies:
         assert report.known == {WHOLE} and self.compiled[1:] == [{PLAIN: [DEFAULT, SPLIT]}]
         self.tune([WHOLE, PLAIN], again=True)
         assert self.compiled[2:] == [{WHOLE: [DEFAULT, POINTERS, SPLIT]}, {PLAIN: [DEFAULT, SPLIT]}]
+
+    def test_what_was_tuned_on_another_gpu_is_tuned_again(self, monkeypatch):
+        monkeypatch.setitem(tuned_blocks.SAME_CHIP, "GPU", "another")
+        path = tuned_blocks.SHIPPED / tuned_blocks.file_name("another")
+        tuned_blocks.add(path, {WHOLE: tuned_blocks.Entry(POINTERS, 1.0, 2.0)})
+        monkeypatch.setattr(tuning, "_check", lambda inputs: mock.Mock(index=0, type="cpu"))
+        monkeypatch.setattr(tuning, "Trial", lambda problem, device: Trial(problem, torch.device("cpu")))
+        monkeypatch.setattr(tuning, "operands", lambda problem, device: operands(problem, torch.device("cpu")))
+        report = self.tune([WHOLE])
+        assert report.known == set() and [(t.problem, t.choice) for t in report.tuned] == [(WHOLE, SPLIT)]
+        assert tuned_blocks.tuned_choices(0)[WHOLE] == SPLIT
 
     def test_where_that_fails_the_others_keep_their_default(self, monkeypatch):
         def run(product, choice):
@@ -337,6 +350,19 @@ class TestOnAGpu:
             report = tritonnn.tune(model, x)
         assert tuned_blocks.tuned_choices(0) == {t.problem: t.choice for t in report.tuned}
 
+    def test_a_candidate_is_compiled_once(self, tmp_path, monkeypatch):
+        """For the graph in which it is timed; it is checked outside."""
+        compiled = []
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **told: compiled.append(told["src"].name))
+        choice = Choice(GemmBlocks(64, 32, 32, 4, 2), False)
+        with launches_as_in_graphs():
+            trial = Trial(problem(c=40, k=56), torch.device(DEVICE.type, 0))
+            compiled.clear()  # what packs the weight
+            trial.check(choice)
+            assert trial.clock(choice)() > 0
+        assert compiled == ["implicit_gemm_forward_kernel"]
+
     def test_not_in_a_capture(self):
         model, x = self.network(torch.bfloat16)
         with (
@@ -352,11 +378,12 @@ class TestOnAGpu:
         default = conv2d.default_choice(product)
         fits = conv2d.fetches_by_descriptors(product), conv2d.fetches_with_halo(product), conv2d.fits_held(product)
         choices = candidates(trial.problem, default, *fits, H200)
-        like, _ = trial.check(default)
         rejected = {}
-        for choice in choices:
-            try:
-                trial.check(choice, like)
-            except triton.runtime.errors.OutOfResources as error:
-                rejected[choice] = str(error)
+        with launches_as_in_graphs():
+            like, _ = trial.check(default)
+            for choice in choices:
+                try:
+                    trial.check(choice, like)
+                except triton.runtime.errors.OutOfResources as error:
+                    rejected[choice] = str(error)
         assert len(rejected) < len(choices) / 2, rejected

@@ -1,17 +1,17 @@
 """Compiles kernels in processes beside each other; Triton keeps them on disk, where the first launch finds them.
 
-Not in threads: Triton's front end is Python, whose lock one thread holds, and compilers in one process wait for each
-other's memory. The processes need no GPU and none of its memory.
+Not in threads, of which one at a time holds Python's lock, as Triton's front end does. The processes need no GPU.
 """
 
 import importlib
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -67,60 +67,53 @@ def _noting_kernels() -> Iterator[dict[Kernel, None]]:
 
 
 class Compilers:
-    """Processes that compile for the current GPU; they start when they are needed, and end with the context."""
+    """Processes that compile for the current GPU until the context ends: one imports PyTorch, the others are its forks.
+
+    They start with the first kernel.
+    """
 
     def __init__(self) -> None:
         self._target = triton.runtime.driver.active.get_current_target()
-        self._thread = threading.local()
-        self._processes: list[subprocess.Popen] = []
-        self._pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_PROCESSES))
+        self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Compilers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-        self._pool.shutdown(cancel_futures=True)
-        for process in self._processes:
-            process.communicate()
+        if self._process is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+            self._process.stdout.close()
 
     def compile_for(self, calls: Iterable[Callable[[], object]], advance: Callable[[int], None]) -> list[str]:
         """Compiles what the calls need, and tells `advance` of each kernel, one of so many. Gives what went wrong.
 
-        An error of the compiler will be met again at the launch.
+        What was not compiled will be at its launch, where an error of the compiler is met again.
         """
-        futures: dict[Kernel, Future[str | None]] = {}
-        for call in calls:
-            for kernel in kernels_of(call):
-                if kernel not in futures:
-                    futures[kernel] = self._pool.submit(self._compile, kernel)
-        for _ in as_completed(futures.values()):
-            advance(len(futures))
-        return [reason for future in futures.values() if (reason := future.result())]
-
-    def _compile(self, kernel: Kernel) -> str | None:
+        kernels: dict[Kernel, None] = {}
+        wrong: list[str] = []
         try:
-            if not hasattr(self._thread, "process"):
-                self._thread.process = self._start()
-            process = self._thread.process
-            _send(kernel, process)
-            return pickle.load(process.stdout)
+            for call in calls:
+                for kernel in kernels_of(call):
+                    if kernel not in kernels:
+                        kernels[kernel] = None
+                        self._send(kernel)
+            for _ in kernels:
+                wrong.append(pickle.load(self._process.stdout))
+                advance(len(kernels))
         except (EOFError, OSError) as error:
-            return f"the compiler's process ended: {error}"
+            wrong.append(f"the compilers ended: {error}")
+        return [reason for reason in wrong if reason]
 
-    def _start(self) -> subprocess.Popen:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        process = subprocess.Popen([sys.executable, "-c", WORK], env=environment, **pipes)
-        self._processes.append(process)
-        _send(self._target, process)
-        return process
-
-
-def _send(what: object, process: subprocess.Popen) -> None:
-    pickle.dump(what, process.stdin)
-    process.stdin.flush()
+    def _send(self, kernel: Kernel) -> None:
+        if self._process is None:
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self._process = subprocess.Popen([sys.executable, "-c", WORK], env=environment, **pipes)
+            pickle.dump(self._target, self._process.stdin)
+        pickle.dump(kernel, self._process.stdin)
+        self._process.stdin.flush()
 
 
 class _Target:
@@ -137,17 +130,30 @@ class _Target:
 
 
 def work() -> None:
-    """A process of `Compilers`: compiles what it is sent, until nobody sends."""
-    replies = os.fdopen(os.dup(1), "wb")
+    """The process of `Compilers`: has compiled what it is sent, until nobody sends."""
+    replies, lock = os.fdopen(os.dup(1), "wb"), threading.Lock()
     os.dup2(2, 1)  # whatever a compiler prints is no reply
-    with suppress(EOFError, KeyboardInterrupt):
-        triton.runtime.driver.set_active(_Target(pickle.load(sys.stdin.buffer)))
-        while True:
-            kernel = pickle.load(sys.stdin.buffer)
-            try:
-                getattr(importlib.import_module(kernel.module), kernel.name).preload(kernel.specialization)
-                reply = None
-            except Exception as error:
-                reply = f"{type(error).__name__}: {error}"
-            pickle.dump(reply, replies)
+
+    def reply(future: Future[str]) -> None:
+        with lock:
+            pickle.dump(str(future.exception() or future.result()), replies)
             replies.flush()
+
+    with suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        triton.runtime.driver.set_active(_Target(pickle.load(sys.stdin.buffer)))
+        processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+        try:
+            while True:
+                pool.submit(_compile, pickle.load(sys.stdin.buffer)).add_done_callback(reply)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _compile(kernel: Kernel) -> str:
+    """What went wrong, in one line; empty where nothing did."""
+    try:
+        getattr(importlib.import_module(kernel.module), kernel.name).preload(kernel.specialization)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return ""

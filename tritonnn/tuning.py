@@ -21,6 +21,7 @@ from .compile_ahead import Compilers
 from .fusion import FusedNetwork
 from .kernels import tuned_blocks
 from .kernels.conv2d import default_choice, fetches_by_descriptors, fetches_with_halo, run_gemm
+from .kernels.dependent_launch import launches_as_in_graphs
 from .kernels.held_gemm import fits_held
 from .kernels.product import Choice, Problem
 from .kernels.tuned_blocks import Entry
@@ -128,18 +129,24 @@ def tune(
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     device = _check(inputs)
     report = TuningReport()
-    with torch.cuda.device(device), Compilers() as compilers, _bar(progress) as advance:
+    with (
+        torch.cuda.device(device),
+        launches_as_in_graphs(),
+        Compilers() as compilers,
+        _bar(progress) as advance,
+    ):
 
         def compile_ahead(calls: Iterable[Callable[[], object]]) -> None:
             compilers.compile_for(calls, lambda total: advance("compiling", total))
 
         problems = find_problems(model, inputs, layers, compile_ahead)
-        report.known = set() if again else set(problems) & tuned_blocks.tuned_choices(device.index).keys()
+        known = {} if again else tuned_blocks.tuned_choices(device.index).maps[0]
+        report.known = set(problems) & known.keys()
         todo = [problem for problem in problems if problem not in report.known]
         with torch.autocast("cuda", enabled=False):
             # Problems that differ in their epilogues only are tuned once, with the longest: each further one would
             # have all candidates compiled again. The others choose between what came of it and their own default.
-            found = {} if again else _by_shape(tuned_blocks.tuned_choices(device.index))
+            found = _by_shape(known)
             heads = set(_by_shape({p: p for p in todo if _shape(p) not in found}).values())
             _tune({p: _candidates(p, device) for p in todo if p in heads}, device, compile_ahead, advance, report)
             found |= _by_shape({t.problem: t.choice for t in report.tuned})

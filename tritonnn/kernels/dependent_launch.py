@@ -4,10 +4,15 @@ Such a kernel touches no tensor before `wait_for_predecessor`, which each of its
 either did the same or was launched when all earlier ones had ended: so they have.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_as_in_graphs = False
 
 
 @triton.jit
@@ -24,9 +29,20 @@ def start_successor(DEPENDENT: tl.constexpr):
         gdc_launch_dependents()
 
 
+@contextmanager
+def launches_as_in_graphs() -> Iterator[None]:
+    """What is tried by the times of graphs is compiled for graphs only: outside them such launches are right too."""
+    global _as_in_graphs
+    before, _as_in_graphs = _as_in_graphs, True
+    try:
+        yield
+    finally:
+        _as_in_graphs = before
+
+
 def dependent_launch(x: torch.Tensor) -> dict[str, bool]:
     """Arguments of a launch on x: outside graphs the host's launches are so far apart that nothing would be gained."""
-    if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    if x.device.type != "cuda" or not (_as_in_graphs or torch.cuda.is_current_stream_capturing()):
         return {"DEPENDENT": False}
     if torch.version.hip or torch.cuda.get_device_capability(x.device) < (9, 0):
         return {"DEPENDENT": False}

@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +25,13 @@ MOST = {"num_stages": 8, "X_SLOTS": 8, "W_SLOTS": 36, "PROGRAMS": 4}
 """Of what need not be a power of 2."""
 MOST_WARPS = 16
 FLAGS = "SWAPPED", "STAGED", "IN_SLOT"
+SAME_CHIP = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
+"""GPUs that differ in their memory only: what was not tuned on the one takes the choices of the other."""
 
 generation = 0
 """Changes whenever choices may: a launch that was planned in an earlier generation is to be planned anew."""
 
-_tables: dict[int, dict[Problem, Choice]] = {}
+_tables: dict[int, ChainMap[Problem, Choice]] = {}
 _recorded: list[Problem] | None = None
 
 
@@ -53,16 +56,23 @@ def tuned_choice(product: Product) -> Choice | None:
     return choices.get(problem)
 
 
-def tuned_choices(device: int) -> dict[Problem, Choice]:
-    """By the index of a GPU; -1, the CPU, has none."""
+def tuned_choices(device: int) -> ChainMap[Problem, Choice]:
+    """By the index of a GPU: first what was tuned on such a GPU, then what was on another; -1, the CPU, has none."""
     choices = _tables.get(device)
     if choices is None:
-        _tables[device] = choices = {}
+        _tables[device] = choices = ChainMap({}, {})
         if device >= 0:
+            gpu = torch.cuda.get_device_name(device)
+            own, others = choices.maps
             for folder in (SHIPPED, cache_folder()):
-                entries = read(folder / file_name(torch.cuda.get_device_name(device)))
-                choices.update((problem, entry.choice) for problem, entry in entries.items())
+                own.update(_choices(folder / file_name(gpu)))
+            if gpu in SAME_CHIP:
+                others.update(_choices(SHIPPED / file_name(SAME_CHIP[gpu])))
     return choices
+
+
+def _choices(path: Path) -> dict[Problem, Choice]:
+    return {problem: entry.choice for problem, entry in read(path).items()}
 
 
 def forget() -> None:
@@ -82,6 +92,7 @@ def recording() -> Iterator[list[Problem]]:
         yield problems
     finally:
         _recorded = None
+        generation += 1
 
 
 def cache_folder() -> Path:
