@@ -23,6 +23,8 @@ CHOSEN = {
     "stride 2": (dict(c=64, side=32, k=128, stride=(2, 2)), HeldBlocks(16, 64, 8)),
     "dilation": (dict(c=128, side=16, padding=(2, 2), dilation=(2, 2)), HeldBlocks(16, 64, 8)),
     "1x1": (dict(c=512, side=8, k=128, taps=1), HeldBlocks(8, 64, 8)),
+    "1x1, 64 channels, stride 2": (dict(c=64, side=32, k=128, taps=1, stride=(2, 2)), HeldBlocks(16, 64, 4)),
+    "1x1, eight images": (dict(n=8, c=64, side=32, k=128, taps=1, stride=(2, 2)), HeldBlocks(32, 64, 4)),
     "96 channels": (dict(c=96, side=16, k=96), HeldBlocks(8, 32, 8)),
     "strict float32": (STRICT | dict(c=128, side=16), HeldBlocks(16, 32, 8)),
     "TF32": (F32 | dict(c=256, side=8, round_x=True), HeldBlocks(8, 32, 8)),
@@ -39,11 +41,12 @@ OTHERS = {
 @pytest.mark.usefixtures("on_hopper")
 class TestChoice:
     @pytest.mark.parametrize("name", CHOSEN)
-    def test_default_for_one_image(self, name):
+    def test_default_for_few_pixels(self, name):
         sizes, blocks = CHOSEN[name]
-        choice = conv2d.default_choice(product(n=1, **sizes))
+        operands = product(**dict(n=1) | sizes)
+        choice = conv2d.default_choice(operands)
         assert choice == Choice(blocks, copies_x=False)
-        assert conv2d.can_run(product(n=1, **sizes), choice)
+        assert conv2d.can_run(operands, choice)
 
     @pytest.mark.parametrize("name", OTHERS)
     def test_other_images_are_split(self, name):
@@ -90,6 +93,8 @@ SHAPES = {
     "wide stride, no padding": dict(n=2, c=64, size=(17, 12), stride=(3, 2), padding=(0, 0)),
     "dilation": dict(c=128, size=(11, 13), padding=(2, 3), dilation=(2, 3)),
     "1x1": dict(n=2, c=512, k=128, size=(7, 7), taps=(1, 1), padding=(0, 0)),
+    "1x1, 64 channels, stride 2": dict(c=64, k=128, size=(32, 32), taps=(1, 1), stride=(2, 2), padding=(0, 0)),
+    "1x1, 32 channels": dict(n=3, c=32, k=8, size=(5, 7), taps=(1, 1), padding=(0, 0)),
     "3x5": dict(c=64, k=24, size=(9, 9), taps=(3, 5), padding=(1, 2)),
     "96 channels": dict(c=96, size=(14, 14)),
 }

@@ -160,7 +160,8 @@ def gemm_blocks(m: int, n: int, k: int, element_size: int, input_precision: str)
     """For a product of [m, k] and [k, n]; `k` is the length over which a block of the reduction is contiguous.
 
     In bfloat16 ResNet18's convolution of 128 channels takes 149 us with 4 warps, 158 with 8 (H200, 1,024 images). Tiles
-    of float32 are small: what they hold twice, rounded or split and not, would not fit the registers.
+    of float32 are small: what they hold twice, rounded or split and not, would not fit the registers. Without tensor
+    cores ("ieee") they hold it once: the first layer takes 235 us for 354 with 64 pixels (H100, 1,024 images).
     """
     if triton.knobs.runtime.interpret:
         block_n, block_k = _power_of_2(n, 1, 1024), _power_of_2(k, 1, 1024)
@@ -168,8 +169,8 @@ def gemm_blocks(m: int, n: int, k: int, element_size: int, input_precision: str)
     block_k = _power_of_2(k, 16, 128 // element_size)  # 128 bytes: one line of shared memory
     if element_size == 8:
         return GemmBlocks(_power_of_2(m, 16, 64), _power_of_2(n, 16, 32), block_k, 4, 2)
-    block_m = _power_of_2(m, 16, 128 if element_size == 2 else 64)
-    block_n = _power_of_2(n, 16, 128 if input_precision != "tf32x3" else 64)
+    once, strict = element_size == 2 or input_precision == "ieee", element_size == 4 and input_precision != "tf32"
+    block_m, block_n = _power_of_2(m, 16, 128 if once else 64), _power_of_2(n, 16, 64 if strict else 128)
     while block_m > 16 and ceil_div(m, block_m) * ceil_div(n, block_n) < ENOUGH_PROGRAMS:
         block_m //= 2
     return GemmBlocks(block_m, block_n, block_k, 4, 3)
@@ -231,15 +232,17 @@ def held_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> HeldBlo
     """For so few pixels that a program's whole reduction fits its registers; None where it does not.
 
     Measured on an H200 on ResNet18's layers of one image (`benchmarks/results`): that a thread loads 16 bytes at a time
-    is worth more than that no warp is idle in the last step. Eight warps take 46.7 us over the network, four 48.2.
+    is worth more than that no warp is idle in the last step. Eight warps take 46.7 us over the network, four 48.2. A
+    reduction of a few steps takes four, and pays for more pixels: 1x1, 64 to 128 channels, one image of 32x32 in
+    bfloat16 1.3 us for 2.0 by pointers, strict float32 1.7 for 3.0, eight images 2.8 for 3.4 (H100).
     """
-    block_k = math.gcd(c, 128 // element_size)
-    if block_k * element_size < 64 or taps * c < 256 or m * n > 2**17 or n % 8 != 0:
+    block_k, short = math.gcd(c, 128 // element_size), taps * c < 256
+    if block_k * element_size < 64 or m * n > (2**18 if short else 2**17) or n % 8 != 0:
         return None
     for block_n in (32, 16, 8):
         if n % block_n == 0 and ceil_div(m, HELD_PIXELS) * (n // block_n) >= ENOUGH_PROGRAMS:
             break
-    blocks = HeldBlocks(block_n, block_k, 8)
+    blocks = HeldBlocks(block_n, block_k, 4 if short else 8)
     return blocks if held_registers(blocks, taps * c, element_size) <= MOST_HELD else None
 
 
@@ -248,7 +251,8 @@ def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitB
     """For so few pixels that larger tiles would leave multiprocessors idle; None where there are enough of them.
 
     Measured on an H200 in ResNet18 on one image (`benchmarks/results`): to wait for other programs costs 2 us, which is
-    less than what it saves only where even the least tiles are few, on 512 channels.
+    less than what it saves only where even the least tiles are few, on 512 channels. Of 512 features to 10 classes a
+    second tile, of padding, would take longer than it looks: 2.0 us for 2.7 with one image (H100, bfloat16).
     """
     block_k = math.gcd(c, 128 // element_size)
     if triton.knobs.runtime.interpret or element_size == 8 or block_k < 16 or taps * c < 256:
@@ -257,7 +261,7 @@ def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitB
         return None
     blocks_k, splits, slices = taps * c // block_k, 1, 4
     if taps * c <= 512:  # a step or two
-        block_m, block_n, slices = 16, 16, 8
+        block_m, block_n, slices = 16, 8 if n <= 16 and element_size == 2 else 16, 8
     else:
         for block_m, block_n in ((16, 32), (16, 16), (16, 8)):
             if ceil_div(m, block_m) * ceil_div(n, block_n) >= ENOUGH_PROGRAMS:
@@ -294,26 +298,36 @@ def tile(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
     return min(((pixels // a // b, a, b) for a in powers for b in powers if a * b <= pixels), key=waste)
 
 
+PAIRED = 128, 4, 3
+"""BLOCK_N, warps and stages of which two programs run on a multiprocessor. One alone loads too late.
+
+On an H100, 128 images, a program a multiprocessor: bfloat16, 128 to 256 channels, stride 2, 12.7 us, with a fourth
+stage 9.8; strict float32, 512 channels, 145, with half as many columns and a fourth stage 102.
+"""
+
+
 @functools.lru_cache
 def descriptor_blocks(
     n: int, p: int, q: int, k: int, reduction: int, element_size: int, swapped: bool
 ) -> DescriptorBlocks:
     """For y [n, p, q, k] as sums of `reduction` products, in the swapped or the natural form.
 
-    Measured on an H200 over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results).
+    Measured on an H200, and on an H100, over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results).
     """
     half = element_size == 2
     if not swapped:
-        shapes = [(64, 64, 4, 3)] if k <= 64 else [(64, 128, 4, 3), (64, 64, 4, 3)]
+        shapes = [(64, 64, 4, 3)] if k <= 64 else [(64, 128, 4, 3), (64, 64, 4, 4)]
     elif k <= 64:
         shapes = [(256, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)] if half else [(128, 64, 4, 4), (64, 64, 4, 4)]
     elif half and reduction <= 1152:
-        shapes = [(128, 128, 4, 3), (64, 128, 4, 4), (64, 64, 4, 4)]
+        shapes = [(128, 128, 4, 3), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
     else:
         shapes = [(256, 128, 8, 3 if half else 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
-    # The largest tiles that keep most multiprocessors busy.
-    fills = (s for s in shapes if ceil_div(n * p * q, s[0]) * ceil_div(k, s[1]) >= ENOUGH_PROGRAMS)
-    block_m, block_n, num_warps, num_stages = next(fills, shapes[-1])
+    # The largest tiles that keep most multiprocessors busy, those of pairs all of them.
+    for block_m, block_n, num_warps, num_stages in shapes:
+        least = MULTIPROCESSORS + 1 if (block_n, num_warps, num_stages) == PAIRED else ENOUGH_PROGRAMS
+        if ceil_div(n * p * q, block_m) * ceil_div(k, block_n) >= least:
+            break
     box = tile(n, p, q, block_m)
     return DescriptorBlocks(*box, block_n, 128 // element_size, swapped, num_warps, num_stages)
 
