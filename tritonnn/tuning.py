@@ -48,8 +48,8 @@ class Tuned:
     rejected: Mapping[Choice, str]
 
     @property
-    def wrong(self) -> int:
-        return sum(reason.startswith("wrong") for reason in self.rejected.values())
+    def wrong(self) -> dict[Choice, str]:
+        return {choice: reason for choice, reason in self.rejected.items() if reason.startswith("wrong")}
 
 
 @dataclass
@@ -76,7 +76,7 @@ class TuningReport:
         if not self.tuned:
             return f"no convolution was tuned{known}{failed}"
         us, default_us = sum(t.us for t in self.tuned), sum(t.default_us for t in self.tuned)
-        tried, wrong = sum(t.tried for t in self.tuned), sum(t.wrong for t in self.tuned)
+        tried, wrong = sum(t.tried for t in self.tuned), sum(len(t.wrong) for t in self.tuned)
         return (
             f"{len(self.tuned)} convolutions tuned in {self.seconds:.0f} s: {us:.1f} us together, by default "
             f"{default_us:.1f}; {tried} candidates, {wrong} of them wrong{known}{failed}"
@@ -85,7 +85,7 @@ class TuningReport:
     def __str__(self) -> str:
         rows = [("convolution", "default us", "tuned us", "tried", "wrong", "choice")]
         rows += [
-            (str(t.problem), f"{t.default_us:.1f}", f"{t.us:.1f}", str(t.tried), str(t.wrong), str(t.choice))
+            (str(t.problem), f"{t.default_us:.1f}", f"{t.us:.1f}", str(t.tried), str(len(t.wrong)), str(t.choice))
             for t in self.tuned
         ]
         widths = [max(map(len, column)) for column in zip(*rows)]
@@ -97,6 +97,8 @@ class TuningReport:
             for row in rows
         ]
         lines = lines if self.tuned else []
+        wrong = ((t.problem, choice, reason) for t in self.tuned for choice, reason in t.wrong.items())
+        lines += [f"{problem}: {choice}: {reason}" for problem, choice, reason in wrong]
         lines += [f"{problem}: {reason}" for problem, reason in self.failed.items()]
         return "\n".join([*(line.rstrip() for line in lines), self.summary])
 
