@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from compare import image
 from torch import nn
-from trained import trained
+from trained import small, trained
 from triton.backends.compiler import GPUTarget
 
 import tritonnn
@@ -124,6 +124,25 @@ def test_others_are_left_alone(found):
 
 def test_plans_that_were_made_meanwhile_are_forgotten(found):
     assert found["generations"] == 1
+
+
+def test_layers_give_zeros():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, return_indices=True))
+    x, seen = image(1, 3, 6, 6), []
+    with tritonnn.swapped(layers):
+        compile_ahead.kernels_of(lambda: seen.extend((*layers(x), x + 1)))
+        pooled, indices, of_pytorch = seen
+        assert not pooled.any() and not indices.any() and torch.equal(of_pytorch, x + 1)
+        assert all(part.any() for part in layers(x))
+
+
+def test_a_fused_network_gives_zeros_and_stays_right():
+    model, x, seen = small(), image(2, 4, 6, 6, dtype=torch.float64), []
+    network = tritonnn.fuse(model)
+    with torch.no_grad():
+        compile_ahead.kernels_of(lambda: seen.append(network(x)))
+        assert seen[0].shape == model(x).shape and not seen[0].any()
+        assert torch.allclose(network(x), model(x))
 
 
 @pytest.mark.gpu

@@ -15,7 +15,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 
 from .kernels import tuned_blocks
@@ -36,12 +39,22 @@ class Kernel(NamedTuple):
 def kernels_of(call: Callable[[], object]) -> list[Kernel]:
     """The kernels of convolutions that `call` would have to compile.
 
-    They are not launched, so what `call` computes is nonsense, and its errors say nothing. All else is: weights that
-    were packed are kept, and an index that nobody wrote would be out of range.
+    They are not launched, while all else is: packed weights are kept. What `call` computes is nonsense, and so are its
+    errors: layers give zeros, as an index that nobody wrote would be out of range.
     """
-    with _noting_kernels() as kernels, suppress(Exception):
+    with _noting_kernels() as kernels, _Zeros(), suppress(Exception):
         call()
     return list(kernels)
+
+
+class _Zeros(TorchDispatchMode):
+    """Operators of this package give zeros."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if func.namespace == __package__:
+            tree_map_only(torch.Tensor, torch.Tensor.zero_, result)
+        return result
 
 
 @contextmanager
@@ -108,7 +121,10 @@ class Compilers:
 
     def _send(self, kernel: Kernel) -> None:
         if self._process is None:
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            environment = os.environ | {
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "TRITON_CACHE_DIR": triton.knobs.cache.dir,
+            }
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             self._process = subprocess.Popen([sys.executable, "-c", WORK], env=environment, **pipes)
             pickle.dump(self._target, self._process.stdin)
