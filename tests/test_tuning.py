@@ -150,8 +150,8 @@ class TestFamilies:
         monkeypatch.setattr(tuning, "_check", lambda inputs: torch.device("cpu", 0))
         monkeypatch.setattr(tuning, "_candidates", lambda *_: list(times))
         monkeypatch.setattr(tuning, "_default", lambda *_: DEFAULT)
-        monkeypatch.setattr(tuning, "Compilers", lambda: contextlib.nullcontext(mock.Mock()))
-        monkeypatch.setattr(tuning, "_runs", lambda jobs, device: jobs and self.compiled.append(jobs))
+        monkeypatch.setattr(tuning, "_runs", lambda jobs, device: jobs)
+        monkeypatch.setattr(tuning, "compile_ahead", lambda jobs, advance: jobs and self.compiled.append(jobs))
         monkeypatch.setattr(Trial, "clock", lambda self, choice: lambda: times[choice])
 
     def tune(self, problems: list[Problem], **options: bool) -> TuningReport:

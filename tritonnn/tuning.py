@@ -7,7 +7,7 @@ import contextlib
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -17,7 +17,7 @@ import triton
 from torch import Tensor, nn
 
 from .candidates import Gpu, candidates
-from .compile_ahead import Compilers
+from .compile_ahead import compile_ahead
 from .fusion import FusedNetwork
 from .kernels import tuned_blocks
 from .kernels.conv2d import default_choice, fetches_by_descriptors, fetches_with_halo, run_gemm
@@ -131,17 +131,8 @@ def tune(
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     device = _check(inputs)
     report = TuningReport()
-    with (
-        torch.cuda.device(device),
-        launches_as_in_graphs(),
-        Compilers() as compilers,
-        _bar(progress) as advance,
-    ):
-
-        def compile_ahead(calls: Iterable[Callable[[], object]]) -> None:
-            compilers.compile_for(calls, lambda total: advance("compiling", total))
-
-        problems = find_problems(model, inputs, layers, compile_ahead)
+    with torch.cuda.device(device), launches_as_in_graphs(), _bar(progress) as advance:
+        problems = find_problems(model, inputs, layers, advance)
         known = {} if again else tuned_blocks.tuned_choices(device.index).maps[0]
         report.known = set(problems) & known.keys()
         todo = [problem for problem in problems if problem not in report.known]
@@ -150,11 +141,11 @@ def tune(
             # have all candidates compiled again. The others choose between what came of it and their own default.
             found = _by_shape(known)
             heads = set(_by_shape({p: p for p in todo if _shape(p) not in found}).values())
-            _tune({p: _candidates(p, device) for p in todo if p in heads}, device, compile_ahead, advance, report)
+            _tune({p: _candidates(p, device) for p in todo if p in heads}, device, advance, report)
             found |= _by_shape({t.problem: t.choice for t in report.tuned})
             defaults = {p: _default(p, device) for p in todo if p not in heads}
             others = {p: [*dict.fromkeys((own, found.get(_shape(p), own)))] for p, own in defaults.items()}
-            _tune(others, device, compile_ahead, advance, report)
+            _tune(others, device, advance, report)
         if report.tuned:
             _keep(report.tuned, device)
     report.seconds = time.perf_counter() - start
@@ -179,11 +170,11 @@ def find_problems(
     model: nn.Module,
     inputs: tuple,
     layers: str | Sequence[str] = "all",
-    compile_ahead: Callable[[Iterable[Callable[[], object]]], None] = lambda calls: None,
+    advance: Callable[[str, int], None] | None = None,
 ) -> list[Problem]:
     """The distinct problems of one call in eval mode, with these kinds of layers swapped.
 
-    `compile_ahead` may compile the kernels of the calls that it is given.
+    With `advance`, which is told of it, their convolutions are compiled ahead.
     """
     training = [module for module in model.modules() if module.training]
     fused = [module for module in model.modules() if isinstance(module, FusedNetwork) and module._graphs is not None]
@@ -194,7 +185,8 @@ def find_problems(
         for network in fused:
             network._graphs = None
         with torch.no_grad(), swapped(model, layers):
-            compile_ahead([partial(model, *inputs)])
+            if advance:
+                compile_ahead([partial(model, *inputs)], partial(advance, "compiling"))
             with tuned_blocks.recording() as problems:
                 model(*inputs)
     finally:
@@ -232,12 +224,11 @@ def _candidates(problem: Problem, device: torch.device) -> list[Choice]:
 def _tune(
     jobs: Mapping[Problem, Sequence[Choice]],
     device: torch.device,
-    compile_ahead: Callable[[Iterable[Callable[[], object]]], None],
     advance: Callable[[str, int], None],
     report: TuningReport,
 ) -> None:
     """Compiles all choices, and finds each problem's fastest."""
-    compile_ahead(_runs(jobs, device))
+    compile_ahead(_runs(jobs, device), partial(advance, "compiling"))
     torch.cuda.synchronize()
     for problem, choices in jobs.items():
         try:
