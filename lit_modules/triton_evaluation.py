@@ -21,6 +21,8 @@ from lit_modules.evaluation_result import EvaluationResult, LatencyResult, Proof
 from tritonnn.latency import time_layers, time_networks
 
 PIPED_WIDTH = 140
+COMPARED_TOGETHER = 1024
+"""Samples: batch by batch the metrics of small batches would take as long as the networks."""
 
 
 class TritonEvaluation(Callback):
@@ -110,6 +112,7 @@ class TritonEvaluation(Callback):
         self._fallbacks: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
         self._seen: Counter[int] = Counter()
         self._images: Tensor | None = None
+        self._pending: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
 
     def on_test_batch_end(
         self,
@@ -133,25 +136,25 @@ class TritonEvaluation(Callback):
             if self.tune:
                 self._tune(trainer, pl_module)
 
-        float32 = None
+        logits = {}
         if not self._exact:
             with strict_float32(images.device):
-                float32 = functional_call(pl_module, self._float32_state, (images.float(),))
+                logits["float32"] = functional_call(pl_module, self._float32_state, (images.float(),))
         with trainer.precision_plugin.forward_context():
-            pytorch = pl_module(images)
-            self._quality("pytorch", pytorch).update(pytorch, labels)
-            yardstick = functional_call(pl_module, self._other_parameters, (_in_format(images, self._other_format),))
-            self._compare("yardstick", pytorch, yardstick, labels, places)
-            if float32 is not None:
-                self._compare("float32", pytorch, float32, labels, places)
+            logits["pytorch"] = pl_module(images)
+            others = _in_format(images, self._other_format)
+            logits["yardstick"] = functional_call(pl_module, self._other_parameters, (others,))
             for name, layers in self._variants.items():
                 with tritonnn.swapped(pl_module, layers=layers) as swap_report:
-                    self._prove(name, pytorch, pl_module(images), float32, labels, places)
+                    logits[name] = pl_module(images)
                     for layer, reasons in swap_report.fallbacks.items():
                         self._fallbacks[name][layer].update(reasons)
                 self._reports[name] = swap_report
             for name, network in self._fused.items():
-                self._prove(name, pytorch, network(images), float32, labels, places)
+                logits[name] = network(images)
+            self._pending.append((logits, labels, places))
+            if sum(len(labels) for _, labels, _ in self._pending) >= COMPARED_TOGETHER:
+                self._compare()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with trainer.precision_plugin.forward_context():
@@ -173,6 +176,7 @@ class TritonEvaluation(Callback):
             pl_module.to(memory_format=torch.contiguous_format)
         self._training = {}
         self._images = None
+        self._pending = []
         self._fused = {}
         self._other_parameters = {}
         self._float32_state = {}
@@ -205,16 +209,21 @@ class TritonEvaluation(Callback):
         if trainer.is_global_zero:
             print(f"Tuning: {report.summary}")
 
-    def _prove(
-        self, name: str, pytorch: Tensor, logits: Tensor, float32: Tensor | None, labels: Tensor, places: Tensor
-    ) -> None:
-        self._compare(name, pytorch, logits, labels, places)
-        if float32 is not None:
-            self._meter(self._errors, name, logits).update(float32, logits, labels, places)
-
-    def _compare(self, name: str, pytorch: Tensor, other: Tensor, labels: Tensor, places: Tensor) -> None:
-        self._quality(name, other).update(other, labels)
-        self._meter(self._agreements, name, other).update(pytorch, other, labels, places)
+    def _compare(self) -> None:
+        """Meters what the pending batches gave."""
+        if not self._pending:
+            return
+        of_batches, labels, places = zip(*self._pending)
+        self._pending = []
+        labels, places = torch.cat(labels), torch.cat(places)
+        logits = {name: torch.cat([batch[name] for batch in of_batches]) for name in of_batches[0]}
+        pytorch, float32 = logits["pytorch"], logits.get("float32")
+        for name, other in logits.items():
+            self._quality(name, other).update(other, labels)
+            if name != "pytorch":
+                self._meter(self._agreements, name, other).update(pytorch, other, labels, places)
+            if float32 is not None and name in (*self._variants, *self._fused):
+                self._meter(self._errors, name, other).update(float32, other, labels, places)
 
     @staticmethod
     def _meter(meters: dict[str, AgreementMeter], name: str, logits: Tensor) -> AgreementMeter:
@@ -223,6 +232,7 @@ class TritonEvaluation(Callback):
         return meters[name]
 
     def _proof(self, pl_module: LightningModule) -> Proof:
+        self._compare()
         qualities = {name: meter.compute() for name, meter in self._qualities.items()}
         agreements = {name: meter.agreement() for name, meter in self._agreements.items()}
         errors = {name: meter.agreement() for name, meter in self._errors.items()}

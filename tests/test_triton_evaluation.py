@@ -148,6 +148,31 @@ class TestProof:
         assert result.passed and result.proof.variants[-1].name == "fused, CUDA graph"
         assert result.latency.networks["fused, CUDA graph"]["eager"].triton > 0
 
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+    def test_batches_are_compared_together(self, tmp_path, monkeypatch, precision):
+        updates, update = [], AgreementMeter.update
+        monkeypatch.setattr(
+            AgreementMeter, "update", lambda self, *of: (updates.append(of[-1].tolist()), update(self, *of))
+        )
+        break_layer(monkeypatch, tritonnn.TritonLinear, lambda y: -y)
+        proofs = []
+        for together, places in (1, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]), (5, [[*range(8)], [8, 9]]):
+            monkeypatch.setattr(triton_evaluation, "COMPARED_TOGETHER", together)
+            evaluation = TritonEvaluation(latency=False, log_dir=tmp_path, fuse=True)
+            trainer = evaluation_trainer(evaluation, precision=precision)
+            trainer.test(TinyClassifier(), loader(random_images(10)), verbose=False)
+            proofs.append(evaluation.result.proof)
+            meters = 3 if precision == "32-true" else 6  # yardstick, swapped, fused; also float32 and both errors
+            assert sorted(updates) == sorted(places * meters)
+            updates.clear()
+        batch_by_batch, together = proofs
+        assert together.samples == batch_by_batch.samples == 10 and not together.passed
+        assert vars(together.pytorch) == pytest.approx(vars(batch_by_batch.pytorch), abs=1e-6)
+        for a, b in zip(together.variants, batch_by_batch.variants, strict=True):
+            assert vars(a.quality) == pytest.approx(vars(b.quality), abs=1e-6)
+            assert a.agreement.examples == b.agreement.examples
+            assert a.agreement.mean_logit_difference == pytest.approx(b.agreement.mean_logit_difference)
+
     def test_a_fallback_is_counted_over_the_batches(self, tmp_path):
         class Complex(nn.Linear):
             def __init__(self) -> None:
@@ -254,9 +279,10 @@ class TestTuning:
             steps.append("proof")
             right(*arguments)
 
-        right = TritonEvaluation._prove
+        right = TritonEvaluation._compare
         monkeypatch.setattr(tritonnn, "tune", tune)
-        monkeypatch.setattr(TritonEvaluation, "_prove", prove)
+        monkeypatch.setattr(TritonEvaluation, "_compare", prove)
+        monkeypatch.setattr(triton_evaluation, "COMPARED_TOGETHER", 1)
         evaluate(tmp_path, layers=["conv2d", "linear"], fuse=True, channels_last=True, tune=True)
         images = (4, 3, 8, 8), True
         assert steps[:3] == [
