@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,18 @@ def test_plans_that_were_made_meanwhile_are_forgotten(told):
 def test_keys_are_the_same_in_every_process():
     """So that Triton finds on disk what another process compiled; 3.6 mixes in what was asked for before."""
     assert run("keys", "implicit_gemm", "arithmetic") == run("keys", "arithmetic", "implicit_gemm")
+
+
+def test_after_ctrl_c_nothing_more_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
+    monkeypatch.setattr("tritonnn.compile_ahead.MOST_THREADS", 1)
+    compiler = mock.Mock(preload=mock.Mock(side_effect=lambda specialization: time.sleep(0.01)))
+    kernels = [Kernel(compiler, str(i)) for i in range(100)]
+    monkeypatch.setattr("tritonnn.compile_ahead.kernels_of", lambda call: kernels)
+    with pytest.raises(KeyboardInterrupt):
+        compile_ahead([None], mock.Mock(side_effect=KeyboardInterrupt))
+    assert 0 < compiler.preload.call_count < 50
 
 
 def test_layers_give_zeros():

@@ -36,7 +36,8 @@ def compile_ahead(calls: Iterable[Callable[[], object]], advance: Callable[[int]
         with torch.cuda.device(device), suppress(Exception):
             kernel.function.preload(kernel.specialization)
 
-    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS)) as pool:
+    pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS))
+    try:
         futures: dict[Kernel, Future] = {}
         for call in calls:
             for kernel in kernels_of(call):
@@ -44,6 +45,8 @@ def compile_ahead(calls: Iterable[Callable[[], object]], advance: Callable[[int]
                     futures[kernel] = pool.submit(compile, kernel)
         for _ in as_completed(futures.values()):
             advance(len(futures))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C nobody waits for what had not begun
 
 
 def kernels_of(call: Callable[[], object]) -> list[Kernel]:
