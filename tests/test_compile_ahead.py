@@ -2,12 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from compare import image
+from hopper import Hopper, run
 from torch import nn
 from trained import small, trained
 
@@ -33,19 +32,9 @@ OF_CONVOLUTIONS = [
 ]
 
 
-def run(*arguments: str) -> dict:
-    """What this file says in a process without the interpreter."""
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join((str(root), str(root / "tests")))
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    result = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
 @pytest.fixture(scope="module")
 def told() -> dict:
-    return run("posing")
+    return run(__file__, "posing")
 
 
 def test_a_call_tells_what_it_needs_and_launches_nothing(told):
@@ -72,7 +61,7 @@ def test_plans_that_were_made_meanwhile_are_forgotten(told):
 
 def test_keys_are_the_same_in_every_process():
     """So that Triton finds on disk what another process compiled; 3.6 mixes in what was asked for before."""
-    assert run("keys", "implicit_gemm", "arithmetic") == run("keys", "arithmetic", "implicit_gemm")
+    assert run(__file__, "keys", "implicit_gemm", "arithmetic") == run(__file__, "keys", "arithmetic", "implicit_gemm")
 
 
 def test_after_ctrl_c_nothing_more_is_compiled(monkeypatch):
@@ -130,21 +119,6 @@ def foreign_gemm_forward_kernel(x_ptr):
     pass
 
 
-class Hopper:
-    """What Triton asks of the driver of a machine that has such a GPU."""
-
-    def get_current_target(self) -> object:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def keys(*modules: str) -> dict:
     """The kernels' keys, those of these modules asked for first."""
     import importlib
@@ -163,8 +137,8 @@ def posing() -> dict:
 
     from tritonnn.kernels import tuned_blocks
 
-    run = triton.JITFunction.run
-    triton.JITFunction.run = lambda *args, warmup, **options: run(*args, warmup=True, **options)
+    launch = triton.JITFunction.run
+    triton.JITFunction.run = lambda *args, warmup, **options: launch(*args, warmup=True, **options)
     triton.runtime.driver.set_active(Hopper())
     generation = tuned_blocks.generation
     told = {"of others": kernels_of_others(), "generations": tuned_blocks.generation - generation}

@@ -7,13 +7,13 @@ longer saw that one of them is 1, and every load took one element: ten times slo
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hopper import run
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
 EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, RELU=True, ROUND_Y=False)
@@ -261,11 +261,7 @@ def halo_types(dtype: str, constants: dict) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def ptx() -> dict[str, str]:
     """PTX by the name of the kernel, compiled in a process without the interpreter."""
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-    run = subprocess.run([sys.executable, __file__], env=environment, cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return run(__file__)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -364,16 +360,8 @@ def disassembler() -> Path:
     return ptxas().with_name("nvdisasm")
 
 
-class Hopper:
-    """What the compiler asks of the driver of a machine that has such a GPU."""
-
-    def get_current_target(self) -> object:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
 if __name__ == "__main__":
+    from hopper import Hopper
     from triton.runtime import driver
 
     driver.set_active(Hopper())
