@@ -32,6 +32,7 @@ HELD = FILTER | EPILOGUE | dict(C=128, K=128, INPUT_PRECISION="ieee", ROUND_X=Fa
 HELD |= dict(HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False)
 HELD |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
 HELD |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, BLOCK_N=16, BLOCK_K=64, num_warps=8)
+HELD_1X1 = dict(C=64, R=1, S=1, PADDING_H=0, PADDING_W=0, HAS_SHORTCUT=False, num_warps=4)
 HELD_SPLIT = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
 DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAPPED=True, FLUSH=8)
 DESCRIPTORS |= dict(HAS_RESIDUAL=True, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee")
@@ -111,6 +112,7 @@ KERNELS = {
         LAST,
         HELD | dict(C=256, K=256, BLOCK_N=8),
     ),
+    "conv2d, held, 1x1": ("held_gemm.held_gemm_forward_kernel", "bf16", LAST, HELD | HELD_1X1),
     "conv2d, held, float32": ("held_gemm.held_gemm_forward_kernel", "fp32", LAST, HELD | HELD_SPLIT),
     "conv2d, descriptors": ("descriptor_gemm.descriptor_gemm_forward_kernel", "bf16", LAST, DESCRIPTORS),
     "conv2d, descriptors, TF32": (
@@ -324,7 +326,7 @@ def test_all_is_loaded_before_the_first_product(name, ptx, tmp_path):
     assert order == ["ACQBULK", "LDG.E.128", "HMMA"]
     c = KERNELS[name][3]
     size = 4 if "float32" in name else 2
-    reductions = 9 * c["C"], c["SHORTCUT_C"]
+    reductions = c["R"] * c["S"] * c["C"], c["HAS_SHORTCUT"] * c["SHORTCUT_C"]
     blocks = sum(math.ceil(reduction / (c["BLOCK_K"] * c["num_warps"])) for reduction in reductions)
     vectors = blocks * c["BLOCK_K"] * (c["BLOCK_M"] + c["BLOCK_N"]) * size // 16
     assert steps.count("LDG.E.128") == vectors / 32
