@@ -251,8 +251,8 @@ def split_blocks(m: int, n: int, c: int, taps: int, element_size: int) -> SplitB
     """For so few pixels that larger tiles would leave multiprocessors idle; None where there are enough of them.
 
     Measured on an H200 in ResNet18 on one image (`benchmarks/results`): to wait for other programs costs 2 us, which is
-    less than what it saves only where even the least tiles are few, on 512 channels. Of 512 features to 10 classes a
-    second tile, of padding, would take longer than it looks: 2.0 us for 2.7 with one image (H100, bfloat16).
+    less than what it saves only where even the least tiles are few, on 512 channels. From 512 features to 10 classes
+    two tiles of 8 take 2.0 us, one of 16 takes 2.7 (H100, bfloat16, one image; in float32 they are alike).
     """
     block_k = math.gcd(c, 128 // element_size)
     if triton.knobs.runtime.interpret or element_size == 8 or block_k < 16 or taps * c < 256:
