@@ -159,7 +159,7 @@ KERNELS = {
         LAST,
         HALO_4X4 | AHEAD | dict(MASKED=True),
     ),
-    "conv2d, depthwise": ("conv2d.conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
+    "conv2d, depthwise": ("depthwise.conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
     "max_pool2d": ("max_pool2d.max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
     "max_pool2d, contiguous": ("max_pool2d.max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
     "avg_pool2d": ("avg_pool2d.avg_pool2d_forward_kernel", "fp32", LAST, AVG_POOL | BY_CHANNELS),
