@@ -20,6 +20,7 @@ from trained import small, trained
 import tritonnn
 from tritonnn.compile_ahead import Kernel, compile_ahead, kernels_of
 from tritonnn.kernels.channels_last import channels_last_kernel
+from tritonnn.kernels.dependent_launch import launches_as_in_graphs
 from tritonnn.kernels.implicit_gemm import implicit_gemm_forward_kernel
 
 GEMM, RELU = "implicit_gemm_forward_kernel", "relu_forward_kernel"
@@ -112,6 +113,23 @@ def test_a_network_runs_right_afterwards(tmp_path, monkeypatch):
         y, expected = network(x), model.double()(x.double())
     assert advanced and not compiled
     assert float((y.double() - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+def test_a_network_that_ran_is_compiled_anew_for_graphs(tmp_path, monkeypatch):
+    """The plans of its calls, whose kernels are others, do not hide what is needed."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    network = tritonnn.fuse(trained(nn.Sequential(nn.Conv2d(40, 24, 3)), torch.float32))
+    x, compiled, advanced = image(8, 40, 12, 12), [], []
+    with torch.no_grad():
+        for _ in range(2):
+            network(x)
+        with launches_as_in_graphs():
+            compile_ahead([partial(network, x)], advanced.append)
+            monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **of: compiled.append(of["src"].name))
+            network(x)
+    assert advanced and not any(name.endswith("_gemm_forward_kernel") for name in compiled)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ import tritonnn
 from tritonnn.kernels import avg_pool2d, batch_norm2d, conv2d, launch_plan, linear, max_pool2d, relu
 from tritonnn.kernels.block_sizes import RowBlocks
 from tritonnn.kernels.channels_last import pack_weight
+from tritonnn.kernels.dependent_launch import launches_as_in_graphs
 from tritonnn.kernels.launch_plan import Plans, describe, launch
 from tritonnn.kernels.operator import INTERPRETER
 from tritonnn.kernels.product import Choice
@@ -383,6 +384,19 @@ def test_precision_flags_have_other_plans(flag, replays):
         assert not replays
         layer(x)
     assert len(replays) == 1
+
+
+def test_launches_as_in_graphs_have_other_plans(replays):
+    layer, x = tritonnn.TritonReLU(), image(2, 3, 4, 4)
+    for replayed in 0, 1:
+        layer(x)
+        assert len(replays) == replayed
+    with launches_as_in_graphs():
+        for replayed in 1, 2:
+            layer(x)
+            assert len(replays) == replayed
+    layer(x)
+    assert len(replays) == 2
 
 
 def test_autocast_has_other_plans(replays):

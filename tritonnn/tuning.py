@@ -229,7 +229,6 @@ def _tune(
 ) -> None:
     """Compiles all choices, and finds each problem's fastest."""
     compile_ahead(_runs(jobs, device), partial(advance, "compiling"))
-    torch.cuda.synchronize()
     for problem, choices in jobs.items():
         try:
             trial = Trial(problem, device)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from . import tuned_blocks
+
 _as_in_graphs = False
 
 
@@ -31,13 +33,18 @@ def start_successor(DEPENDENT: tl.constexpr):
 
 @contextmanager
 def launches_as_in_graphs() -> Iterator[None]:
-    """What is tried by the times of graphs is compiled for graphs only: outside them such launches are right too."""
+    """What is tried by the times of graphs is compiled for graphs only: outside them such launches are right too.
+
+    Plans that others made do not count inside, nor those made inside for others.
+    """
     global _as_in_graphs
     before, _as_in_graphs = _as_in_graphs, True
+    tuned_blocks.generation += 1
     try:
         yield
     finally:
         _as_in_graphs = before
+        tuned_blocks.generation += 1
 
 
 def dependent_launch(x: torch.Tensor) -> dict[str, bool]:

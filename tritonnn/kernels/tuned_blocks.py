@@ -29,7 +29,7 @@ SAME_CHIP = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
 """GPUs that differ in their memory only: what was not tuned on the one takes the choices of the other."""
 
 generation = 0
-"""Changes whenever choices may: a launch that was planned in an earlier generation is to be planned anew."""
+"""Changes whenever choices or kernels may: a launch that was planned in an earlier generation is to be planned anew."""
 
 _tables: dict[int, ChainMap[Problem, Choice]] = {}
 _recorded: list[Problem] | None = None
@@ -92,7 +92,6 @@ def recording() -> Iterator[list[Problem]]:
         yield problems
     finally:
         _recorded = None
-        generation += 1
 
 
 def cache_folder() -> Path:
