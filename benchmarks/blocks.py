@@ -5,13 +5,13 @@ this project, the fastest blocks first. It is how the choices in `tritonnn/kerne
 """
 
 import argparse
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.timing import capture, clock  # noqa: E402
 from tritonnn.candidates import HALO_TILES, HELD_TILES, HELD_WARPS  # noqa: E402
+from tritonnn.compile_ahead import compile_ahead  # noqa: E402
 from tritonnn.kernels.block_sizes import (  # noqa: E402
     MOST_HELD,
     DescriptorBlocks,
@@ -32,6 +33,7 @@ from tritonnn.kernels.block_sizes import (  # noqa: E402
 )
 from tritonnn.kernels.channels_last import pack_weight  # noqa: E402
 from tritonnn.kernels.conv2d import run_gemm  # noqa: E402
+from tritonnn.kernels.dependent_launch import launches_as_in_graphs  # noqa: E402
 from tritonnn.kernels.epilogue import Epilogue  # noqa: E402
 from tritonnn.kernels.product import Choice, Product  # noqa: E402
 
@@ -43,7 +45,7 @@ PRECISIONS = {
 }
 """Type, input precision, and the largest error of a right result, relative in the 2-norm."""
 
-SAMPLES, WORKERS = 7, 12
+SAMPLES = 7
 Blocks = DescriptorBlocks | HaloBlocks | HeldBlocks | SplitBlocks
 
 
@@ -153,15 +155,22 @@ def microseconds(call: Callable[[], Tensor]) -> float:
     return 1e3 * sorted(read() for _ in range(SAMPLES))[SAMPLES // 2]
 
 
-def _compile(job: tuple[Shape, int, str, Blocks]) -> tuple[Blocks, str]:
-    """Into Triton's cache on disk; the blocks and why they cannot be used, or nothing."""
-    shape, n, precision, blocks = job
-    try:
-        Problem(shape, n, precision).ours(blocks)()
-        torch.cuda.synchronize()
-        return blocks, ""
-    except Exception as error:
-        return blocks, f"{type(error).__name__}: {error}".splitlines()[0][:120]
+def rows(problem: Problem, tried: list[Blocks]) -> Iterator[tuple[float, float, Blocks]]:
+    """Microseconds and error of the blocks that are right; prints which are wrong or do not run."""
+    for blocks in tried:
+        call = problem.ours(blocks)
+        try:
+            error = problem.error(call)
+        except triton.runtime.OutOfResources:
+            continue
+        except Exception as reason:
+            torch.cuda.synchronize()  # raises where the GPU is lost
+            print(f"    {type(reason).__name__}: {reason}".splitlines()[0][:120], blocks, sep=": ")
+            continue
+        if error > problem.limit:
+            print(f"    WRONG, error {error:.1e}: {blocks}")
+        else:
+            yield microseconds(call), error, blocks
 
 
 def main() -> None:
@@ -176,28 +185,14 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {precision}, {n} images\n")
-    jobs = [(shape, n, precision, blocks) for shape in SHAPES for blocks in candidates(shape, n, precision)]
-    usable: dict[Shape, list[Blocks]] = {shape: [] for shape in SHAPES}
-    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
-        for job, (blocks, reason) in zip(jobs, pool.imap(_compile, jobs)):
-            if not reason:
-                usable[job[0]].append(blocks)
-            elif not reason.startswith("OutOfResources"):
-                print(f"{job[0]}: {blocks}: {reason}")
-    with torch.no_grad():
+    with torch.no_grad(), launches_as_in_graphs():
         for shape in SHAPES:
             problem = Problem(shape, n, precision)
+            tried = list(candidates(shape, n, precision))
+            compile_ahead(map(problem.ours, tried), lambda total: None)
             cudnn = microseconds(problem.cudnn)
             print(f"{shape}: cuDNN {cudnn:.1f} us, {problem.flop / cudnn / 1e6:.0f} TFLOP/s")
-            rows = []
-            for blocks in usable[shape]:
-                call = problem.ours(blocks)
-                error = problem.error(call)
-                if error > problem.limit:
-                    print(f"    WRONG, error {error:.1e}: {blocks}")
-                else:
-                    rows.append((microseconds(call), error, blocks))
-            for us, error, blocks in sorted(rows, key=lambda row: row[0])[: options.top]:
+            for us, error, blocks in sorted(rows(problem, tried))[: options.top]:
                 print(f"    {us:.1f} us, {cudnn / us:.2f} of cuDNN's speed, error {error:.1e}: {blocks}", flush=True)
 
 
