@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_modules.classifier import accuracies
+from lit_modules.classifier import MeanLoss, accuracies
 
 EXAMPLES = 100
 
@@ -63,7 +63,7 @@ class QualityMeter:
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.accuracies = accuracies(num_classes).to(device)
-        self.loss = MeanMetric(nan_strategy="disable").to(device)
+        self.loss = MeanLoss().to(device)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         self.accuracies.update(logits, labels)

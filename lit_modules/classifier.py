@@ -1,5 +1,6 @@
 """The LightningModule: ResNet18 trained as a classifier, with torchmetrics for what it is worth."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,17 @@ def accuracies(num_classes: int) -> MetricCollection:
             for k in (1, 5)
         }
     )
+
+
+class MeanLoss(MeanMetric):
+    """The mean of losses [N], summed in float64 also in a module that is half precision; a NaN makes it NaN."""
+
+    def __init__(self) -> None:
+        super().__init__(nan_strategy="disable")
+        self.set_dtype(torch.float64)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any) -> nn.Module:
+        return super()._apply(lambda tensor: fn(tensor).double(), *arguments)
 
 
 class ImageClassifier(LightningModule):
@@ -59,8 +71,8 @@ class ImageClassifier(LightningModule):
         self.train_metrics = accuracies(num_classes).clone(prefix="train/")
         self.val_metrics = accuracies(num_classes).clone(prefix="val/")
         self.test_metrics = accuracies(num_classes).clone(prefix="test/")
-        self.val_loss = MeanMetric()
-        self.test_loss = MeanMetric()
+        self.val_loss = MeanLoss()
+        self.test_loss = MeanLoss()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of normalised images [N, in_channels, S, S]."""
@@ -93,10 +105,10 @@ class ImageClassifier(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "test/loss", self.test_loss, self.test_metrics)
 
-    def _evaluate(self, batch: Batch, loss_name: str, mean_loss: MeanMetric, metrics: MetricCollection) -> None:
+    def _evaluate(self, batch: Batch, loss_name: str, mean_loss: MeanLoss, metrics: MetricCollection) -> None:
         images, labels = batch
         logits = self(images.contiguous(memory_format=self.memory_format))
-        mean_loss.update(cross_entropy(logits.float(), labels), weight=len(labels))
+        mean_loss.update(cross_entropy(logits.float(), labels, reduction="none"))
         metrics.update(logits, labels)
         self.log(loss_name, mean_loss, prog_bar=True)
         self.log_dict(metrics, prog_bar=True)

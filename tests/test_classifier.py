@@ -1,5 +1,7 @@
 """The LightningModule: its metrics, its optimizer, and checkpoints that load without running code."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -44,6 +46,26 @@ def test_loss_and_accuracy_weigh_samples_not_batches(tmp_path):
         logits = classifier.eval()(IMAGES)
     assert metrics["test/loss"] == pytest.approx(cross_entropy(logits, LABELS).item(), rel=1e-5)
     assert metrics["test/top1"] == pytest.approx((logits.argmax(1) == LABELS).float().mean().item())
+
+
+def test_losses_of_a_network_in_bfloat16_are_not_summed_in_it(tmp_path):
+    class Spy(ImageClassifier):
+        def forward(self, images):
+            logits.append(super().forward(images))
+            return logits[-1]
+
+    logits = []
+    (metrics,) = trainer(tmp_path, precision="bf16-true").test(Spy(width=4), loader(batch_size=1), verbose=False)
+    assert logits[0].dtype == torch.bfloat16
+    assert metrics["test/loss"] == pytest.approx(cross_entropy(torch.cat(logits).double(), LABELS).item(), rel=1e-6)
+
+
+def test_a_loss_that_is_no_number_shows(tmp_path):
+    images = IMAGES.clone()
+    images[0] = torch.nan  # of the first batch; the second is fine
+    data = DataLoader(TensorDataset(images, LABELS), batch_size=4)
+    (metrics,) = trainer(tmp_path).test(ImageClassifier(width=4), data, verbose=False)
+    assert math.isnan(metrics["test/loss"])
 
 
 def test_only_convolution_and_linear_weights_decay(tmp_path):

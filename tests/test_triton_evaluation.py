@@ -14,7 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import tritonnn
 from lit_modules import triton_evaluation
-from lit_modules.agreement import Agreement, AgreementMeter, Quality, judge
+from lit_modules.agreement import Agreement, AgreementMeter, Quality, QualityMeter, judge
 from lit_modules.evaluation_result import EvaluationResult, timing
 from lit_modules.triton_evaluation import TritonEvaluation
 from tritonnn.layers.fused_conv2d import FusedPooledLinear
@@ -246,6 +246,20 @@ def test_verdict_in_lower_precision_that_changes_no_prediction_of_pytorch(margin
     float32 = agreement(0, 2.0), agreement(1, 2 * error, margin)
     other, yardstick = agreement(1, 1.0, margin), agreement(0, 1e-2)
     assert judge(QUALITY, Quality(0.91, 1.0, 0.1), other, yardstick, float32).passed is passed
+
+
+def test_losses_are_summed_in_float64_whatever_the_default_type():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(300, 6), torch.randint(6, (300,))
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does for a network in bfloat16
+    try:
+        meter = QualityMeter(6, torch.device("cpu"))
+        for batch in zip(logits.split(1), labels.split(1)):
+            meter.update(*batch)
+        quality = meter.compute()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert quality.loss == pytest.approx(nn.functional.cross_entropy(logits.double(), labels).item(), rel=1e-6)
 
 
 def test_nan_on_one_side_fails_in_any_precision():
