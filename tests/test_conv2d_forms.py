@@ -1,5 +1,7 @@
 """The forms of the convolution: which one a GPU runs, whole outputs against float64, and each in the interpreter."""
 
+import itertools
+
 import pytest
 import torch
 import triton
@@ -14,7 +16,8 @@ from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.descriptor_gemm import fits_descriptors
 from tritonnn.kernels.epilogue import Epilogue
 from tritonnn.kernels.implicit_gemm import pointer_blocks
-from tritonnn.kernels.product import Choice, Product, Shortcut
+from tritonnn.kernels.product import Choice, Problem, Product, Shortcut
+from tritonnn.trial import Trial
 
 in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
@@ -238,8 +241,10 @@ def test_operator_with_a_shortcut(input_precision, monkeypatch):
 
 
 @in_the_interpreter
-@pytest.mark.parametrize("form", ["descriptors", "split among warps", "pointers"])
-@pytest.mark.parametrize("input_precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize(
+    "input_precision, form",
+    [*itertools.product(["tf32", "tf32x3"], ["descriptors", "split among warps", "pointers"]), ("tf32", "swapped")],
+)
 def test_precision_of_operands(input_precision, form):
     """TF32 is the product of rounded operands; three of them are float32's, to a few roundings."""
     x, weight = image(2, 64, 6, 6, channels_last=True), image(24, 64, 3, 3)
@@ -249,8 +254,8 @@ def test_precision_of_operands(input_precision, form):
     window = (1, 1), (1, 1), (1, 1)
     packed = pack_weight(weight, input_precision)
     rounds = input_precision == "tf32"
-    if form == "descriptors":
-        blocks = DescriptorBlocks(2, 4, 8, 32, 32, False, 4, 1)
+    if form in ("descriptors", "swapped"):
+        blocks = DescriptorBlocks(2, 4, 8, 32, 32, form == "swapped", 4, 1)
     elif form == "split among warps":
         blocks = SplitBlocks(1, 4, 16, 16, 32, 4, 1)
         packed = pack_weight(weight, "ieee")  # as it is
@@ -259,6 +264,15 @@ def test_precision_of_operands(input_precision, form):
     product = Product(x, packed, y, True, *window, 1, input_precision, rounds, Epilogue())
     conv2d.run_gemm(product, Choice(blocks, copies_x=False))
     assert float((y.double() - exact).norm() / exact.norm()) < 3e-7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("blocks", [(1, 8, 16, 128, 32, True, 8, 3), (2, 8, 8, 64, 32, True, 4, 4)], ids=str)
+def test_swapped_form_rounds_x(blocks, stride):
+    window = (stride, stride), (1, 1), (1, 1)
+    problem = Problem(40, 64, 32, 32, 128, 3, 3, *window, 1, torch.float32, "tf32", True, True, True, ("bias", "relu"))
+    Trial(problem, torch.device("cuda")).check(Choice(DescriptorBlocks(*blocks), copies_x=False))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ SWAPPED_TILES = [
     (256, 128, 8, 4),
     (128, 256, 8, 4),
 ]
+ROUNDING_TILES = [(64, 64, 4, 4), (128, 128, 8, 3)]
+"""Swapped, x rounded in shared memory."""
 NATURAL_TILES = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3)]
 POINTER_TILES = [
     (32, 64, 4, 4),
@@ -169,12 +171,12 @@ def _halo(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
 
 
 def _descriptors(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
-    """Both forms for TF32 whose x is to be rounded: on the way to the product, or by a copy before it."""
+    """Both forms; TF32's x is to be rounded on the way to the product, or by a copy before it."""
     line = 128 // problem.dtype.itemsize
     swapped = problem.input_precision != "tf32x3"
     forms = [(SWAPPED_TILES, True, problem.round_x)] if swapped else [(NATURAL_TILES, False, False)]
     if swapped and problem.round_x and problem.channels_last_x:
-        forms = [(NATURAL_TILES[:3], False, False), (SWAPPED_TILES, True, True)]
+        forms = [(NATURAL_TILES[:3], False, False), (ROUNDING_TILES, True, False), (SWAPPED_TILES, True, True)]
     for tiles, swapped, rounds in forms:
         for block_m, block_n, num_warps, num_stages in _by_waves(problem, tiles, gpu):
             rows = block_m + (block_n if swapped or problem.input_precision == "tf32" else 2 * block_n)

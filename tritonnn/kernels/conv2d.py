@@ -178,8 +178,7 @@ def can_run(product: Product, choice: Choice) -> bool:
         fits = fetches_with_halo(product) and are_halo_blocks(blocks, product.y.shape, C, x.element_size())
         return fits and (choice.copies_x or is_aligned(x))
     if isinstance(blocks, DescriptorBlocks):
-        rounds = product.round_x and not choice.copies_x
-        forms = {"tf32x3": [False], "tf32": [False] if rounds else [False, True]}.get(product.input_precision, [True])
+        forms = {"tf32x3": [False], "tf32": [False, True]}.get(product.input_precision, [True])
         fits = fetches_by_descriptors(product) and blocks.SWAPPED in forms and C % blocks.BLOCK_K == 0
         return fits and (choice.copies_x or is_aligned(x))
     return True

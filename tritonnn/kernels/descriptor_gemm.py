@@ -61,6 +61,7 @@ def descriptor_gemm_forward_kernel(
     DEPENDENT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    ROUND_X: tl.constexpr,
     SWAPPED: tl.constexpr,
     FLUSH: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -102,6 +103,8 @@ def descriptor_gemm_forward_kernel(
         x = tl.reshape(load_box(x_desc, n, p, q, r, s, c, C, STRIDE), (BLOCK_M, BLOCK_K))
         weight = weight_desc.load([k, tap * C + c])  # [BLOCK_N, BLOCK_K]
         if SWAPPED:
+            if ROUND_X:
+                x = round_to_tf32(x)
             acc = tl.dot(weight, x.T, acc, input_precision=INPUT_PRECISION)
         elif INPUT_PRECISION == "tf32x3":
             rest = weight_desc.load([K + k, tap * C + c])
@@ -209,6 +212,7 @@ def descriptor_gemm(product: Product, blocks: DescriptorBlocks) -> None:
         **dependent_launch(x),
         INPUT_PRECISION=product.input_precision,
         CHANNELS_LAST=product.channels_last_y,
+        ROUND_X=product.round_x,
         FLUSH=FLUSH_STEPS,
         **blocks._asdict(),
     )
