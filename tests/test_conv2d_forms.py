@@ -272,7 +272,8 @@ def test_precision_of_operands(input_precision, form):
 def test_swapped_form_rounds_x(blocks, stride):
     window = (stride, stride), (1, 1), (1, 1)
     problem = Problem(40, 64, 32, 32, 128, 3, 3, *window, 1, torch.float32, "tf32", True, True, True, ("bias", "relu"))
-    Trial(problem, torch.device("cuda")).check(Choice(DescriptorBlocks(*blocks), copies_x=False))
+    choice = Choice(DescriptorBlocks(*blocks), copies_x=False)
+    Trial(problem, torch.device("cuda")).check(choice, limit=3.5e-4)  # 4.7e-4 where the tensor core truncates
 
 
 @pytest.mark.parametrize(
