@@ -254,7 +254,7 @@ def _per_call(timing: Timing, calls: int) -> Timing:
 
 def describe(layer: nn.Module, x: Tensor, reference: Tensor, count: int) -> LayerShape:
     """Of a layer on x; `reference` is its output for `spread` of x's samples."""
-    n = x.shape[0]
+    n, read = x.shape[0], x.numel()
     outputs = reference.numel() // reference.shape[0] * n
     size = "x".join(map(str, x.shape[2:]))
     match layer:
@@ -262,6 +262,8 @@ def describe(layer: nn.Module, x: Tensor, reference: Tensor, count: int) -> Laye
             r, s = layer.kernel_size
             label = f"conv {r}x{s}/{layer.stride[0]} {layer.in_channels}-{layer.out_channels}, {size}"
             flop = 2 * outputs * layer.in_channels // layer.groups * r * s
+            under_the_filter = (min(side, p * f) for side, p, f in zip(x.shape[2:], reference.shape[2:], (r, s)))
+            read = n * layer.in_channels * math.prod(under_the_filter)
         case nn.Linear():
             label, flop = f"linear {layer.in_features}-{layer.out_features}", 2 * outputs * layer.in_features
         case nn.MaxPool2d() | nn.AvgPool2d():
@@ -270,7 +272,7 @@ def describe(layer: nn.Module, x: Tensor, reference: Tensor, count: int) -> Laye
         case _:
             label, flop = f"{kind_of(layer)} {x.shape[1]} at {size}", 0
     parameters = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()) if t.dim())
-    moved = (x.numel() + outputs) * x.element_size() + parameters
+    moved = (read + outputs) * x.element_size() + parameters
     return LayerShape(kind_of(layer), label, count, flop, moved, cold=False)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks.peers import PEERS
 from benchmarks.report import DTYPES, NETWORKS, floor_ms
@@ -76,6 +77,7 @@ def networks_figure(networks: list[NetworkResult]) -> Figure:
         sizes = sorted({r.batch_size for r in here})
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a panel may span less than a decade
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms a batch")

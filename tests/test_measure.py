@@ -273,6 +273,12 @@ def test_operations_and_bytes_of_a_layer():
     assert shape.peers["pytorch-nchw"].timing
 
 
+def test_pixels_that_no_filter_covers_need_not_be_read():
+    shortcut = nn.Conv2d(4, 8, 1, stride=2, bias=False)
+    shape = layers.describe(shortcut, torch.randn(5, 4, 8, 8), torch.randn(2, 8, 4, 4), 1)
+    assert shape.bytes == 4 * (5 * 4 * 16 + 5 * 8 * 16 + 8 * 4)
+
+
 def test_a_layer_that_is_wrong_has_no_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(layers.LAYER_PEERS, "flag-gems", ("nchw", lambda layer: lambda x: layer(x) + 0.1))
     relu = nn.ReLU()
