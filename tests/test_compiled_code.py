@@ -35,7 +35,9 @@ HELD |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, BLOCK_N=16, BLOCK_
 HELD_1X1 = dict(C=64, R=1, S=1, PADDING_H=0, PADDING_W=0, HAS_SHORTCUT=False, num_warps=4)
 HELD_SPLIT = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
 DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAPPED=True, FLUSH=8)
-DESCRIPTORS |= dict(HAS_RESIDUAL=True, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee")
+DESCRIPTORS |= dict(
+    HAS_RESIDUAL=True, ROUND_X=False, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee"
+)
 HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, ROUND_AHEAD=False, WHOLE=True, MASKED=False)
 HALO_64 = HALO | dict(C=64, K=64, N=None, TILE_N=1, TILE_P=8, TILE_Q=32, BLOCK_N=64, BLOCK_K=64, X_SLOTS=2, W_SLOTS=4)
 HALO_64 |= dict(STAGED=True, IN_SLOT=True, num_warps=4)
@@ -127,6 +129,12 @@ KERNELS = {
         LAST,
         DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32, SWAPPED=False),
     ),
+    "conv2d, descriptors, TF32, rounded in shared memory": (
+        "descriptor_gemm.descriptor_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32, ROUND_X=True, TILE_P=8, num_warps=8, num_stages=3),
+    ),
     "conv2d, descriptors, float32": (
         "descriptor_gemm.descriptor_gemm_forward_kernel",
         "fp32",
@@ -178,7 +186,7 @@ BY_ROWS = [name for name in KERNELS if "conv2d, rows" in name]
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *BY_ROWS]
 BY_DESCRIPTORS = [name for name in KERNELS if "descriptors" in name]
 COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, rows, float32", *BY_DESCRIPTORS[2:]]
-"""Kernels that round or split x in registers, from which the tensor cores then read it."""
+"""Kernels that round or split x in registers, from which, or from one place of shared memory, tensor cores read it."""
 WITH_HALO = [name for name in KERNELS if "halo" in name]
 HELD_KERNELS = [name for name in KERNELS if "held" in name]
 BY_COPY_ENGINE = BY_DESCRIPTORS + WITH_HALO
@@ -190,8 +198,7 @@ ROUNDS = [
     "conv2d, held, float32",
     "conv2d, rows, float32",
     "padded rows",
-    "conv2d, descriptors, TF32, rounded",
-    "conv2d, descriptors, float32",
+    *BY_DESCRIPTORS[2:],
 ]
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last", "padded rows"]
 """Kernels that read neighbouring pixels, one by one."""

@@ -72,10 +72,11 @@ def descriptor_gemm_forward_kernel(
 ):
     """One program owns TILE_N x TILE_P x TILE_Q = BLOCK_M output pixels x BLOCK_N output channels.
 
-    SWAPPED: acc [channels, pixels] = weight @ x.T, both in shared memory. Natural form: acc [pixels, channels] =
-    x @ weight.T, with x in registers, where it is rounded to TF32 or, "tf32x3", split; then weight_desc holds the
-    weights rounded to TF32 and, K rows below, what that left of them, and the sums of FLUSH steps are added up apart,
-    so that few float32 additions follow each other. y_desc is a pointer unless y is CHANNELS_LAST.
+    SWAPPED: acc [channels, pixels] = weight @ x.T, both in shared memory; to ROUND_X, x goes through registers and
+    back. Natural form: acc [pixels, channels] = x @ weight.T, with x in registers, where it is rounded to TF32 or,
+    "tf32x3", split; then weight_desc holds the weights rounded to TF32 and, K rows below, what that left of them, and
+    the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. y_desc is a pointer
+    unless y is CHANNELS_LAST.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
