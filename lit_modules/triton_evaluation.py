@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data.distributed import DistributedSampler
+from torchmetrics import Metric, MetricCollection
 
 import tritonnn
 from lit_modules import dashboard, report
@@ -258,7 +259,7 @@ class TritonEvaluation(Callback):
             variant(
                 name,
                 swapped=dict(Counter(self._reports[name].swapped.values())),
-                stayed=_by_reason(self._reports[name].stayed),
+                stayed=_by_reason(_without_metrics(self._reports[name].stayed, pl_module)),
                 fallbacks={layer: dict(reasons) for layer, reasons in self._fallbacks[name].items()},
             )
             for name in self._variants
@@ -342,6 +343,12 @@ def _variants(layers: Sequence[str], model: nn.Module) -> dict[str, str | list[s
         present = {tritonnn.kind_of(module) for module in model.modules()}
         return {kind: kind for kind in tritonnn.KINDS if kind in present} | {"all": "all"}
     return {" ".join(layers): layers[0] if layers == ["all"] else list(layers)}
+
+
+def _without_metrics(stayed: dict[str, str], model: nn.Module) -> dict[str, str]:
+    """torchmetrics' are modules, but no layers."""
+    metrics = Metric, MetricCollection
+    return {name: reason for name, reason in stayed.items() if not isinstance(model.get_submodule(name), metrics)}
 
 
 def _by_reason(stayed: dict[str, str]) -> dict[str, list[str]]:

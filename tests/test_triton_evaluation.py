@@ -15,6 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 import tritonnn
 from lit_modules import triton_evaluation
 from lit_modules.agreement import Agreement, AgreementMeter, Quality, QualityMeter, judge
+from lit_modules.classifier import MeanLoss, accuracies
 from lit_modules.evaluation_result import EvaluationResult, timing
 from lit_modules.triton_evaluation import TritonEvaluation
 from tritonnn.layers.fused_conv2d import FusedPooledLinear
@@ -64,6 +65,16 @@ class TestProof:
         }
         assert variant.stayed == {"no Triton layer for Flatten": ["layers.5"]}
         assert variant.fallbacks == {}
+
+    def test_metrics_are_no_layers_that_stayed(self, tmp_path):
+        class Metered(TinyClassifier):
+            def __init__(self) -> None:
+                super().__init__()
+                self.metrics = accuracies(6)
+                self.loss = MeanLoss()
+
+        (variant,) = evaluate(tmp_path, model=Metered()).proof.variants
+        assert variant.stayed == {"no Triton layer for Flatten": ["layers.5"]}
 
     def test_a_wrong_layer_fails_and_names_the_samples(self, tmp_path, monkeypatch):
         break_layer(monkeypatch, tritonnn.TritonLinear, lambda y: -y)
