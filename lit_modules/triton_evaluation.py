@@ -23,7 +23,7 @@ from tritonnn.latency import time_layers, time_networks
 
 PIPED_WIDTH = 140
 COMPARED_TOGETHER = 1024
-"""Samples: batch by batch the metrics of small batches would take as long as the networks."""
+"""Samples, in batches as the last: one by one the metrics of small batches would take as long as the networks."""
 
 
 class TritonEvaluation(Callback):
@@ -154,7 +154,7 @@ class TritonEvaluation(Callback):
             for name, network in self._fused.items():
                 logits[name] = network(images)
             self._pending.append((logits, labels, places))
-            if sum(len(labels) for _, labels, _ in self._pending) >= COMPARED_TOGETHER:
+            if len(self._pending) * len(labels) >= COMPARED_TOGETHER:
                 self._compare()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
