@@ -85,8 +85,8 @@ def candidates(shape: Shape, n: int, precision: str) -> Iterator[Blocks]:
         if block_n <= max(shape.out_channels, 64):
             for stages in (2, 3, 4):
                 yield DescriptorBlocks(*tile(n, side, side, block_m), block_n, line, swapped, warps, stages)
-    if swapped and shape.stride == 1:
-        for tile_n, tile_p, tile_q, block_n, *rest in HALO_TILES[dtype.itemsize]:
+    if swapped:
+        for tile_n, tile_p, tile_q, block_n, *rest in HALO_TILES[dtype.itemsize, shape.stride]:
             whole = tile_n == 1 or (tile_p, tile_q) == (side, side)
             if whole and side % tile_p == side % tile_q == shape.out_channels % block_n == 0:
                 yield HaloBlocks(tile_n, tile_p, tile_q, block_n, line, *rest)

@@ -17,7 +17,7 @@ def problem(n=2, c=64, size=8, k=32, taps=3, **changes) -> Problem:
     return plain._replace(**changes)
 
 
-HALF = dict(dtype=torch.bfloat16)
+HALF, BY_2 = dict(dtype=torch.bfloat16), dict(stride=(2, 2))
 PROBLEMS = {
     "bfloat16, 1024 images": problem(1024, 64, 32, 64, **HALF),
     "bfloat16, 512 channels": problem(128, 512, 4, 512, **HALF, epilogue=("bias", "residual", "relu")),
@@ -27,7 +27,13 @@ PROBLEMS = {
     "8x8": problem(135, 256, 8, 256, **HALF, epilogue=("bias", "residual", "relu")),
     "7x7, TF32": problem(67, 512, 7, 512, input_precision="tf32", round_x=True, epilogue=("residual",)),
     "4x4, TF32": problem(519, 512, 4, 512, input_precision="tf32", round_x=True, epilogue=("bias",)),
-    "one image": problem(1, 256, 8, 512, stride=(2, 2), **HALF),
+    "by 2": problem(513, 64, 32, 128, **BY_2, **HALF, epilogue=("bias", "relu")),
+    "by 2, 64 channels": problem(128, 64, 32, 64, **BY_2, **HALF),
+    "by 2, TF32": problem(131, 64, 32, 128, **BY_2, input_precision="tf32", round_x=True),
+    "by 2, to 28x28, TF32": problem(33, 64, 56, 128, **BY_2, input_precision="tf32", round_x=True, epilogue=("bias",)),
+    "by 2, to 7x7, TF32": problem(131, 256, 14, 512, **BY_2, input_precision="tf32"),
+    "by 2, to 4x4": problem(515, 256, 8, 512, **BY_2, **HALF),
+    "one image": problem(1, 256, 8, 512, **BY_2, **HALF),
     "1x1": problem(128, 64, 32, 128, 1, stride=(2, 2), **HALF),
     "64 channels, NCHW": problem(128, 64, 32, 64, channels_last_x=False, channels_last_y=False, **HALF),
     "3 channels, NCHW": problem(128, 3, 32, 64, channels_last_x=False, channels_last_y=False, **HALF),

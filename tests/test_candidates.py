@@ -23,8 +23,8 @@ def fits(p: Problem) -> bool:
 
 def fits_with_halo(p: Problem) -> bool:
     """Whether boxes with a halo could be fetched."""
-    shape = (p.r, p.s, p.stride, p.k % 64, p.channels_last_y) == (3, 3, (1, 1), 0, True)
-    return fits(p) and shape and p.input_precision != "tf32x3"
+    shape = (p.r, p.s, p.k % 64, p.channels_last_y) == (3, 3, 0, True)
+    return fits(p) and shape and p.stride in ((1, 1), (2, 2)) and p.input_precision != "tf32x3"
 
 
 def fits_registers(p: Problem) -> bool:
@@ -85,7 +85,16 @@ def test_sizes(name, shared_memory):
 @pytest.mark.parametrize("shared_memory", [232448, 101376, 49152])
 @pytest.mark.parametrize(
     "name",
-    ["bfloat16, 128 channels", "56x56", "28x28, TF32", "8x8", "7x7, TF32", "4x4, TF32", "TF32, rounded before"],
+    [
+        "bfloat16, 128 channels",
+        "56x56",
+        "28x28, TF32",
+        "8x8",
+        "7x7, TF32",
+        "4x4, TF32",
+        "TF32, rounded before",
+        *["by 2", "by 2, 64 channels", "by 2, TF32", "by 2, to 28x28, TF32", "by 2, to 7x7, TF32", "by 2, to 4x4"],
+    ],
 )
 def test_sizes_of_tiles_with_a_halo(name, shared_memory):
     p = PROBLEMS[name]
@@ -93,7 +102,8 @@ def test_sizes_of_tiles_with_a_halo(name, shared_memory):
     assert bool(tiles) == (shared_memory == 232448)
     for blocks in tiles:
         row, weight = blocks.TILE_N * blocks.TILE_Q, blocks.BLOCK_N * 128
-        box, y = (blocks.TILE_P + 2) * row * 128, blocks.TILE_P * row * blocks.BLOCK_N * p.dtype.itemsize
+        rows = blocks.TILE_P + 2 if p.stride == (1, 1) else 2 * blocks.TILE_P + 1
+        box, y = rows * row * 128, blocks.TILE_P * row * blocks.BLOCK_N * p.dtype.itemsize
         slots = blocks.X_SLOTS * box + blocks.W_SLOTS * weight + y * (blocks.STAGED and not blocks.IN_SLOT)
         assert blocks.PROGRAMS * (slots + 1024) <= shared_memory + 1024
         covered = [-(-side // size) * size for side, size in zip((p.n, *p.output), blocks)]

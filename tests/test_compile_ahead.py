@@ -219,7 +219,7 @@ def convolutions() -> list[Callable[[], None]]:
     from tritonnn.kernels.product import Choice
     from tritonnn.trial import operands
 
-    tile = HALO_TILES[2][0]
+    tile = HALO_TILES[2, 1][0]
     half = dict(c=64, k=64, dtype=torch.bfloat16)
     many, few = problem(n=8, size=32, **half), problem(n=1, size=4, **half)
     products = [

@@ -38,7 +38,7 @@ DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=Tru
 DESCRIPTORS |= dict(
     HAS_RESIDUAL=True, ROUND_X=False, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee"
 )
-HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, ROUND_AHEAD=False, WHOLE=True, MASKED=False)
+HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, ROUND_AHEAD=False, WHOLE=True, MASKED=False, STRIDE=1)
 HALO_64 = HALO | dict(C=64, K=64, N=None, TILE_N=1, TILE_P=8, TILE_Q=32, BLOCK_N=64, BLOCK_K=64, X_SLOTS=2, W_SLOTS=4)
 HALO_64 |= dict(STAGED=True, IN_SLOT=True, num_warps=4)
 IN_REGISTERS = dict(BLOCK_N=128, BLOCK_K=32, X_SLOTS=3, STAGED=False, IN_SLOT=False, num_warps=8)
@@ -46,6 +46,8 @@ HALO_128 = HALO | IN_REGISTERS | dict(C=128, K=128, N=None, TILE_N=1, TILE_P=16,
 HALO_8X8 = HALO | IN_REGISTERS | dict(C=256, K=256, TILE_N=4, TILE_P=8, TILE_Q=8, W_SLOTS=6)
 HALO_4X4 = HALO | IN_REGISTERS | dict(C=512, K=512, TILE_N=16, TILE_P=4, TILE_Q=4, W_SLOTS=4)
 AHEAD = dict(ROUND_X=True, ROUND_AHEAD=True)
+HALO_BY_2 = HALO | dict(C=64, K=128, N=None, TILE_N=1, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, STRIDE=2)
+HALO_BY_2 |= dict(X_SLOTS=3, W_SLOTS=7, STAGED=True, IN_SLOT=True, num_warps=8)
 DEPTHWISE = FILTER | EPILOGUE | dict(K=64, MULTIPLIER=1)
 MAX_POOL = FILTER | dict(
     DEPENDENT=True, RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None
@@ -167,6 +169,19 @@ KERNELS = {
         LAST,
         HALO_4X4 | AHEAD | dict(MASKED=True),
     ),
+    "conv2d, halo, stride 2": ("halo_gemm.halo_gemm_forward_kernel", "bf16", LAST, HALO_BY_2),
+    "conv2d, halo, stride 2, TF32, rounded": (
+        "halo_gemm.halo_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        HALO_BY_2 | IN_REGISTERS | AHEAD | dict(HAS_RESIDUAL=False),
+    ),
+    "conv2d, halo, stride 2, 4x4, TF32, rounded": (
+        "halo_gemm.halo_gemm_forward_kernel",
+        "fp32",
+        LAST,
+        HALO_4X4 | dict(STRIDE=2, TILE_N=8, BLOCK_N=256, X_SLOTS=2, ROUND_X=True, HAS_RESIDUAL=False),
+    ),
     "conv2d, depthwise": ("depthwise.conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
     "max_pool2d": ("max_pool2d.max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
     "max_pool2d, contiguous": ("max_pool2d.max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
@@ -258,7 +273,8 @@ def halo_types(dtype: str, constants: dict) -> dict[str, str]:
 
     images, rows, columns, n, k = (constants[size] for size in ("TILE_N", "TILE_P", "TILE_Q", "BLOCK_N", "BLOCK_K"))
     y = [rows, images, columns, n] if constants["STAGED"] else None
-    boxes = {"x_desc": [rows, images, columns, k], "edge_desc": [2, images, columns, k], "weight_desc": [n, k]}
+    boxes = {"x_desc": [rows, 1, images, columns, k], "edge_desc": [3 - constants["STRIDE"], 1, images, columns, k]}
+    boxes |= {"weight_desc": [n, k]}
     boxes |= {"y_desc": y, "residual_desc": y}
     bits = 32 if dtype == "fp32" else 16
     return {
@@ -298,7 +314,7 @@ def test_windows_are_loaded_16_bytes_at_a_time_and_all_fits_the_registers(name, 
 
 @pytest.mark.parametrize("name", BY_COPY_ENGINE)
 def test_the_copy_engine_brings_the_tiles(name, ptx):
-    assert "cp.async.bulk.tensor.4d.shared" in ptx[name]
+    assert f"cp.async.bulk.tensor.{5 if name in WITH_HALO else 4}d.shared" in ptx[name]
     staged = KERNELS[name][3].get("STAGED", True)
     assert ("cp.async.bulk.tensor.4d.global" in ptx[name]) == staged
 

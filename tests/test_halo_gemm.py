@@ -37,6 +37,11 @@ TF32_8X8, TF32_4X4 = (
     HaloBlocks(4, 8, 8, 128, 32, 3, 6, False, False, 8, 1),
     HaloBlocks(16, 4, 4, 128, 32, 3, 4, False, False, 8, 1),
 )
+HALF_BY_2, TF32_BY_2, ROUNDED_BY_2 = (
+    HaloBlocks(1, 8, 16, 128, 64, 3, 7, True, True, 8, 1),
+    HaloBlocks(1, 8, 16, 128, 32, 3, 7, False, False, 8, 1),
+    HaloBlocks(2, 8, 8, 256, 32, 2, 4, False, False, 8, 1),
+)
 SEVERAL_IMAGES = {
     "8x8": HALF_8X8,
     "8x8, 128 pixels": HaloBlocks(2, 8, 8, 128, 64, 2, 2, True, False, 4, 2),
@@ -62,7 +67,7 @@ def misaligned_residual() -> Epilogue:
     return Epilogue(residual=residual.view(1024, 32, 32, 64).permute(0, 3, 1, 2))
 
 
-F32 = dict(dtype=torch.float32)
+F32, BY_2 = dict(dtype=torch.float32), dict(stride=(2, 2))
 CHOSEN = {
     "64 channels": (dict(), HALF_64),
     "64 channels, float16": (dict(dtype=torch.float16), HALF_64),
@@ -80,6 +85,20 @@ CHOSEN = {
     "256 channels, TF32": (F32 | dict(c=256, side=8), TF32_8X8),
     "256 channels, TF32, rounded on the way": (F32 | dict(c=256, side=8, round_x=True), TF32_8X8),
     "512 channels": (dict(c=512, side=4), HaloBlocks(16, 4, 4, 128, 64, 2, 4, True, False, 8, 1)),
+    "64 to 128 channels by 2": (BY_2 | dict(c=64, k=128, side=32), HALF_BY_2),
+    "64 to 128 by 2, TF32": (BY_2 | F32 | dict(c=64, k=128, side=32), TF32_BY_2),
+    "64 to 128 by 2, TF32, rounded on the way": (
+        BY_2 | F32 | dict(c=64, k=128, side=32, round_x=True, n=128),
+        TF32_BY_2,
+    ),
+    "64 to 128 by 2, 56x56": (BY_2 | dict(c=64, k=128, side=56, n=128), HALF_BY_2),
+    "128 to 256 by 2, 28x28, TF32": (BY_2 | F32 | dict(c=128, k=256, side=28, n=128), TF32_BY_2),
+    "128 to 256 by 2, TF32, rounded on the way": (BY_2 | F32 | dict(c=128, k=256, side=16, round_x=True), ROUNDED_BY_2),
+    "256 to 512 by 2, 14x14, TF32, rounded on the way": (
+        BY_2 | F32 | dict(c=256, k=512, side=14, n=128, round_x=True),
+        ROUNDED_BY_2,
+    ),
+    "256 to 512 by 2": (BY_2 | dict(c=256, k=512, side=8), HaloBlocks(16, 4, 4, 128, 64, 2, 5, True, True, 8, 1)),
     "a list of strides": (dict(stride=[1, 1], padding=[1, 1], dilation=[1, 1]), HALF_64),
 }
 NOT_CHOSEN = {
@@ -92,7 +111,12 @@ NOT_CHOSEN = {
     "28x28": (dict(c=128, side=28), DescriptorBlocks),
     "28x28, TF32": (F32 | dict(c=128, side=28), DescriptorBlocks),
     "14x14": (dict(c=256, side=14), DescriptorBlocks),
-    "stride 2": (dict(stride=(2, 2)), DescriptorBlocks),
+    "64 to 64 channels by 2": (BY_2, DescriptorBlocks),
+    "64 to 128 channels by 2, 128 images": (BY_2 | dict(c=64, k=128, n=128), DescriptorBlocks),
+    "128 to 256 by 2, 28x28": (BY_2 | dict(c=128, k=256, side=28, n=128), DescriptorBlocks),
+    "stride 2, 31x31": (dict(stride=(2, 2), side=31), GemmBlocks),
+    "stride 2 and 1": (dict(stride=(2, 1)), GemmBlocks),
+    "stride 3": (dict(stride=(3, 3), side=33), GemmBlocks),
     "1x1": (dict(taps=1), DescriptorBlocks),
     "5x5": (dict(taps=5), DescriptorBlocks),
     "no padding": (dict(side=34, padding=(0, 0)), DescriptorBlocks),
@@ -143,7 +167,20 @@ class TestChoice:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
         assert not isinstance(conv2d.default_choice(product()).blocks, HaloBlocks)
 
-    @pytest.mark.parametrize("name", ["stride 2", "1x1", "5x5", "no padding", "dilation", "groups", "strict float32"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "stride 2, 31x31",
+            "stride 2 and 1",
+            "stride 3",
+            "1x1",
+            "5x5",
+            "no padding",
+            "dilation",
+            "groups",
+            "strict float32",
+        ],
+    )
     def test_what_it_cannot_run(self, name):
         sizes, _ = NOT_CHOSEN[name]
         blocks = HALF_64 if "dtype" not in sizes else TF32_64
@@ -174,9 +211,9 @@ class TestChoice:
             "128 channels": (dict(c=128, side=24), True),
             "256 channels": (dict(c=256, side=14), True),
             "512 channels": (dict(c=512, side=4), True),
-            "64 to 128, stride 2": (dict(k=128, stride=(2, 2)), False),
-            "128 to 256, stride 2": (dict(c=128, side=16, k=256, stride=(2, 2)), False),
-            "256 to 512, stride 2": (dict(c=256, side=8, k=512, stride=(2, 2)), True),
+            "64 to 128, stride 2": (BY_2 | dict(k=128, side=48), False),
+            "128 to 256, stride 2": (BY_2 | dict(c=128, side=24, k=256), False),
+            "256 to 512, stride 2": (BY_2 | dict(c=256, side=12, k=512), True),
         }.values(),
         ids=str,
     )
@@ -293,11 +330,56 @@ CASES_OF_IMAGES = [
     ("TF32, 2x4", "5x4", "TF32", "bias"),
     ("TF32, 2x4", "5x4", "TF32, rounded on the way", "all"),
 ]
+SHAPES_BY_2 = {
+    "64 to 128 by 2": (35, 64, 128, 32, 32),
+    "128 to 256 by 2": (35, 128, 256, 16, 16),
+    "256 to 512 by 2": (67, 256, 512, 8, 8),
+    "56x56 by 2": (23, 64, 128, 56, 56),
+    "14x14 by 2": (35, 128, 128, 14, 14),
+    "10x6 by 2": (37, 64, 128, 10, 6),
+    "8x2 by 2": (37, 64, 128, 8, 2),
+    "odd number of images by 2": (33, 128, 256, 16, 16),
+    "whole tiles by 2": (32, 256, 512, 8, 8),
+}
+"""N, C, K, H, W, of which every other pixel is taken."""
+CASES_BY_2 = [
+    ((1, 8, 16, 128, 64, 2, 9, True, True, 8, 1), "64 to 128 by 2", "bf16", "all"),
+    ((1, 8, 16, 128, 64, 2, 9, True, True, 8, 1), "10x6 by 2", "fp16", "plain"),
+    ((1, 8, 16, 128, 64, 2, 2, True, True, 4, 2), "64 to 128 by 2", "fp16", "bias"),
+    ((1, 8, 16, 128, 64, 3, 7, True, True, 8, 1), "128 to 256 by 2", "bf16", "residual"),
+    ((1, 16, 16, 128, 64, 2, 5, True, True, 8, 1), "56x56 by 2", "bf16", "all"),
+    ((1, 8, 16, 64, 64, 2, 4, True, True, 4, 2), "14x14 by 2", "bf16", "all"),
+    ((1, 8, 16, 64, 64, 2, 9, True, False, 4, 1), "64 to 128 by 2", "bf16", "residual"),
+    ((1, 4, 32, 128, 64, 2, 2, True, True, 4, 2), "56x56 by 2", "fp16", "plain"),
+    ((2, 8, 8, 128, 64, 2, 2, True, True, 4, 2), "odd number of images by 2", "bf16", "all"),
+    ((4, 8, 8, 128, 64, 2, 5, True, True, 8, 1), "128 to 256 by 2", "bf16", "bias"),
+    ((8, 4, 4, 128, 64, 3, 7, True, True, 8, 1), "256 to 512 by 2", "bf16", "all"),
+    ((16, 4, 4, 128, 64, 2, 5, True, True, 8, 1), "whole tiles by 2", "fp16", "residual"),
+    ((1, 8, 16, 128, 32, 3, 7, False, False, 8, 1), "64 to 128 by 2", "TF32", "residual"),
+    ((1, 8, 16, 128, 32, 3, 7, False, False, 8, 1), "64 to 128 by 2", "TF32, rounded on the way", "all"),
+    ((1, 8, 16, 128, 32, 3, 7, False, False, 8, 1), "10x6 by 2", "TF32, rounded on the way", "bias"),
+    ((1, 8, 16, 128, 32, 2, 2, False, False, 4, 2), "56x56 by 2", "TF32, rounded on the way", "plain"),
+    ((1, 16, 16, 128, 32, 2, 5, False, False, 8, 1), "56x56 by 2", "TF32, rounded on the way", "all"),
+    ((1, 16, 16, 128, 32, 2, 5, False, False, 8, 1), "64 to 128 by 2", "TF32", "all"),
+    ((1, 4, 32, 128, 32, 3, 7, False, False, 8, 1), "56x56 by 2", "TF32, rounded on the way", "bias"),
+    ((1, 8, 8, 64, 32, 3, 4, False, False, 4, 1), "8x2 by 2", "TF32, rounded on the way", "residual"),
+    ((2, 8, 8, 256, 32, 3, 3, False, False, 8, 1), "odd number of images by 2", "TF32, rounded on the way", "all"),
+    ((4, 8, 8, 128, 32, 2, 5, False, False, 8, 1), "128 to 256 by 2", "TF32, rounded on the way", "bias"),
+    ((8, 4, 4, 256, 32, 3, 3, False, False, 8, 1), "256 to 512 by 2", "TF32, rounded on the way", "all"),
+    ((8, 4, 4, 128, 32, 2, 2, False, False, 4, 2), "whole tiles by 2", "TF32, rounded on the way", "plain"),
+    ((16, 4, 4, 128, 32, 2, 5, False, False, 8, 1), "256 to 512 by 2", "TF32", "all"),
+]
 GUARD = 4096
 
 
-def usual_blocks(x: Tensor, K: int) -> HaloBlocks:
+def stride_of(shape: str) -> int:
+    return 2 if shape in SHAPES_BY_2 else 1
+
+
+def usual_blocks(x: Tensor, K: int, stride: int) -> HaloBlocks:
     dtype, side = x.dtype, max(x.shape[2:])
+    if stride == 2:
+        return HALF_BY_2 if dtype.itemsize == 2 else TF32_BY_2
     if side <= 8 and K % 128 == 0:
         blocks = (HALF_4X4, TF32_4X4) if side <= 4 else (HALF_8X8, TF32_8X8)
         return blocks[dtype == torch.float32]
@@ -307,25 +389,32 @@ def usual_blocks(x: Tensor, K: int) -> HaloBlocks:
 
 
 def launch(x: Tensor, packed: Tensor, y: Tensor, round_x: bool, epilogue: Epilogue, blocks: HaloBlocks) -> None:
-    input_precision = "tf32" if x.dtype == torch.float32 else "ieee"
-    halo_gemm(Product(x, packed, y, True, (1, 1), (1, 1), (1, 1), 1, input_precision, round_x, epilogue), blocks)
+    """Of the stride that the sizes of x and y tell."""
+    input_precision, stride = "tf32" if x.dtype == torch.float32 else "ieee", x.shape[2] // y.shape[2]
+    window = (stride, stride), (1, 1), (1, 1)
+    product = Product(x, packed, y, True, *window, 1, input_precision, round_x, epilogue)
+    assert conv2d.can_run(product, Choice(blocks, copies_x=False))
+    halo_gemm(product, blocks)
 
 
-def run(x: Tensor, weight: Tensor, round_x: bool, epilogue: Epilogue, blocks: HaloBlocks | None = None) -> Tensor:
+def run(
+    x: Tensor, weight: Tensor, round_x: bool, epilogue: Epilogue, blocks: HaloBlocks | None = None, stride: int = 1
+) -> Tensor:
     """y, in the middle of memory of which nothing else may be written."""
     (N, _, H, W), K = x.shape, weight.shape[0]
-    memory = torch.full((N * K * H * W + 2 * GUARD,), float("nan"), dtype=x.dtype, device=x.device)
-    y = memory[GUARD:-GUARD].view(N, H, W, K).permute(0, 3, 1, 2)
+    P, Q = H // stride, W // stride
+    memory = torch.full((N * K * P * Q + 2 * GUARD,), float("nan"), dtype=x.dtype, device=x.device)
+    y = memory[GUARD:-GUARD].view(N, P, Q, K).permute(0, 3, 1, 2)
     packed = pack_weight(weight, "tf32" if x.dtype == torch.float32 else "ieee")
-    launch(x, packed, y, round_x, epilogue, blocks or usual_blocks(x, K))
+    launch(x, packed, y, round_x, epilogue, blocks or usual_blocks(x, K, stride))
     assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all()
     return y
 
 
-def convolved(x: Tensor, weight: Tensor) -> Tensor:
+def convolved(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """In float64, of operands that are rounded to TF32 if they are float32; zeros are padded, and multiplied."""
     x, weight = (tf32(t) if t.dtype == torch.float32 else t for t in (x, weight))
-    return F.conv2d(F.pad(x.double(), (1, 1, 1, 1)), weight.double())
+    return F.conv2d(F.pad(x.double(), (1, 1, 1, 1)), weight.double(), stride=stride)
 
 
 @pytest.mark.gpu
@@ -333,7 +422,7 @@ def convolved(x: Tensor, weight: Tensor) -> Tensor:
 class TestOnAGpu:
     def operands(self, shape: str, precision: str) -> tuple[Tensor, Tensor, bool]:
         """x, weight, and whether x is to be rounded."""
-        (N, C, K, H, W), (dtype, round_x) = SHAPES[shape], PRECISIONS[precision]
+        (N, C, K, H, W), (dtype, round_x) = (SHAPES | SHAPES_BY_2)[shape], PRECISIONS[precision]
         x = image(N, C, H, W, dtype=dtype, channels_last=True)
         if precision == "TF32":
             x = tf32(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -348,10 +437,15 @@ class TestOnAGpu:
     def test_tiles_of_several_images(self, blocks, shape, precision, epilogue):
         self.check(shape, precision, epilogue, SEVERAL_IMAGES[blocks])
 
+    @pytest.mark.parametrize("blocks, shape, precision, epilogue", CASES_BY_2, ids=str)
+    def test_stride_2(self, blocks, shape, precision, epilogue):
+        self.check(shape, precision, epilogue, HaloBlocks(*blocks))
+
     def check(self, shape: str, precision: str, epilogue: str, blocks: HaloBlocks | None = None) -> None:
         """The whole output against float64, and against itself."""
         x, weight, round_x = self.operands(shape, precision)
-        steps, K, exact = EPILOGUES[epilogue], weight.shape[0], convolved(x, weight)
+        steps, K, stride = EPILOGUES[epilogue], weight.shape[0], stride_of(shape)
+        exact = convolved(x, weight, stride)
         scale = 1 + image(K).abs() if "scale" in steps else None
         bias_types = {"bias": torch.float32, "bias of x's type": x.dtype}
         bias = next((image(K, dtype=dtype) for step, dtype in bias_types.items() if step in steps), None)
@@ -362,7 +456,7 @@ class TestOnAGpu:
         exact = exact if residual is None else exact + residual.double()
         exact = exact.relu() if "relu" in steps else exact
         settings = Epilogue(scale, bias, residual, "relu" in steps, round_y)
-        y = run(x, weight, round_x, settings, blocks)
+        y = run(x, weight, round_x, settings, blocks, stride)
         limit = LIMIT[x.dtype]
         if x.dtype == torch.float32:
             limit = ROUNDED_Y if round_y else max(limit, weight[0].numel() / 8 * TRUNCATION)
@@ -370,22 +464,24 @@ class TestOnAGpu:
         if round_y:
             assert torch.equal(tf32(y), y)
         for _ in range(3):  # the same bits every time: no race
-            assert torch.equal(run(x, weight, round_x, settings, blocks), y)
+            assert torch.equal(run(x, weight, round_x, settings, blocks, stride), y)
 
-    @pytest.mark.parametrize("shape", ["64", "128", "56x56"])
+    @pytest.mark.parametrize("shape", ["64", "128", "56x56", "64 to 128 by 2"])
     @pytest.mark.parametrize("precision", ["bf16", "TF32", "TF32, rounded on the way"])
     def test_nan_and_infinity(self, shape, precision):
         """In x; and in the weight, times the zeros of the padding."""
         x, weight, round_x = self.operands(shape, precision)
-        last = x.shape[2] - 1
+        last, stride = x.shape[2] - 1, stride_of(shape)
         x[0, 5, 0, 0], x[1, 0, 7, 8], x[1, 1, last, last] = float("nan"), float("inf"), -float("inf")
         x[-1, 5, 8, 15], x[-1, -1, last, 0] = float("nan"), float("inf")
-        y, expected = run(x, weight, round_x, Epilogue(relu=True)), convolved(x, weight).relu()
+        y = run(x, weight, round_x, Epilogue(relu=True), stride=stride)
+        expected = convolved(x, weight, stride).relu()
         assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isposinf(), expected.isposinf())
         x = self.operands(shape, precision)[0]
         weight[3, 0, 0, 0], weight[5, 1, 2, 1] = float("inf"), -float("inf")
-        y, expected = run(x, weight, round_x, Epilogue()), convolved(x, weight)
-        assert y[:, 3, 0].isnan().all() and y[:, 5, last].isnan().all()
+        y, expected = run(x, weight, round_x, Epilogue(), stride=stride), convolved(x, weight, stride)
+        assert y[:, 3, 0].isnan().all()
+        assert y[:, 5, -1].isnan().all() or stride == 2  # nothing is padded below
         assert torch.equal(y.isnan(), expected.isnan())
         assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
 
@@ -413,7 +509,7 @@ class TestOnAGpu:
         """In a graph each convolution may start before the one ends whose y it reads."""
         x, weight, _ = self.operands(shape, precision)
         packed = pack_weight(weight, "tf32" if x.dtype == torch.float32 else "ieee")
-        blocks, images = usual_blocks(x, weight.shape[0]), [x, torch.empty_like(x), torch.empty_like(x)]
+        blocks, images = usual_blocks(x, weight.shape[0], 1), [x, torch.empty_like(x), torch.empty_like(x)]
 
         def chain() -> None:
             for i in range(6):
@@ -437,4 +533,4 @@ class TestOnAGpu:
 
 @pytest.mark.parametrize("n, fits", [(127, False), (128, True)])
 def test_enough_tiles(n, fits):
-    assert (halo_blocks(n, 32, 32, 64, 64, 2, False) is not None) is fits
+    assert (halo_blocks(n, 32, 32, 64, 64, 1, 2, False) is not None) is fits

@@ -21,6 +21,7 @@ from .kernels.block_sizes import (
     splits_of,
     tile,
 )
+from .kernels.halo_gemm import box_rows
 from .kernels.implicit_gemm import pointer_blocks, spans_taps
 from .kernels.product import Choice, Problem
 from .kernels.row_gemm import fits_rows
@@ -63,7 +64,7 @@ ROW_TILES = [
 ]
 """With one stage loads go through the L1 cache, where windows overlap; with more they come from L2, ahead of time."""
 HALO_TILES = {
-    2: [
+    (2, 1): [
         (1, 8, 32, 64, 2, 4, True, True, 4, 2),
         (1, 16, 16, 128, 3, 3, True, False, 8, 1),
         (1, 16, 16, 64, 2, 4, True, True, 4, 2),
@@ -78,7 +79,7 @@ HALO_TILES = {
         (8, 4, 4, 128, 2, 2, True, False, 4, 2),
         (8, 4, 4, 64, 3, 4, True, True, 4, 2),
     ],
-    4: [
+    (4, 1): [
         (1, 8, 32, 64, 2, 4, False, False, 4, 2),
         (1, 16, 16, 128, 3, 6, False, False, 8, 1),
         (1, 16, 16, 64, 2, 4, False, False, 4, 2),
@@ -93,8 +94,34 @@ HALO_TILES = {
         (8, 4, 4, 256, 3, 4, False, False, 8, 1),
         (8, 4, 4, 64, 3, 4, False, False, 4, 2),
     ],
+    (2, 2): [
+        (1, 8, 16, 128, 3, 7, True, True, 8, 1),
+        (1, 16, 16, 128, 2, 5, True, True, 8, 1),
+        (1, 8, 16, 64, 2, 4, True, True, 4, 2),
+        (2, 8, 8, 128, 3, 7, True, True, 8, 1),
+        (4, 8, 8, 128, 2, 5, True, True, 8, 1),
+        (2, 8, 8, 64, 2, 4, True, True, 4, 2),
+        (8, 4, 4, 128, 3, 7, True, True, 8, 1),
+        (16, 4, 4, 128, 2, 5, True, True, 8, 1),
+        (8, 4, 4, 64, 2, 4, True, True, 4, 2),
+    ],
+    (4, 2): [
+        (1, 8, 16, 128, 3, 7, False, False, 8, 1),
+        (1, 16, 16, 128, 2, 5, False, False, 8, 1),
+        (1, 8, 16, 64, 2, 4, False, False, 4, 2),
+        (1, 4, 32, 128, 3, 7, False, False, 8, 1),
+        (1, 8, 16, 256, 2, 4, False, False, 8, 1),
+        (2, 8, 8, 128, 3, 7, False, False, 8, 1),
+        (4, 8, 8, 128, 2, 5, False, False, 8, 1),
+        (2, 8, 8, 256, 2, 4, False, False, 8, 1),
+        (2, 8, 8, 64, 2, 4, False, False, 4, 2),
+        (8, 4, 4, 128, 3, 7, False, False, 8, 1),
+        (16, 4, 4, 128, 2, 5, False, False, 8, 1),
+        (8, 4, 4, 256, 2, 4, False, False, 8, 1),
+        (8, 4, 4, 64, 2, 4, False, False, 4, 2),
+    ],
 }
-"""TILE_N, TILE_P, TILE_Q, BLOCK_N, X_SLOTS, W_SLOTS, STAGED, IN_SLOT, warps, programs; by the bytes of an element."""
+"""By the bytes of an element and the stride: the sizes of `HaloBlocks` but for BLOCK_K, which is 128 bytes."""
 LEAST_OF_A_TILE = 0.75
 """The part of the tiles with a halo that is to lie inside the images."""
 SPLIT_TILES = [(16, 8), (16, 16), (16, 32), (32, 32)]
@@ -153,17 +180,17 @@ def _by_waves(problem: Problem, tiles: Sequence[T], gpu: Gpu) -> list[T]:
 
 def _halo(problem: Problem, gpu: Gpu) -> Iterator[Choice]:
     """The tiles that waste least first. TF32's x is rounded on the way unless NCHW is copied."""
-    (p, q), size = problem.output, problem.dtype.itemsize
+    (p, q), size, stride = problem.output, problem.dtype.itemsize, problem.stride[0]
 
     def waste(sizes: Sequence[int]) -> int:
         return math.prod(ceil_div(side, tile) * tile for side, tile in zip((problem.n, p, q), sizes))
 
-    for tile_n, tile_p, tile_q, block_n, *rest in sorted(HALO_TILES[size], key=waste):
+    for tile_n, tile_p, tile_q, block_n, *rest in sorted(HALO_TILES[size, stride], key=waste):
         blocks = HaloBlocks(tile_n, tile_p, tile_q, block_n, 128 // size, *rest)
         whole = tile_n == 1 or (p <= tile_p and q <= tile_q)  # several images: all of them
         fits = problem.k % block_n == 0 and LEAST_OF_A_TILE * waste(blocks) <= problem.pixels
         busy = 2 * problem.programs(tile_n * tile_p * tile_q, block_n) >= gpu.multiprocessors
-        lines = blocks.X_SLOTS * tile_n * (tile_p + 2) * tile_q + blocks.W_SLOTS * block_n
+        lines = blocks.X_SLOTS * tile_n * box_rows(tile_p, stride) * tile_q + blocks.W_SLOTS * block_n
         stage = tile_n * tile_p * tile_q * block_n * size if blocks.STAGED and not blocks.IN_SLOT else 0
         memory = blocks.PROGRAMS * (128 * lines + stage + BARRIERS)
         if whole and fits and busy and memory <= gpu.shared_memory:

@@ -333,7 +333,7 @@ def descriptor_blocks(
 
 
 class HaloSide(NamedTuple):
-    """Images of one size and number of channels, which a 3x3 convolution keeps, whose tiles with a halo were measured.
+    """3x3 convolutions to images of one size, of as many channels as those before times the stride: tiles with a halo.
 
     The blocks for 16-bit numbers, TF32 and TF32 that is rounded on the way, each with the number of tiles from which on
     they are taken; None where another form is faster.
@@ -357,29 +357,58 @@ _HALF_8, _TF32_8 = (
     HaloBlocks(4, 8, 8, 128, 32, 3, 6, False, False, 8, 1),
 )
 _HALF_4 = HaloBlocks(16, 4, 4, 128, 64, 2, 4, True, False, 8, 1)
+_HALF_BY_2, _TF32_BY_2, _TF32_28_BY_2 = (
+    HaloBlocks(1, 8, 16, 128, 64, 3, 7, True, True, 8, 1),
+    HaloBlocks(1, 8, 16, 128, 32, 3, 7, False, False, 8, 1),
+    HaloBlocks(1, 4, 32, 128, 32, 3, 7, False, False, 8, 1),
+)
+_HALF_8_BY_2, _TF32_8_BY_2, _ROUNDED_8_BY_2 = (
+    HaloBlocks(2, 8, 8, 128, 64, 3, 7, True, True, 8, 1),
+    HaloBlocks(2, 8, 8, 128, 32, 3, 7, False, False, 8, 1),
+    HaloBlocks(2, 8, 8, 256, 32, 2, 4, False, False, 8, 1),
+)
+_HALF_4_BY_2, _TF32_4_BY_2, _ROUNDED_4_BY_2 = (
+    HaloBlocks(16, 4, 4, 128, 64, 2, 5, True, True, 8, 1),
+    HaloBlocks(16, 4, 4, 128, 32, 2, 5, False, False, 8, 1),
+    HaloBlocks(8, 4, 4, 256, 32, 2, 4, False, False, 8, 1),
+)
 HALO_SIDES = {
-    (64, 32): HaloSide((_HALF_64, 512), (_TF32_64, 512), (_TF32_64, 512)),
-    (64, 56): HaloSide((_HALF_64, 512), (_TF32_64, 512), (_TF32_64, 512)),
-    (128, 16): HaloSide((_HALF_128, 512), (_TF32_128, 128), (_TF32_128, 128)),
-    (128, 28): HaloSide(None, None, (_TF32_128, 512)),
-    (256, 8): HaloSide((_HALF_8, 512), (_TF32_8, 512), (_TF32_8, 512)),
-    (512, 4): HaloSide((_HALF_4, 256), None, None),
+    (64, 32, 1): HaloSide((_HALF_64, 512), (_TF32_64, 512), (_TF32_64, 512)),
+    (64, 56, 1): HaloSide((_HALF_64, 512), (_TF32_64, 512), (_TF32_64, 512)),
+    (128, 16, 1): HaloSide((_HALF_128, 512), (_TF32_128, 128), (_TF32_128, 128)),
+    (128, 28, 1): HaloSide(None, None, (_TF32_128, 512)),
+    (256, 8, 1): HaloSide((_HALF_8, 512), (_TF32_8, 512), (_TF32_8, 512)),
+    (512, 4, 1): HaloSide((_HALF_4, 256), None, None),
+    (64, 16, 2): HaloSide((_HALF_BY_2, 512), (_TF32_BY_2, 512), (_TF32_BY_2, 256)),
+    (64, 28, 2): HaloSide((_HALF_BY_2, 512), (_TF32_28_BY_2, 512), (_TF32_28_BY_2, 512)),
+    (128, 8, 2): HaloSide((_HALF_8_BY_2, 512), (_TF32_8_BY_2, 512), (_ROUNDED_8_BY_2, 256)),
+    (128, 14, 2): HaloSide(None, (_TF32_BY_2, 512), None),
+    (256, 4, 2): HaloSide((_HALF_4_BY_2, 256), (_TF32_4_BY_2, 256), (_ROUNDED_4_BY_2, 256)),
+    (256, 7, 2): HaloSide(None, None, (_ROUNDED_8_BY_2, 128)),
 }
-"""By channels and side. Measured on an H200 (benchmarks/results), 1,024 images or 128; us, in brackets the next form:
+"""By channels, side of y and stride. Measured, 1,024 images, or 128 where it says so; us, in brackets the next form.
 
-64 at 32x32 in bfloat16 114 (193), TF32 that is rounded on the way 278 (445); 64 at 56x56, 128 images, 51 (79), TF32 100
-(145), rounded 126 (172); 128 at 16x16 104 (119), rounded 211 (294), of 128 images 31 (40); 128 at 28x28, 128 images,
-rounded 109 (117); 256 at 8x8 97 (106), TF32 185 (195), rounded 198 (229); 512 at 4x4 95 (99).
+Stride 1 on an H200 (benchmarks/results): 64 at 32x32 in bfloat16 114 (193), TF32 that is rounded on the way 278 (445);
+64 at 56x56, 128 images, 51 (79), TF32 100 (145), rounded 126 (172); 128 at 16x16 104 (119), rounded 211 (294), of 128
+images 31 (40); 128 at 28x28, 128 images, rounded 109 (117); 256 at 8x8 97 (106), TF32 185 (195), rounded 198 (229); 512
+at 4x4 95 (99).
+
+Stride 2 on an H100: 64 to 16x16 in bfloat16 78 (92), TF32 150 (179), rounded 176 (214), of 128 images 29 (34); 64 to
+28x28, 128 images, 37 (40), TF32 65 (80), rounded 80 (84); 128 to 8x8 59 (69), TF32 109 (131), rounded 126 (185); 128 to
+14x14, 128 images, TF32 56 (61); 256 to 4x4 53 (56), TF32 96 (107), rounded 117 (153); 256 to 7x7, 128 images, rounded
+61 (70).
 """
 
 
 @functools.lru_cache
-def halo_blocks(n: int, p: int, q: int, c: int, k: int, element_size: int, round_x: bool) -> HaloBlocks | None:
-    """For a 3x3 convolution of n images of p x q pixels, c to k channels; None where it is not known to be the fastest.
+def halo_blocks(
+    n: int, p: int, q: int, c: int, k: int, stride: int, element_size: int, round_x: bool
+) -> HaloBlocks | None:
+    """For a 3x3 convolution to n images of p x q pixels, c to k channels; None where it is not known to be the fastest.
 
     `round_x`: to TF32, on the way.
     """
-    side = HALO_SIDES.get((c, p)) if c == k and p == q else None
+    side = HALO_SIDES.get((c, p, stride)) if k == c * stride and p == q else None
     found = side and (side.half if element_size == 2 else side.rounded if round_x else side.tf32)
     if not found:
         return None

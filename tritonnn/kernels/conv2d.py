@@ -113,7 +113,7 @@ def default_choice(product: Product) -> Choice:
         if blocks is not None:
             return Choice(blocks, copies_x=False)
     aligned = is_aligned(x)
-    halo = halo_blocks(N, P, Q, C, K, x.element_size(), round_x and aligned)
+    halo = halo_blocks(N, P, Q, C, K, stride[0], x.element_size(), round_x and aligned)
     if halo is not None and not fetches_with_halo(product):
         halo = None
     descriptors = fetches_by_descriptors(product) and (x.stride(1) == 1 or R * S > 1)
@@ -175,7 +175,8 @@ def can_run(product: Product, choice: Choice) -> bool:
     if isinstance(blocks, RowBlocks):
         return fits_rows(C, product.dilation, product.groups, x.dtype)
     if isinstance(blocks, HaloBlocks):
-        fits = fetches_with_halo(product) and are_halo_blocks(blocks, product.y.shape, C, x.element_size())
+        sizes = product.y.shape, C, product.stride[0], x.element_size()
+        fits = fetches_with_halo(product) and are_halo_blocks(blocks, *sizes)
         return fits and (choice.copies_x or is_aligned(x))
     if isinstance(blocks, DescriptorBlocks):
         forms = {"tf32x3": [False], "tf32": [False, True]}.get(product.input_precision, [True])

@@ -1,14 +1,15 @@
-"""3x3 convolution of channels_last images from tiles with a halo, for Hopper GPUs.
+"""3x3 convolution of stride 1 or 2 of channels_last images from tiles with a halo, for Hopper GPUs.
 
     y[n, p, q, k] = relu(bias[k] + residual[n, p, q, k] + scale[k]
-                         * sum over r, s, c of x[n, p + r - 1, q + s - 1, c] * weight[k, r, s, c])
+                         * sum over r, s, c of x[n, p * stride + r - 1, q * stride + s - 1, c] * weight[k, r, s, c])
 
 A tile is TILE_P rows x TILE_Q columns of TILE_N images. For each block of channels the copy engine brings the rows
 under it and one more on either side three times, shifted by a column each time; what lies outside an image it fills
 with zeros. The filter's rows are slices of the same box in shared memory, as a row, of all the images, is a multiple of
 the 1024 bytes after which the swizzle repeats: a tile reads 3 (TILE_P + 2) rows of x from L2, where nine taps would
-each read TILE_P. Programs are persistent: while a box is multiplied the next ones arrive, those of the next tile as
-well.
+each read TILE_P. With stride 2 a box has of every other column the odd rows, which two rows of the filter share, and
+then the even ones: 3 (2 TILE_P + 1) rows. Programs are persistent: while a box is multiplied the next ones arrive,
+those of the next tile as well.
 """
 
 import functools
@@ -34,6 +35,33 @@ from .product import Product
 from .verified import gluon_is_verified
 
 
+@gluon.constexpr_function
+def box_rows(tile_p: int, stride: int) -> int:
+    """The rows of x in a box for tile_p rows of y."""
+    return stride * tile_p + edge_rows(stride)
+
+
+@gluon.constexpr_function
+def edge_rows(stride: int) -> int:
+    """Those of them that are brought apart, as the sides of what the copy engine brings are powers of 2."""
+    return 3 - stride
+
+
+@gluon.constexpr_function
+def first_row(r: int, tile_p: int, stride: int) -> int:
+    """Where in a box the tile_p rows under the filter's row r begin."""
+    return r if stride == 1 else (0, tile_p + 1, 1)[r]
+
+
+@gluon.constexpr_function
+def part(i: int, tile_p: int, stride: int) -> tuple[int, int]:
+    """The first and the number of the rows that are a box's part i of three: two alike, powers of 2, and the edge."""
+    if i == 2:
+        return tile_p, edge_rows(stride)
+    rows = stride * tile_p // 2
+    return (i * rows if stride == 1 else i * (tile_p + 1)), rows
+
+
 @gluon.jit
 def place_of(
     tile,
@@ -51,11 +79,11 @@ def place_of(
 
 
 @gluon.jit
-def rows_of(x_ring, slot, FIRST: gl.constexpr, ROWS: gl.constexpr, TILE_P: gl.constexpr, LAYOUT: gl.constexpr):
+def rows_of(x_ring, slot, FIRST: gl.constexpr, ROWS: gl.constexpr, BOX_ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """[ROWS * TILE_N * TILE_Q, BLOCK_K]: the rows of a box from FIRST on."""
     ROW: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
-    row = x_ring.index(slot * (TILE_P + 2) + FIRST)
+    row = x_ring.index(slot * BOX_ROWS + FIRST)
     return row._reinterpret(x_ring.dtype, [ROWS * ROW, BLOCK_K], LAYOUT)
 
 
@@ -72,24 +100,32 @@ def fetch_box(
     tiles_q,
     box,
     BLOCKS_N: gl.constexpr,
+    C: gl.constexpr,
+    STRIDE: gl.constexpr,
     TILE_N: gl.constexpr,
     TILE_P: gl.constexpr,
     TILE_Q: gl.constexpr,
 ):
     """Starts to bring a tile's box of that number into a slot, unless there is no such tile."""
     BLOCK_K: gl.constexpr = x_ring.shape[2]
+    EDGE: gl.constexpr = edge_rows(STRIDE)
     n, p, q, _ = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_N, TILE_P, TILE_Q)
-    p -= 1
-    q += box % 3 - 1
-    c = box // 3 * BLOCK_K
+    # The filter's column s lies STRIDE * q + s - 1 columns right of x's first.
+    column = box % 3 + STRIDE - 1
+    q += column // STRIDE - 1
+    c = column % STRIDE * C + box // 3 * BLOCK_K
     pred = tile < tiles
     bar = x_bars.index(slot)
-    row = slot * (TILE_P + 2)
-    rows = x_ring.index(row)._reinterpret(x_ring.dtype, [TILE_P, TILE_N, TILE_Q, BLOCK_K], x_desc.layout)
-    edge = x_ring.index(row + TILE_P)._reinterpret(x_ring.dtype, [2, TILE_N, TILE_Q, BLOCK_K], edge_desc.layout)
-    mbarrier.expect(bar, x_desc.block_type.nbytes + edge_desc.block_type.nbytes, pred=pred)
-    tma.async_copy_global_to_shared(x_desc, [p, n, q, c], bar, rows, pred=pred)
-    tma.async_copy_global_to_shared(edge_desc, [p + TILE_P, n, q, c], bar, edge, pred=pred)
+    row = slot * box_rows(TILE_P, STRIDE)
+    rows = x_ring.index(row)._reinterpret(x_ring.dtype, [TILE_P, 1, TILE_N, TILE_Q, BLOCK_K], x_desc.layout)
+    edge = x_ring.index(row + TILE_P)._reinterpret(x_ring.dtype, [EDGE, 1, TILE_N, TILE_Q, BLOCK_K], edge_desc.layout)
+    mbarrier.expect(bar, STRIDE * x_desc.block_type.nbytes + edge_desc.block_type.nbytes, pred=pred)
+    tma.async_copy_global_to_shared(x_desc, [p - 1, STRIDE - 1, n, q, c], bar, rows, pred=pred)
+    tma.async_copy_global_to_shared(edge_desc, [p - 1 + TILE_P, STRIDE - 1, n, q, c], bar, edge, pred=pred)
+    if STRIDE == 2:
+        even = x_ring.index(row + TILE_P + 1)
+        even = even._reinterpret(x_ring.dtype, [TILE_P, 1, TILE_N, TILE_Q, BLOCK_K], x_desc.layout)
+        tma.async_copy_global_to_shared(x_desc, [p, 0, n, q, c], bar, even, pred=pred)
 
 
 @gluon.jit
@@ -105,32 +141,29 @@ def fetch_weight(weight_desc, w_ring, w_bars, slot, tile, tiles, step, BLOCKS_N:
 
 
 @gluon.jit
-def round_box(x_ring, slot, TILE_P: gl.constexpr, LAYOUT: gl.constexpr, num_warps: gl.constexpr):
+def round_box(x_ring, slot, STRIDE: gl.constexpr, TILE_P: gl.constexpr, LAYOUT: gl.constexpr, num_warps: gl.constexpr):
     """Rounds a box to TF32 where it lies."""
+    EDGE: gl.constexpr = edge_rows(STRIDE)
+    BOX_ROWS: gl.constexpr = box_rows(TILE_P, STRIDE)
     spread: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
-    rows = rows_of(x_ring, slot, 0, TILE_P, TILE_P, LAYOUT)
-    edge = rows_of(x_ring, slot, TILE_P, 2, TILE_P, LAYOUT)
+    rows = rows_of(x_ring, slot, 0, TILE_P, BOX_ROWS, LAYOUT)
+    edge = rows_of(x_ring, slot, TILE_P, EDGE, BOX_ROWS, LAYOUT)
     x_rows = round_to_tf32(rows.load(spread))
     x_edge = round_to_tf32(edge.load(spread))
     rows.store(x_rows)
     edge.store(x_edge)
+    if STRIDE == 2:
+        even = rows_of(x_ring, slot, TILE_P + 1, TILE_P, BOX_ROWS, LAYOUT)
+        even.store(round_to_tf32(even.load(spread)))
     fence_async_shared()
     gl.thread_barrier()
 
 
 @gluon.jit
-def round_rows(
-    x_ring,
-    slot,
-    FIRST: gl.constexpr,
-    ROWS: gl.constexpr,
-    TILE_P: gl.constexpr,
-    LAYOUT: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """Rounds rows of a box to TF32 where they lie; for the tensor cores to see it takes a fence and a barrier."""
+def round_rows(x_ring, slot, PART: gl.constexpr, BOX_ROWS: gl.constexpr, LAYOUT: gl.constexpr, num_warps: gl.constexpr):
+    """Rounds part of a box to TF32 where it lies; for the tensor cores to see it takes a fence and a barrier."""
     spread: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
-    rows = rows_of(x_ring, slot, FIRST, ROWS, TILE_P, LAYOUT)
+    rows = rows_of(x_ring, slot, PART[0], PART[1], BOX_ROWS, LAYOUT)
     rows.store(round_to_tf32(rows.load(spread)))
 
 
@@ -235,6 +268,7 @@ def halo_gemm_forward_kernel(
     ROUND_AHEAD: gl.constexpr,
     WHOLE: gl.constexpr,
     MASKED: gl.constexpr,
+    STRIDE: gl.constexpr,
     TILE_N: gl.constexpr,
     TILE_P: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -251,11 +285,13 @@ def halo_gemm_forward_kernel(
     acc [channels, pixels] = weight @ x.T, both in shared memory. Step t of a tile is the filter's row t % 3 of box
     t // 3; box b is the filter's column b % 3 and the block b // 3 of the channels. With W_SLOTS for every step the
     weight is brought once: the programs are a multiple of the blocks of channels, so that each keeps to one. The
-    descriptors of images have the dimensions [rows, images, columns, channels], and in this order are a tile's pixels.
+    descriptors of images have the dimensions [rows, images, columns, channels], and in this order are a tile's pixels;
+    x's are [H / STRIDE, STRIDE, N, W / STRIDE, STRIDE * C], in which a tap picks which of the STRIDE rows and columns.
     y_desc and residual_desc are pointers unless y is STAGED. WHOLE: a tile is as wide as the image and, if it is of
     several images, as high; unless it is MASKED, it lies inside. ROUND_AHEAD: a box is rounded in three parts, one
     beside each step of the box before it, and not as a whole beside the last of them, which it would outlast.
     """
+    BOX_ROWS: gl.constexpr = box_rows(TILE_P, STRIDE)
     BLOCK_M: gl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: gl.constexpr = K // BLOCK_N
     BOXES: gl.constexpr = 3 * (C // BLOCK_K)
@@ -271,7 +307,7 @@ def halo_gemm_forward_kernel(
         version=[3, 0], warps_per_cta=[WARPS_M, WARPS_N], instr_shape=[16, INSTRUCTION_N, 256 // BITS]
     )
 
-    x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS * (TILE_P + 2), TILE_N * TILE_Q, BLOCK_K], LINES)
+    x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS * BOX_ROWS, TILE_N * TILE_Q, BLOCK_K], LINES)
     w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS, BLOCK_N, BLOCK_K], LINES)
     x_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
     w_bars = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], mbarrier.MBarrierLayout())
@@ -302,6 +338,8 @@ def halo_gemm_forward_kernel(
             tiles_q,
             early % BOXES,
             BLOCKS_N,
+            C,
+            STRIDE,
             TILE_N,
             TILE_P,
             TILE_Q,
@@ -320,7 +358,7 @@ def halo_gemm_forward_kernel(
         )
     if ROUND_X:
         mbarrier.wait(x_bars.index(0), 0)
-        round_box(x_ring, 0, TILE_P, LINES, num_warps)
+        round_box(x_ring, 0, STRIDE, TILE_P, LINES, num_warps)
 
     box = 0  # boxes and steps that this program has begun
     step = 0
@@ -347,7 +385,7 @@ def halo_gemm_forward_kernel(
                     else:
                         w_slot = step % W_SLOTS
                         mbarrier.wait(w_bars.index(w_slot), step // W_SLOTS & 1)
-                    x = rows_of(x_ring, slot, r, TILE_P, TILE_P, LINES)
+                    x = rows_of(x_ring, slot, first_row(r, TILE_P, STRIDE), TILE_P, BOX_ROWS, LINES)
                     use_acc = True if s + r > 0 else block_c > 0
                     acc = warpgroup_mma(w_ring.index(w_slot), x.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
                     if r == 0 or not RESIDENT:
@@ -372,6 +410,8 @@ def halo_gemm_forward_kernel(
                             tiles_q,
                             box_next % BOXES,
                             BLOCKS_N,
+                            C,
+                            STRIDE,
                             TILE_N,
                             TILE_P,
                             TILE_Q,
@@ -394,15 +434,7 @@ def halo_gemm_forward_kernel(
                         if r == 0:
                             has_next = (tile + (block_c * 3 + s + 1) // BOXES * programs) < tiles
                             mbarrier.wait(x_bars.index(slot_next), (box + 1) // X_SLOTS & 1, pred=has_next)
-                        round_rows(
-                            x_ring,
-                            slot_next,
-                            r * (TILE_P // 2),
-                            TILE_P // 2 if r < 2 else 2,
-                            TILE_P,
-                            LINES,
-                            num_warps,
-                        )
+                        round_rows(x_ring, slot_next, part(r, TILE_P, STRIDE), BOX_ROWS, LINES, num_warps)
                         if r == 2:
                             fence_async_shared()
                             gl.thread_barrier()
@@ -412,7 +444,7 @@ def halo_gemm_forward_kernel(
                     slot_next = box % X_SLOTS
                     has_next = (tile + (block_c * 3 + s + 1) // BOXES * programs) < tiles
                     mbarrier.wait(x_bars.index(slot_next), box // X_SLOTS & 1, pred=has_next)
-                    round_box(x_ring, slot_next, TILE_P, LINES, num_warps)
+                    round_box(x_ring, slot_next, STRIDE, TILE_P, LINES, num_warps)
         if DEPENDENT:
             start_successor_if(tile + programs >= tiles)
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -425,7 +457,7 @@ def halo_gemm_forward_kernel(
         if STAGED:
             if IN_SLOT:
                 gl.thread_barrier()  # every warp has read the last box
-                y_box = x_ring.index((box + X_SLOTS - 1) % X_SLOTS * (TILE_P + 2))._reinterpret(
+                y_box = x_ring.index((box + X_SLOTS - 1) % X_SLOTS * BOX_ROWS)._reinterpret(
                     DTYPE, [TILE_P, TILE_N, TILE_Q, BLOCK_N], y_desc.layout
                 )
                 if HAS_RESIDUAL:
@@ -509,23 +541,26 @@ def fits_halo(
 ) -> bool:
     """Whether this kernel takes x [N, C, H, W], once it is channels_last, and was verified here.
 
-    A 3x3 filter over every pixel; whole lines of 128 bytes of x's channels.
+    A 3x3 filter over every pixel or, in images of even sides, every other; whole lines of 128 bytes of x's channels.
     """
     _, C, H, W = x.shape
-    window = *kernel_size, *stride, *padding, *dilation, groups
-    if window != (3, 3, 1, 1, 1, 1, 1, 1, 1) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    window = *kernel_size, *padding, *dilation, groups
+    if window != (3, 3, 1, 1, 1, 1, 1) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    if tuple(stride) not in ((1, 1), (2, 2)) or H % stride[0] != 0 or W % stride[0] != 0:
         return False
     if C * x.element_size() % 128 != 0 or out_channels % 64 != 0 or H * W * max(C, out_channels) >= 2**31:
         return False
     return gluon_is_verified(x.device)
 
 
-def are_halo_blocks(blocks: HaloBlocks, output: torch.Size, C: int, element_size: int) -> bool:
+def are_halo_blocks(blocks: HaloBlocks, output: torch.Size, C: int, stride: int, element_size: int) -> bool:
     """Whether the kernel can be compiled with them for y [N, K, P, Q], shared memory and registers permitting."""
     _, K, P, Q = output
     line = 128 // element_size
     staging = blocks.STAGED or not blocks.IN_SLOT
-    in_slot = not blocks.IN_SLOT or blocks.BLOCK_N == line  # y's box is then one of x's
+    # y's box is then in one of x's
+    in_slot = not blocks.IN_SLOT or blocks.TILE_P * blocks.BLOCK_N <= box_rows(blocks.TILE_P, stride) * line
     slots = min(blocks.X_SLOTS, blocks.W_SLOTS) >= 2  # one is read while the next is filled
     divided = C % blocks.BLOCK_K == 0 and K % blocks.BLOCK_N == 0 and blocks.BLOCK_N % 64 == 0
     row = blocks.TILE_N * blocks.TILE_Q
@@ -543,6 +578,13 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((H, N, W, C), (W * C, H * W * C, C, 1))
 
 
+def _rows_apart(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """x [N, C, H, W], channels_last, as [H / stride, stride, N, W / stride, stride * C]."""
+    N, C, H, W = x.shape
+    sizes = H // stride, stride, N, W // stride, stride * C
+    return x.as_strided(sizes, (stride * W * C, W * C, H * W * C, stride * C, 1))
+
+
 @functools.lru_cache
 def _layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(128, bits, rank)
@@ -558,7 +600,8 @@ def halo_gemm(product: Product, blocks: HaloBlocks) -> None:
     N, C, _, _ = x.shape
     K, P, Q = y.shape[1:]
     tile_n, tile_p, tile_q, block_n, block_k = blocks[:5]
-    rows = _rows(x)
+    stride = product.stride[0]
+    rows = _rows_apart(x, stride)
     y_desc, residual_desc = y, epilogue.residual
     if blocks.STAGED:
         y_box = [tile_p, tile_n, tile_q, block_n]
@@ -572,8 +615,8 @@ def halo_gemm(product: Product, blocks: HaloBlocks) -> None:
     launch(
         halo_gemm_forward_kernel,
         (programs,),
-        _descriptor(rows, [tile_p, tile_n, tile_q, block_k]),
-        _descriptor(rows, [2, tile_n, tile_q, block_k]),
+        _descriptor(rows, [tile_p, 1, tile_n, tile_q, block_k]),
+        _descriptor(rows, [3 - stride, 1, tile_n, tile_q, block_k]),
         _descriptor(weight.view(K, -1), [block_n, block_k]),
         epilogue.scale,
         epilogue.bias,
@@ -593,5 +636,6 @@ def halo_gemm(product: Product, blocks: HaloBlocks) -> None:
         ROUND_AHEAD=round_x and rounds_ahead(blocks),
         WHOLE=Q == tile_q and (tile_n == 1 or P == tile_p),
         MASKED=N % tile_n != 0 or P % tile_p != 0 or Q % tile_q != 0,
+        STRIDE=stride,
         **options,
     )
