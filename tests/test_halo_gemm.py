@@ -18,7 +18,7 @@ from tritonnn.kernels.block_sizes import (
 )
 from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.halo_gemm import halo_gemm
+from tritonnn.kernels.halo_gemm import box_rows, first_row, halo_gemm, part
 from tritonnn.kernels.product import Choice, Product
 
 HALF_64, HALF_128 = (
@@ -534,3 +534,22 @@ class TestOnAGpu:
 @pytest.mark.parametrize("n, fits", [(127, False), (128, True)])
 def test_enough_tiles(n, fits):
     assert (halo_blocks(n, 32, 32, 64, 64, 1, 2, False) is not None) is fits
+
+
+@pytest.mark.parametrize("tile_p", [2, 8, 16])
+class TestRowsOfABox:
+    def test_each_row_of_the_filter_finds_its_own(self, tile_p):
+        above_and_below = list(range(-1, tile_p + 1))
+        odd, even = list(range(-1, 2 * tile_p, 2)), list(range(0, 2 * tile_p, 2))
+        for stride, box in {1: above_and_below, 2: odd + even}.items():
+            assert len(box) == box_rows(tile_p, stride)
+            for r in range(3):
+                first = first_row(r, tile_p, stride)
+                assert box[first : first + tile_p] == [stride * p + r - 1 for p in range(tile_p)]
+
+    def test_its_parts_are_all_of_it(self, tile_p):
+        for stride in (1, 2):
+            parts = [part(i, tile_p, stride) for i in range(3)]
+            assert all(rows & (rows - 1) == 0 for _, rows in parts)
+            covered = [row for first, rows in parts for row in range(first, first + rows)]
+            assert sorted(covered) == list(range(box_rows(tile_p, stride)))
