@@ -616,7 +616,7 @@ def halo_gemm(product: Product, blocks: HaloBlocks) -> None:
         halo_gemm_forward_kernel,
         (programs,),
         _descriptor(rows, [tile_p, 1, tile_n, tile_q, block_k]),
-        _descriptor(rows, [3 - stride, 1, tile_n, tile_q, block_k]),
+        _descriptor(rows, [edge_rows(stride), 1, tile_n, tile_q, block_k]),
         _descriptor(weight.view(K, -1), [block_n, block_k]),
         epilogue.scale,
         epilogue.bias,
