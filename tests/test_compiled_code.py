@@ -273,9 +273,8 @@ def halo_types(dtype: str, constants: dict) -> dict[str, str]:
 
     images, rows, columns, n, k = (constants[size] for size in ("TILE_N", "TILE_P", "TILE_Q", "BLOCK_N", "BLOCK_K"))
     y = [rows, images, columns, n] if constants["STAGED"] else None
-    boxes = {"x_desc": [rows, 1, images, columns, k], "edge_desc": [3 - constants["STRIDE"], 1, images, columns, k]}
-    boxes |= {"weight_desc": [n, k]}
-    boxes |= {"y_desc": y, "residual_desc": y}
+    x, edge = [rows, 1, images, columns, k], [3 - constants["STRIDE"], 1, images, columns, k]
+    boxes = {"x_desc": x, "edge_desc": edge, "weight_desc": [n, k], "y_desc": y, "residual_desc": y}
     bits = 32 if dtype == "fp32" else 16
     return {
         name: f"tensordesc<{dtype}{box},{NVMMASharedLayout(128, bits, len(box))!r}>" if box else f"*{dtype}"

@@ -569,17 +569,12 @@ def are_halo_blocks(blocks: HaloBlocks, output: torch.Size, C: int, stride: int,
     return blocks.BLOCK_K == line and staging and in_slot and slots and divided and tile and indexed
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x [N, C, H, W], channels_last, as [H, N, W, C] with the strides of these sizes, even where one is 1.
+def _rows(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """x [N, C, H, W], channels_last, as [H / stride, stride, N, W / stride, stride * C].
 
-    In this order a box in shared memory has together what its images have of a row.
+    In this order a box in shared memory has together what its images have of a row. With the strides of these sizes,
+    even where one is 1.
     """
-    N, C, H, W = x.shape
-    return x.as_strided((H, N, W, C), (W * C, H * W * C, C, 1))
-
-
-def _rows_apart(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """x [N, C, H, W], channels_last, as [H / stride, stride, N, W / stride, stride * C]."""
     N, C, H, W = x.shape
     sizes = H // stride, stride, N, W // stride, stride * C
     return x.as_strided(sizes, (stride * W * C, W * C, H * W * C, stride * C, 1))
@@ -601,12 +596,12 @@ def halo_gemm(product: Product, blocks: HaloBlocks) -> None:
     K, P, Q = y.shape[1:]
     tile_n, tile_p, tile_q, block_n, block_k = blocks[:5]
     stride = product.stride[0]
-    rows = _rows_apart(x, stride)
+    rows = _rows(x, stride)
     y_desc, residual_desc = y, epilogue.residual
     if blocks.STAGED:
         y_box = [tile_p, tile_n, tile_q, block_n]
-        y_desc = _descriptor(_rows(y), y_box)
-        residual_desc = y_desc if epilogue.residual is None else _descriptor(_rows(epilogue.residual), y_box)
+        y_desc = _descriptor(_rows(y, 1)[:, 0], y_box)
+        residual_desc = y_desc if epilogue.residual is None else _descriptor(_rows(epilogue.residual, 1)[:, 0], y_box)
     tiles_p, tiles_q, blocks_n = ceil_div(P, tile_p), ceil_div(Q, tile_q), K // block_n
     tiles = ceil_div(N, tile_n) * tiles_p * tiles_q * blocks_n
     options = blocks._asdict()
