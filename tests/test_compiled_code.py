@@ -16,7 +16,7 @@ import pytest
 from hopper import run
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
-EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, RELU=True, ROUND_Y=False)
+EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, ACTIVATION="relu", SLOPE=0.01, ROUND_Y=False)
 EPILOGUE |= dict(DEPENDENT=True, scale_ptr=None, bias_ptr=None, residual_ptr=None)
 GEMM = FILTER | EPILOGUE | dict(ROUND_X=False, GROUPS=1, FLUSH=8, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
 GEMM |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
@@ -34,7 +34,7 @@ HELD |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee"
 HELD |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, BLOCK_N=16, BLOCK_K=64, num_warps=8)
 HELD_1X1 = dict(C=64, R=1, S=1, PADDING_H=0, PADDING_W=0, HAS_SHORTCUT=False, num_warps=4)
 HELD_SPLIT = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
-DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAPPED=True, FLUSH=8)
+DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_AB=True, FLUSH=8)
 DESCRIPTORS |= dict(
     HAS_RESIDUAL=True, ROUND_X=False, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee"
 )
@@ -58,144 +58,144 @@ BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C
 LAST, FIRST = "channels_last", "contiguous"
 
 KERNELS = {
-    "conv2d, bfloat16": ("implicit_gemm.implicit_gemm_forward_kernel", "bf16", LAST, GEMM | dict(BLOCK_K=64)),
+    "conv2d, bfloat16": ("ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel", "bf16", LAST, GEMM | dict(BLOCK_K=64)),
     "conv2d, TF32": (
-        "implicit_gemm.implicit_gemm_forward_kernel",
+        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
         "fp32",
         LAST,
         GEMM | dict(INPUT_PRECISION="tf32", ROUND_X=True),
     ),
     "conv2d, float32": (
-        "implicit_gemm.implicit_gemm_forward_kernel",
+        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
         "fp32",
         LAST,
         GEMM | dict(INPUT_PRECISION="tf32x3"),
     ),
     "conv2d, 3 channels": (
-        "implicit_gemm.implicit_gemm_forward_kernel",
+        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
         "bf16",
         FIRST,
         GEMM | dict(C=3, SPAN_TAPS=True),
     ),
     "conv2d, rows, TF32": (
-        "implicit_gemm.implicit_gemm_forward_kernel",
+        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
         "fp32",
         LAST,
         ROWS | ODD | dict(INPUT_PRECISION="tf32", num_stages=3),
     ),
     "conv2d, rows, TF32, one stage": (
-        "implicit_gemm.implicit_gemm_forward_kernel",
+        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
         "fp32",
         LAST,
         ROWS | ODD | dict(INPUT_PRECISION="tf32", num_stages=1),
     ),
     "conv2d, rows, TF32, NCHW": (
-        "implicit_gemm.implicit_gemm_forward_kernel",
+        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
         "fp32",
         FIRST,
         ROWS | dict(x_stride_c=1, odd=("H", "W", "Q"), INPUT_PRECISION="tf32"),
     ),
     "conv2d, rows, float32": (
-        "implicit_gemm.implicit_gemm_forward_kernel",
+        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
         "fp32",
         LAST,
         ROWS | ODD | dict(INPUT_PRECISION="tf32x3", BLOCK_M=64),
     ),
-    "conv2d, rows, bfloat16": ("implicit_gemm.implicit_gemm_forward_kernel", "bf16", LAST, ROWS | ODD),
+    "conv2d, rows, bfloat16": ("ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel", "bf16", LAST, ROWS | ODD),
     "padded rows": (
-        "row_gemm.padded_rows_kernel",
+        "ops.conv2d.forms.few_channels:padded_rows_kernel",
         "fp32",
         FIRST,
         dict(C=3, PADDING=3, ROUND_TO_TF32=True, BLOCK_H=4, BLOCK_W=256, BLOCK_C=4, odd=("H", "W", "rows", "columns")),
     ),
-    "conv2d, few pixels": ("split_gemm.split_gemm_forward_kernel", "bf16", LAST, SPLIT | dict(INPUT_PRECISION="ieee")),
-    "conv2d, held": ("held_gemm.held_gemm_forward_kernel", "bf16", LAST, HELD),
+    "conv2d, few pixels": ("ops.conv2d.forms.sliced_k:conv2d_sliced_k_forward_kernel", "bf16", LAST, SPLIT | dict(INPUT_PRECISION="ieee")),
+    "conv2d, held": ("ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel", "bf16", LAST, HELD),
     "conv2d, held, 256 channels": (
-        "held_gemm.held_gemm_forward_kernel",
+        "ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel",
         "bf16",
         LAST,
         HELD | dict(C=256, K=256, BLOCK_N=8),
     ),
-    "conv2d, held, 1x1": ("held_gemm.held_gemm_forward_kernel", "bf16", LAST, HELD | HELD_1X1),
-    "conv2d, held, float32": ("held_gemm.held_gemm_forward_kernel", "fp32", LAST, HELD | HELD_SPLIT),
-    "conv2d, descriptors": ("descriptor_gemm.descriptor_gemm_forward_kernel", "bf16", LAST, DESCRIPTORS),
+    "conv2d, held, 1x1": ("ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel", "bf16", LAST, HELD | HELD_1X1),
+    "conv2d, held, float32": ("ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel", "fp32", LAST, HELD | HELD_SPLIT),
+    "conv2d, descriptors": ("ops.conv2d.forms.tma:conv2d_tma_forward_kernel", "bf16", LAST, DESCRIPTORS),
     "conv2d, descriptors, TF32": (
-        "descriptor_gemm.descriptor_gemm_forward_kernel",
+        "ops.conv2d.forms.tma:conv2d_tma_forward_kernel",
         "fp32",
         LAST,
         DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32),
     ),
     "conv2d, descriptors, TF32, rounded": (
-        "descriptor_gemm.descriptor_gemm_forward_kernel",
+        "ops.conv2d.forms.tma:conv2d_tma_forward_kernel",
         "fp32",
         LAST,
-        DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32, SWAPPED=False),
+        DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32, SWAP_AB=False),
     ),
     "conv2d, descriptors, TF32, rounded in shared memory": (
-        "descriptor_gemm.descriptor_gemm_forward_kernel",
+        "ops.conv2d.forms.tma:conv2d_tma_forward_kernel",
         "fp32",
         LAST,
         DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32, ROUND_X=True, TILE_P=8, num_warps=8, num_stages=3),
     ),
     "conv2d, descriptors, float32": (
-        "descriptor_gemm.descriptor_gemm_forward_kernel",
+        "ops.conv2d.forms.tma:conv2d_tma_forward_kernel",
         "fp32",
         LAST,
-        DESCRIPTORS | dict(INPUT_PRECISION="tf32x3", BLOCK_K=32, SWAPPED=False),
+        DESCRIPTORS | dict(INPUT_PRECISION="tf32x3", BLOCK_K=32, SWAP_AB=False),
     ),
-    "conv2d, halo": ("halo_gemm.halo_gemm_forward_kernel", "bf16", LAST, HALO_64),
-    "conv2d, halo, TF32": ("halo_gemm.halo_gemm_forward_kernel", "fp32", LAST, HALO_128),
+    "conv2d, halo": ("ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel", "bf16", LAST, HALO_64),
+    "conv2d, halo, TF32": ("ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel", "fp32", LAST, HALO_128),
     "conv2d, halo, TF32, rounded": (
-        "halo_gemm.halo_gemm_forward_kernel",
+        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
         "fp32",
         LAST,
         HALO_64 | dict(BLOCK_K=32, STAGED=False, IN_SLOT=False, ROUND_X=True, HAS_RESIDUAL=False),
     ),
     "conv2d, halo, 8x8": (
-        "halo_gemm.halo_gemm_forward_kernel",
+        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
         "bf16",
         LAST,
         HALO_8X8 | dict(BLOCK_K=64, X_SLOTS=2, W_SLOTS=5, STAGED=True),
     ),
     "conv2d, halo, 8x8, TF32, rounded": (
-        "halo_gemm.halo_gemm_forward_kernel",
+        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
         "fp32",
         LAST,
         HALO_8X8 | AHEAD | dict(HAS_RESIDUAL=False),
     ),
     "conv2d, halo, 4x4, TF32, rounded, masked": (
-        "halo_gemm.halo_gemm_forward_kernel",
+        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
         "fp32",
         LAST,
         HALO_4X4 | AHEAD | dict(MASKED=True),
     ),
-    "conv2d, halo, stride 2": ("halo_gemm.halo_gemm_forward_kernel", "bf16", LAST, HALO_BY_2),
+    "conv2d, halo, stride 2": ("ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel", "bf16", LAST, HALO_BY_2),
     "conv2d, halo, stride 2, TF32, rounded": (
-        "halo_gemm.halo_gemm_forward_kernel",
+        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
         "fp32",
         LAST,
         HALO_BY_2 | IN_REGISTERS | AHEAD | dict(HAS_RESIDUAL=False),
     ),
     "conv2d, halo, stride 2, 4x4, TF32, rounded": (
-        "halo_gemm.halo_gemm_forward_kernel",
+        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
         "fp32",
         LAST,
         HALO_4X4 | dict(STRIDE=2, TILE_N=8, BLOCK_N=256, X_SLOTS=2, ROUND_X=True, HAS_RESIDUAL=False),
     ),
-    "conv2d, depthwise": ("depthwise.conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
-    "max_pool2d": ("max_pool2d.max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
-    "max_pool2d, contiguous": ("max_pool2d.max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
-    "avg_pool2d": ("avg_pool2d.avg_pool2d_forward_kernel", "fp32", LAST, AVG_POOL | BY_CHANNELS),
-    "avg_pool2d, contiguous": ("avg_pool2d.avg_pool2d_forward_kernel", "fp32", FIRST, AVG_POOL | BY_PIXELS),
-    "batch_norm2d": ("batch_norm2d.batch_norm2d_normalize_kernel", "bf16", LAST, NORMALIZE | BY_CHANNELS),
-    "batch_norm2d, contiguous": ("batch_norm2d.batch_norm2d_normalize_kernel", "bf16", FIRST, NORMALIZE | BY_PIXELS),
+    "conv2d, depthwise": ("ops.conv2d.forms.depthwise:conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
+    "max_pool2d": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
+    "max_pool2d, contiguous": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
+    "avg_pool2d": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", LAST, AVG_POOL | BY_CHANNELS),
+    "avg_pool2d, contiguous": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", FIRST, AVG_POOL | BY_PIXELS),
+    "batch_norm2d": ("ops.batch_norm2d:batch_norm2d_normalize_kernel", "bf16", LAST, NORMALIZE | BY_CHANNELS),
+    "batch_norm2d, contiguous": ("ops.batch_norm2d:batch_norm2d_normalize_kernel", "bf16", FIRST, NORMALIZE | BY_PIXELS),
     "channels_last": (
-        "channels_last.channels_last_kernel",
+        "ops.conv2d.pack:channels_last_kernel",
         "fp32",
         FIRST,
         dict(ROUND_TO_TF32=True, SPLIT=False, BLOCK_M=64, BLOCK_C=64),
     ),
-    "relu": ("relu.relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
+    "relu": ("ops.relu:relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
 }
 BY_ROWS = [name for name in KERNELS if "conv2d, rows" in name]
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *BY_ROWS]
@@ -232,8 +232,8 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    module, _, name = path.partition(".")
-    kernel = getattr(importlib.import_module(f"tritonnn.kernels.{module}"), name)
+    module, _, name = path.partition(":")
+    kernel = getattr(importlib.import_module(f"tritonnn.{module}"), name)
     assert not [p.name for p in kernel.params if "stride" in p.name and p.annotation_type], "annotated strides"
     names, odd = kernel.arg_names, constants.get("odd", ())
     ones = ("stride_c", "stride_k") if memory_format == "channels_last" else ("stride_w", "stride_pixel")
@@ -241,7 +241,7 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     constants = {name: 1 for name in names if name.endswith(ones)} | types_of_sums | constants
     launched = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     constants = {name: value for name, value in constants.items() if name in names}
-    types = {"eps": "fp64", "arrivals_ptr": "*i32", "inverse_of_pixels": "fp32", "inverse_of_q": "fp32"} | {
+    types = {"eps": "fp64", "semaphores_ptr": "*i32", "inverse_of_pixels": "fp32", "inverse_of_q": "fp32"} | {
         name: "*fp32" for name in ("mean_ptr", "var_ptr", "partial_ptr")
     }
     if "X_SLOTS" in constants:

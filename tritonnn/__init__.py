@@ -2,15 +2,15 @@
 
 from .fusion import FusedNetwork, fuse
 from .fusion_report import FusionReport
-from .kernels.cache_keys import settle_cache_keys
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
 from .layers.batch_norm2d import TritonBatchNorm2d
 from .layers.conv2d import TritonConv2d
 from .layers.linear import TritonLinear
 from .layers.max_pool2d import TritonMaxPool2d
 from .layers.relu import TritonReLU
+from .runtime.cache_keys import settle_cache_keys
 from .swap import KINDS, SwapReport, kind_of, restore, swap, swapped
-from .tuning import TuningReport, tune
+from .tuning.tune import TuningReport, tune
 
 __all__ = [
     "KINDS",

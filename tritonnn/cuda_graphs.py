@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from .kernels.launch_plan import current_device
-from .precision import CONVOLUTION, MATMUL
+from .runtime.launch_plan import current_device
+from .runtime.precision import CONVOLUTION, MATMUL
 
 CAPTURE_AT_CALL = 2
 MAX_GRAPHS = 8

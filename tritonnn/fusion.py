@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .cuda_graphs import CudaGraphs
 from .fusion_pass import fuse_graph
 from .fusion_report import FusionReport, few, join
-from .kernels.memory_format import is_channels_last
 from .layers.fused_conv2d import FusedPooledLinear
 from .layers.layer import TritonLayer
 from .pure_graph import describe, has_hooks, is_layer, optional_arguments, trace
+from .runtime.memory_format import is_channels_last
 from .swap import kind_of, swap
 
 

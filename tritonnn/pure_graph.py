@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .kernels.memory_format import is_channels_last
 from .layers.layer import TritonLayer
+from .runtime.memory_format import is_channels_last
 from .swap import LAYERS, kind_of
 
 LAYER_TYPES = tuple(torch_class for pairs in LAYERS.values() for torch_class in pairs)

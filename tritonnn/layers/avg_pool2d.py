@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..kernels.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
+from ..ops.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
 from .layer import TritonLayer, batched, by_plan, pair, reason_to_fall_back_image
 from .max_pool2d import pools
 

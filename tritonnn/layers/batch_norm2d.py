@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..kernels.batch_norm2d import batch_norm2d_inference, batch_norm2d_training, batch_norm2d_update_
+from ..ops.batch_norm2d import batch_norm2d_inference, batch_norm2d_training, batch_norm2d_update_
 from .layer import TritonLayer, by_plan, parameters, reason_to_fall_back_image
 
 

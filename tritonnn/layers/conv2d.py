@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.conv2d import conv2d
-from ..precision import autocast, convolutions_in_tf32
+from ..ops.conv2d.op import conv2d
+from ..runtime.precision import autocast, convolutions_in_tf32
 from .layer import TritonLayer, batched, by_plan, pair, parameters, reason_to_fall_back_image, windows_fit
 
 

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.conv2d import conv2d_fused, conv2d_with_shortcut, pack_weight, takes_shortcut
-from ..kernels.launch_plan import unwatched
-from ..kernels.pooled_linear import MOST_IMAGES, MOST_OUTPUTS, pooled_linear
-from ..kernels.window import output_size
-from ..precision import (
+from ..ops.conv2d.op import conv2d_fused, conv2d_with_shortcut, takes_shortcut
+from ..ops.conv2d.pack import pack_weight
+from ..ops.pooled_linear import MOST_IMAGES, MOST_OUTPUTS, pooled_linear
+from ..ops.window import output_size
+from ..runtime.launch_plan import unwatched
+from ..runtime.precision import (
     autocast,
     autocast_type,
     convolution_allows_tf32,
@@ -207,7 +208,8 @@ class FusedConv2d(_Fused):
             self.scale,
             self.bias,
             None if added is None else _images(added),
-            self.relu and apart is None,
+            "relu" if self.relu and apart is None else "none",
+            0.01,
             (R, S),
             self.stride,
             self.padding,
@@ -270,7 +272,8 @@ class FusedSum(TritonLayer, nn.Module):
             shortcut._packed_weight(b.dtype, precisions[1]).packed,
             shortcut.scale,
             shortcut.bias,
-            self.last.relu,
+            "relu" if self.last.relu else "none",
+            0.01,
             tuple(main.weight.shape[2:]),
             main.stride,
             main.padding,
@@ -325,7 +328,8 @@ class FusedLinear(_Fused):
             self.scale,
             self.bias,
             None if self.sums is None or apart else residual.reshape(rows, K, 1, 1),
-            self.relu and apart is None,
+            "relu" if self.relu and apart is None else "none",
+            0.01,
             (1, 1),
             (1, 1),
             (0, 0),

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from ..kernels.launch_plan import Plans, describe, unwatched
-from ..kernels.operator import PLAIN
-from ..kernels.window import output_size
+from ..ops.window import output_size
+from ..runtime.launch_plan import Plans, describe, unwatched
+from ..runtime.operator import PLAIN
 
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.linear import linear
-from ..precision import autocast, matmuls_in_tf32
+from ..ops.linear import linear
+from ..runtime.precision import autocast, matmuls_in_tf32
 from .layer import TritonLayer, by_plan, parameters, reason_to_fall_back
 
 

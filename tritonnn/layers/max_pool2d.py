@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..kernels.max_pool2d import max_pool2d
+from ..ops.max_pool2d import max_pool2d
 from .layer import TritonLayer, batched, by_plan, pair, reason_to_fall_back_image, recorded, windows_fit
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..kernels.relu import relu, relu_
+from ..ops.relu import relu, relu_
 from .layer import FLOATING_POINT, TritonLayer, by_plan, reason_to_fall_back, recorded
 
 SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

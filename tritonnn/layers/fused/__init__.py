@@ -1,0 +1,1 @@
+"""The layers that `fuse` puts in."""

@@ -1,0 +1,380 @@
+"""2-D batch normalisation forward: y = (x - mean) / sqrt(var + eps) * weight + bias, per channel.
+
+x: [N, C, H, W], read where it is if dense; y likewise, channels_last where x is. Inference takes mean and variance from
+the running statistics; training takes them (the biased variance) from the batch in one pass over x: Welford's update in
+each lane, then Chan et al.'s combination, so that a large mean costs no digits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ..device.arithmetic import accumulator, index_type, round_to
+from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
+from ..runtime.launch_plan import launch
+from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
+from ..runtime.operator import LIBRARY, each_example, register
+
+
+@triton.jit
+def batch_norm2d_normalize_kernel(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    M,
+    C,
+    eps: tl.float64,
+    PIXELS,
+    stride_n,
+    stride_c,
+    stride_pixel,
+    INVERTED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels; x and y share their strides.
+
+    INVERTED: var_ptr is to 1 / sqrt(var + eps), computed before.
+    """
+    pid = tl.program_id(0)
+    blocks_c = (C + BLOCK_C - 1) // BLOCK_C
+    offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
+    mask_c = c < C
+    mask = (offs_m < M)[:, None] & mask_c[None, :]
+    offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
+    offs = offs[:, None] + (c * stride_c)[None, :]
+
+    mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)
+    scale = tl.load(var_ptr + c, mask=mask_c, other=0.0).to(ACC)
+    if not INVERTED:
+        scale = 1 / tl.sqrt((scale + eps).to(ACC))
+    if HAS_WEIGHT:
+        scale = scale * tl.load(weight_ptr + c, mask=mask_c, other=0.0).to(ACC)
+    y = (tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC) - mean[None, :]) * scale[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
+    tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def combine(count, mean, m2):
+    """Count, mean and sum of squared deviations of the union of the groups along axis 0."""
+    total = tl.sum(count, axis=0)
+    divisor = tl.maximum(total, 1)
+    union_mean = tl.sum(count * mean, axis=0) / divisor
+    union_mean += tl.sum(count * (mean - union_mean[None, :]), axis=0) / divisor  # what the first sum rounded off
+    deviation = mean - union_mean[None, :]
+    return total, union_mean, tl.sum(m2 + count * deviation * deviation, axis=0)
+
+
+@triton.jit
+def batch_norm2d_partial_statistics_kernel(
+    x_ptr,
+    partial_ptr,
+    M,
+    C,
+    PIXELS,
+    stride_n,
+    stride_c,
+    stride_pixel,
+    SPLITS,
+    STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program owns STEPS blocks of pixels x BLOCK_C channels; partial is [3, SPLITS, C]: count, mean, M2.
+
+    What many lanes contribute to is added up in float64.
+    """
+    pid = tl.program_id(0)
+    blocks_c = (C + BLOCK_C - 1) // BLOCK_C
+    split = pid // blocks_c
+    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
+    mask_c = c < C
+    count = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
+    mean = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
+    m2 = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
+    for step in range(STEPS):
+        offs_m = (split.to(INDEX) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        mask = (offs_m < M)[:, None] & mask_c[None, :]
+        offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
+        offs = offs[:, None] + (c * stride_c)[None, :]
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+        count += mask.to(ACC)
+        delta = tl.where(mask, x - mean, 0)
+        mean += delta / tl.maximum(count, 1)
+        m2 += delta * (x - mean)
+    count, mean, m2 = combine(count.to(tl.float64), mean.to(tl.float64), m2.to(tl.float64))
+    tl.store(partial_ptr + split.to(tl.int64) * C + c, count, mask=mask_c)
+    tl.store(partial_ptr + (SPLITS + split.to(tl.int64)) * C + c, mean, mask=mask_c)
+    tl.store(partial_ptr + (2 * SPLITS + split.to(tl.int64)) * C + c, m2, mask=mask_c)
+
+
+@triton.jit
+def batch_norm2d_combine_statistics_kernel(
+    partial_ptr,
+    mean_ptr,
+    var_ptr,
+    inverse_ptr,
+    SPLITS,
+    C,
+    eps: tl.float64,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program owns BLOCK_C channels: mean, biased variance and 1 / sqrt(var + eps) from partial [3, SPLITS, C]."""
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    split = tl.arange(0, BLOCK_SPLITS).to(tl.int64)[:, None]  # [BLOCK_SPLITS, 1]
+    mask = (split < SPLITS) & (c < C)[None, :]
+    count = tl.load(partial_ptr + split * C + c[None, :], mask=mask, other=0.0)
+    mean = tl.load(partial_ptr + (SPLITS + split) * C + c[None, :], mask=mask, other=0.0)
+    m2 = tl.load(partial_ptr + (2 * SPLITS + split) * C + c[None, :], mask=mask, other=0.0)
+    count, mean, m2 = combine(count, mean, m2)
+    tl.store(mean_ptr + c, mean, mask=c < C)
+    var = m2 / tl.maximum(count, 1)
+    tl.store(var_ptr + c, var, mask=c < C)
+    tl.store(inverse_ptr + c, 1 / tl.sqrt(var + eps), mask=c < C)
+
+
+@triton.jit
+def batch_norm2d_update_kernel(
+    mean_ptr,
+    var_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    C,
+    momentum: tl.float64,
+    unbiased: tl.float64,
+    BLOCK_C: tl.constexpr,
+):
+    """running = (1 - momentum) * running + momentum * batch, the variance times `unbiased` = M / (M - 1)."""
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c < C
+    DTYPE: tl.constexpr = running_mean_ptr.dtype.element_ty
+    mean = tl.load(running_mean_ptr + c, mask=mask).to(mean_ptr.dtype.element_ty)
+    mean += momentum * (tl.load(mean_ptr + c, mask=mask) - mean)
+    tl.store(running_mean_ptr + c, round_to(mean, DTYPE), mask=mask)
+    var = tl.load(running_var_ptr + c, mask=mask).to(var_ptr.dtype.element_ty)
+    var += momentum * (tl.load(var_ptr + c, mask=mask) * unbiased - var)
+    tl.store(running_var_ptr + c, round_to(var, DTYPE), mask=mask)
+
+
+def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    """Whether PyTorch's output is channels_last: of a tensor that fits both formats it is contiguous on a CPU."""
+    if x.device.type != "cpu":
+        return is_channels_last(x)
+    return not x.is_contiguous() and (x.is_contiguous(memory_format=torch.channels_last) or is_channels_last(x))
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """x itself if its memory is that of a contiguous or channels_last tensor, otherwise such a copy."""
+    return x.contiguous(memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
+
+
+def _contiguous(*parameters: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
+    """Parameters as the kernels index them; those of a layer may be views with strides."""
+    return (t if t is None else t.contiguous() for t in parameters)
+
+
+def _output(x, *_) -> torch.Tensor:
+    return empty_image(x.shape, x, _is_channels_last(x))
+
+
+def _normalize(x, weight, bias, mean, var, eps, inverted=False) -> torch.Tensor:
+    channels_last = _is_channels_last(x)
+    x, y = _dense(x), _output(x)
+    if y.numel() == 0:
+        return y
+    weight, bias, mean, var = _contiguous(weight, bias, mean, var)
+    N, C, H, W = x.shape
+    M = N * H * W
+    blocks = pixel_blocks(M, H * W, C, channels_last, x.device)
+    grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
+    launch(
+        batch_norm2d_normalize_kernel,
+        grid,
+        x,
+        y,
+        weight,
+        bias,
+        mean,
+        var,
+        M,
+        C,
+        eps,
+        H * W,
+        *pixel_strides(y, channels_last),
+        INVERTED=inverted,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        ACC=accumulator(x.dtype),
+        INDEX=index_type(M + blocks.BLOCK_M),
+        **blocks._asdict(),
+    )
+    return y
+
+
+def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, biased variance and 1 / sqrt(var + eps) of each channel."""
+    channels_last = _is_channels_last(x)
+    x = _dense(x)
+    N, C, H, W = x.shape
+    M = N * H * W
+    blocks = pixel_blocks(M, H * W, C, channels_last, x.device)
+    if not triton.knobs.runtime.interpret:
+        # Four values a thread leave registers for three accumulators of each.
+        blocks = PixelBlocks(max(blocks.BLOCK_M // 2, 1), blocks.BLOCK_C)
+    blocks_m, blocks_c = ceil_div(M, blocks.BLOCK_M), ceil_div(C, blocks.BLOCK_C)
+    steps = triton.next_power_of_2(ceil_div(blocks_m * blocks_c, 1024))  # about 1,024 programs, 1,024 splits at most
+    splits = ceil_div(blocks_m, steps)
+    acc = accumulator(x.dtype)
+    dtype = _statistics_dtype(x)
+    partial = torch.empty(3, splits, C, dtype=torch.float64, device=x.device)
+    mean, var, inverse = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(3))
+    launch(
+        batch_norm2d_partial_statistics_kernel,
+        (splits * blocks_c,),
+        x,
+        partial,
+        M,
+        C,
+        H * W,
+        *pixel_strides(x, channels_last),
+        splits,
+        STEPS=steps,
+        ACC=acc,
+        INDEX=index_type(M + steps * blocks.BLOCK_M),
+        **blocks._asdict(),
+    )
+    # 1,024 splits x 4 channels in float64 just fit the registers of 8 warps.
+    block_c = 16 if triton.knobs.runtime.interpret else 4
+    launch(
+        batch_norm2d_combine_statistics_kernel,
+        (ceil_div(C, block_c),),
+        partial,
+        mean,
+        var,
+        inverse,
+        splits,
+        C,
+        eps,
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_C=block_c,
+        num_warps=8,
+    )
+    return mean, var, inverse
+
+
+def _launch_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mean, var, inverse = _statistics(x, eps)
+    return _normalize(x, weight, bias, mean, inverse, eps, inverted=True), mean, var
+
+
+def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    C, dtype = x.shape[1], _statistics_dtype(x)
+    return _output(x), x.new_empty(C, dtype=dtype), x.new_empty(C, dtype=dtype)
+
+
+def _launch_update(mean, var, running_mean, running_var, momentum, count) -> None:
+    mean, var = mean.contiguous(), var.contiguous()
+    C = mean.numel()
+    if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        copies = running_mean.contiguous(), running_var.contiguous()
+        _launch_update(mean, var, *copies, momentum, count)
+        running_mean.copy_(copies[0])
+        running_var.copy_(copies[1])
+        return
+    block = 1024 if triton.knobs.runtime.interpret else 128
+    launch(
+        batch_norm2d_update_kernel,
+        (ceil_div(C, block),),
+        mean,
+        var,
+        running_mean,
+        running_var,
+        C,
+        momentum,
+        count / (count - 1),
+        BLOCK_C=block,
+    )
+
+
+def _setup_context_training(ctx, inputs, output) -> None:
+    x, weight, _, ctx.eps = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, weight, mean, var)
+
+
+def _backward_training(ctx, grad_y, *_):
+    x, weight, mean, var = ctx.saved_tensors
+    (weight,) = _contiguous(weight)
+    grads = torch.ops.aten.native_batch_norm_backward(
+        grad_y, x, weight, None, None, mean, torch.rsqrt(var + ctx.eps), True, ctx.eps, ctx.needs_input_grad[:3]
+    )
+    return *grads, None
+
+
+def _setup_context_inference(ctx, inputs, output) -> None:
+    x, weight, _, mean, var, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, mean, var)
+
+
+def _backward_inference(ctx, grad_y):
+    x, *parameters = ctx.saved_tensors
+    weight, mean, var = _contiguous(*parameters)
+    dtype = _statistics_dtype(x)
+    # On a GPU the formula for channels_last takes these in place of the running statistics.
+    saved = mean.to(dtype), torch.rsqrt(var.to(dtype) + ctx.eps)
+    grads = torch.ops.aten.native_batch_norm_backward(
+        grad_y, x, weight, mean, var, *saved, False, ctx.eps, ctx.needs_input_grad[:3]
+    )
+    return *grads, None, None, None
+
+
+batch_norm2d_inference = register(
+    "batch_norm2d_inference(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor",
+    _normalize,
+    _output,
+    _setup_context_inference,
+    _backward_inference,
+)
+batch_norm2d_training = register(
+    "batch_norm2d_training(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+    _launch_training,
+    _outputs_training,
+    _setup_context_training,
+    _backward_training,
+)
+batch_norm2d_update_ = register(
+    "batch_norm2d_update_(Tensor mean, Tensor var, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, "
+    "int count) -> ()",
+    _launch_update,
+    lambda *_: None,
+)
+
+
+@torch.library.register_vmap("tritonnn::batch_norm2d_update_", lib=LIBRARY)
+def _update_each_example(info, in_dims, mean, var, running_mean, running_var, *args):
+    if None in in_dims[2:4]:
+        raise RuntimeError(
+            "Batch norm got a batched tensor as input while the running_mean or running_var, which will be updated in "
+            "place, were not batched."
+        )
+    return each_example(batch_norm2d_update_)(info, in_dims, mean, var, running_mean, running_var, *args)

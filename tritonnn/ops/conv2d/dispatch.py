@@ -1,0 +1,55 @@
+"""Which form computes a convolution: asks each form in turn, and knows none by name."""
+
+from ...runtime.hardware import Gpu
+from .forms import BY_NAME, FORMS
+from .forms.form import Form
+from .pack import channels_last
+from .problem import Choice, Product, problem_of
+from .tables import tuned_choice
+
+
+def choose(product: Product) -> Choice:
+    """The form and configuration that were tuned for a product, or else the default; its weight need not be packed."""
+    choice = tuned_choice(product)
+    return choice if choice is not None and can_run(product, choice) else default_choice(product)
+
+
+def default_choice(product: Product) -> Choice:
+    """That of the first form that has a default for the product."""
+    for form in FORMS:
+        if product.shortcut is None or form.takes_shortcut:
+            choice = form.default(product)
+            if choice is not None:
+                return choice
+    raise ValueError("no form takes this convolution")
+
+
+def form_of(choice: Choice) -> Form:
+    return BY_NAME[choice.config.form]
+
+
+def can_run(product: Product, choice: Choice) -> bool:
+    """Whether the form of a choice can take the product."""
+    form = form_of(choice)
+    return form.fits(product) and form.takes(product, choice)
+
+
+def run(product: Product, choice: Choice) -> None:
+    """Fills y."""
+    if choice.copies_x:
+        x = channels_last(product.x, product.round_x).permute(0, 3, 1, 2)
+        product = product._replace(x=x, round_x=False)
+    form_of(choice).run(product, choice.config)
+
+
+def candidates(product: Product, gpu: Gpu) -> list[Choice]:
+    """Choices worth trying for a product: the default first, and few others, as each costs a compilation."""
+    problem, default = problem_of(product), default_choice(product)
+    choices = [default]
+    if problem is None:
+        return choices
+    for form in FORMS:
+        if form.fits(product):
+            most = form.most_candidates if len(choices) == 1 else form.most_beside_others
+            choices += list(form.candidates(problem, default, gpu))[:most]
+    return list(dict.fromkeys(choices))

@@ -1,0 +1,369 @@
+"""A matrix product over TMA tensor descriptors, one filter tap after the other: channels_last images, Hopper GPUs.
+
+    y[n, p, q, k] = activation(bias[k] + residual[n, p, q, k] + scale[k]
+                               * sum over r, s, c of x[n, p*stride + r*dilation - padding, ..., c] * weight[k, r, s, c])
+
+A program owns a box of TILE_N images x TILE_P rows x TILE_Q columns of the output. For each filter tap and block of
+channels TMA loads the box of x that lies under it; what lies outside the image it fills with zeros, so padding takes
+neither masks nor addresses. For stride 2, x [N, H, W, C] is seen as [N, H/2, 2, W/2, 2*C]: a tap picks the parity.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ....device.arithmetic import FLUSH_STEPS, add_rounded_dot, add_split_dot, round_to, round_to_tf32
+from ....device.dependent_launch import start_successor, wait_for_predecessor
+from ....device.epilogue import finish
+from ....runtime import hardware
+from ....runtime.blocks import ceil_div
+from ....runtime.dependent_launch import dependent_launch
+from ....runtime.hardware import Gpu
+from ....runtime.launch_plan import launch
+from ..problem import Choice, Problem, Product
+from .form import Config, Form, by_waves
+
+SWAP_AB_TILES = [
+    (64, 64, 4, 4),
+    (128, 64, 4, 3),
+    (256, 64, 4, 2),
+    (64, 128, 4, 4),
+    (128, 128, 4, 3),
+    (128, 128, 4, 4),
+    (128, 128, 8, 3),
+    (256, 128, 8, 3),
+    (256, 128, 8, 4),
+    (128, 256, 8, 4),
+]
+"""BLOCK_M, BLOCK_N, warps, stages that tuning tries with swapped operands."""
+ROUNDING_TILES = [(64, 64, 4, 4), (128, 128, 8, 3)]
+"""The same where x is rounded in shared memory."""
+NATURAL_TILES = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3)]
+"""The same with operands in their natural order."""
+PAIRED = 128, 4, 3
+"""BLOCK_N, warps and stages of which two programs run on a multiprocessor. One alone loads too late.
+
+On an H100, 128 images, a program a multiprocessor: bfloat16, 128 to 256 channels, stride 2, 12.7 us, with a fourth
+stage 9.8; strict float32, 512 channels, 145, with half as many columns and a fourth stage 102.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TmaConfig(Config):
+    """A tile of TILE_N images x TILE_P rows x TILE_Q columns x BLOCK_N channels, reduced BLOCK_K channels at a time.
+
+    SWAP_AB: the weight is the first operand of the product and x the second.
+    """
+
+    form: ClassVar[str] = "tma"
+
+    TILE_N: int
+    TILE_P: int
+    TILE_Q: int
+    BLOCK_N: int
+    BLOCK_K: int
+    SWAP_AB: bool
+    num_warps: int
+    num_stages: int
+
+    @property
+    def notes(self) -> list[str]:
+        return super().notes + ["operands swapped"] * self.SWAP_AB
+
+
+@triton.jit
+def load_box(x_desc, n, p, q, r, s, c, C: tl.constexpr, STRIDE: tl.constexpr):
+    """The box of x for the output that starts at (n, p, q), shifted by r rows and s columns of the padded image."""
+    if STRIDE == 1:
+        x = x_desc.load([n, p + r, q + s, c])
+    else:
+        x = x_desc.load([n, p + (r >> 1), r & 1, q + (s >> 1), (s & 1) * C + c])
+    return x
+
+
+@triton.jit
+def conv2d_tma_forward_kernel(
+    x_desc,
+    weight_desc,
+    scale_ptr,
+    bias_ptr,
+    residual_desc,
+    y_desc,
+    N,
+    P,
+    Q,
+    tiles_p,
+    tiles_q,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    ROUND_Y: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    SWAP_AB: tl.constexpr,
+    FLUSH: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_P: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns TILE_N x TILE_P x TILE_Q = BLOCK_M output pixels x BLOCK_N output channels.
+
+    SWAP_AB: acc [channels, pixels] = weight @ x.T, both in shared memory; to ROUND_X, x goes through registers and
+    back. Else acc [pixels, channels] = x @ weight.T, with x in registers, where it is rounded to TF32 or,
+    "tf32x3", split; then weight_desc holds the weights rounded to TF32 and, K rows below, what that left of them, and
+    the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. y_desc is a pointer
+    unless y is CHANNELS_LAST.
+    """
+    BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
+    BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_C: tl.constexpr = C // BLOCK_K
+    STEPS: tl.constexpr = R * S * BLOCKS_C
+
+    tile = tl.program_id(0)
+    k = tile % BLOCKS_N * BLOCK_N
+    box = tile // BLOCKS_N
+    q = box % tiles_q * TILE_Q
+    p = box // tiles_q % tiles_p * TILE_P
+    n = box // tiles_q // tiles_p * TILE_N
+
+    wait_for_predecessor(DEPENDENT)
+    if SWAP_AB:
+        acc = tl.full((BLOCK_N, BLOCK_M), 0, tl.float32)
+    else:
+        acc = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
+    part = acc
+    for step in range(STEPS):
+        tap = step // BLOCKS_C
+        c = step % BLOCKS_C * BLOCK_K
+        r = tap // S * DILATION_H - PADDING_H
+        s = tap % S * DILATION_W - PADDING_W
+        x = tl.reshape(load_box(x_desc, n, p, q, r, s, c, C, STRIDE), (BLOCK_M, BLOCK_K))
+        weight = weight_desc.load([k, tap * C + c])  # [BLOCK_N, BLOCK_K]
+        if SWAP_AB:
+            if ROUND_X:
+                x = round_to_tf32(x)
+            acc = tl.dot(weight, x.T, acc, input_precision=INPUT_PRECISION)
+        elif INPUT_PRECISION == "tf32x3":
+            rest = weight_desc.load([K + k, tap * C + c])
+            part = add_split_dot(x, weight.T, rest.T, part)
+            if (step + 1) % FLUSH == 0:
+                acc += part
+                part = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
+        else:
+            acc = add_rounded_dot(x, weight.T, acc)
+    start_successor(DEPENDENT)
+    if INPUT_PRECISION == "tf32x3":
+        acc += part
+
+    if SWAP_AB:
+        acc = acc.T
+    offs_n = k + tl.arange(0, BLOCK_N)
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < K, other=0.0)[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.reshape(residual_desc.load([n, p, q, k]), (BLOCK_M, BLOCK_N)).to(tl.float32)
+    acc = finish(acc, ACTIVATION, SLOPE, ROUND_Y)
+    if CHANNELS_LAST:
+        y = round_to(acc, y_desc.dtype)
+        y_desc.store([n, p, q, k], tl.reshape(y, (TILE_N, TILE_P, TILE_Q, BLOCK_N)))
+    else:
+        y = round_to(acc, y_desc.dtype.element_ty)
+        offs_m = tl.arange(0, BLOCK_M)
+        n += offs_m // (TILE_P * TILE_Q)
+        p += offs_m // TILE_Q % TILE_P
+        q += offs_m % TILE_Q
+        mask = ((n < N) & (p < P) & (q < Q))[:, None] & (offs_n < K)[None, :]
+        offs_pixel = n.to(tl.int64) * K * P * Q + p * Q + q
+        tl.store(y_desc + offs_pixel[:, None] + (offs_n.to(tl.int64) * P * Q)[None, :], y, mask=mask)
+
+
+class TmaForm(Form):
+    """x in channels_last, on the tensor cores. A residual is in channels_last, and then so is y."""
+
+    config = TmaConfig
+    kernels = (conv2d_tma_forward_kernel,)
+
+    def fits(self, product: Product) -> bool:
+        """A pixel's channels are a multiple of 128 bytes; for stride 2 the image has even sides. Verified on Hopper."""
+        x, stride = product.x, product.stride
+        if triton.knobs.runtime.interpret or x.dtype == torch.float64 or product.groups > 1:
+            return False
+        if not (product.on_tensor_cores and product.epilogue.has_aligned_residual):
+            return False
+        if not hardware.gpu(x.device).is_hopper:
+            return False
+        _, C, H, W = x.shape
+        size = x.element_size()
+        even = H % 2 == 0 and W % 2 == 0
+        strided = stride[0] == stride[1] and (stride[0] == 1 or (stride[0] == 2 and even))
+        return strided and C * size % 128 == 0 and product.y.shape[1] * size % 16 == 0
+
+    def takes(self, product: Product, choice: Choice) -> bool:
+        orders = {"tf32x3": [False], "tf32": [False, True]}.get(product.input_precision, [True])
+        fits = choice.config.SWAP_AB in orders and product.x.shape[1] % choice.config.BLOCK_K == 0
+        return fits and (choice.copies_x or product.is_aligned)
+
+    def default(self, product: Product) -> Choice | None:
+        if not self.fits(product) or not (product.x.stride(1) == 1 or product.taps > 1):
+            return None
+        copies_x = product.reads_apart or product.rounds_often
+        if not (copies_x or product.is_aligned):
+            return None
+        swap_ab = product.input_precision != "tf32x3" and (copies_x or not product.round_x)
+        N, K, P, Q = product.y.shape
+        reduction, gpu = product.packed[0].numel(), hardware.gpu(product.x.device)
+        config = default_config(N, P, Q, K, reduction, product.x.element_size(), swap_ab, gpu)
+        return Choice(config, copies_x)
+
+    def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
+        """Both orders of the operands; TF32's x is to be rounded on the way to the product, or by a copy before it."""
+        size = problem.dtype.itemsize
+        swap_ab = problem.input_precision != "tf32x3"
+        orders = [(SWAP_AB_TILES, True, problem.round_x)] if swap_ab else [(NATURAL_TILES, False, False)]
+        if swap_ab and problem.round_x and problem.channels_last_x:
+            orders = [(NATURAL_TILES[:3], False, False), (ROUNDING_TILES, True, False), (SWAP_AB_TILES, True, True)]
+        for tiles, swap_ab, rounds in orders:
+            for block_m, block_n, num_warps, num_stages in by_waves(problem, tiles, gpu):
+                rows = block_m + (block_n if swap_ab or problem.input_precision == "tf32" else 2 * block_n)
+                if max(num_stages * rows * 128, block_m * block_n * size) <= gpu.shared_memory:
+                    box = best_box(problem.n, *problem.output, block_m)
+                    config = config_of(box, block_n, size, swap_ab, num_warps, num_stages)
+                    yield Choice(config, copies_x=rounds or not problem.channels_last_x)
+
+    def run(self, product: Product, config: TmaConfig) -> None:
+        x, weight, y, epilogue = product.x, product.packed, product.y, product.epilogue
+        N, C, H, W = x.shape
+        K, P, Q = y.shape[1:]
+        R, S = weight.shape[1:3]
+        tile_n, tile_p, tile_q, block_n, block_k = (
+            config.TILE_N,
+            config.TILE_P,
+            config.TILE_Q,
+            config.BLOCK_N,
+            config.BLOCK_K,
+        )
+        if product.stride[0] == 1:
+            x_desc = TensorDescriptor.from_tensor(_pixels(x), [tile_n, tile_p, tile_q, block_k])
+        else:
+            x = _pixels(x).view(N, H // 2, 2, W // 2, 2 * C)
+            x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k])
+        weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
+        y_box = [tile_n, tile_p, tile_q, block_n]
+        y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if product.channels_last_y else y
+        residual_desc = y_desc
+        if epilogue.residual is not None:
+            residual_desc = TensorDescriptor.from_tensor(_pixels(epilogue.residual), y_box)
+        tiles_p, tiles_q = ceil_div(P, tile_p), ceil_div(Q, tile_q)
+        tiles = ceil_div(N, tile_n) * tiles_p * tiles_q * ceil_div(K, block_n)
+        launch(
+            conv2d_tma_forward_kernel,
+            (tiles,),
+            x_desc,
+            weight_desc,
+            epilogue.scale,
+            epilogue.bias,
+            residual_desc,
+            y_desc,
+            N,
+            P,
+            Q,
+            tiles_p,
+            tiles_q,
+            C,
+            K,
+            R,
+            S,
+            product.stride[0],
+            *product.padding,
+            *product.dilation,
+            **epilogue.flags,
+            **dependent_launch(x),
+            INPUT_PRECISION=product.input_precision,
+            CHANNELS_LAST=product.channels_last_y,
+            ROUND_X=product.round_x,
+            FLUSH=FLUSH_STEPS,
+            **config.constants,
+        )
+
+
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """x [N, C, H, W], channels_last, as [N, H, W, C] with the strides of these sizes, even where one is 1."""
+    N, C, H, W = x.shape
+    return x.as_strided((N, H, W, C), (H * W * C, W * C, C, 1))
+
+
+@functools.lru_cache
+def best_box(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
+    """The box of `pixels` (images, rows, columns), powers of 2, that wastes least of an output of n images of p x q."""
+
+    def waste(box: tuple[int, int, int]) -> tuple[int, int, int]:
+        covered = math.prod(ceil_div(size, tile) * tile for size, tile in zip((n, p, q), box))
+        return covered, -box[2], -box[1]
+
+    powers = [1 << i for i in range(pixels.bit_length())]
+    return min(((pixels // a // b, a, b) for a in powers for b in powers if a * b <= pixels), key=waste)
+
+
+def config_of(
+    box: tuple[int, int, int], block_n: int, element_size: int, swap_ab: bool, num_warps: int, num_stages: int
+) -> TmaConfig:
+    """With lines of 128 bytes of channels."""
+    tile_n, tile_p, tile_q = box
+    return TmaConfig(
+        TILE_N=tile_n,
+        TILE_P=tile_p,
+        TILE_Q=tile_q,
+        BLOCK_N=block_n,
+        BLOCK_K=128 // element_size,
+        SWAP_AB=swap_ab,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def default_config(
+    n: int, p: int, q: int, k: int, reduction: int, element_size: int, swap_ab: bool, gpu: Gpu
+) -> TmaConfig:
+    """For y [n, p, q, k] as sums of `reduction` products.
+
+    Measured on an H200, and on an H100, over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results).
+    """
+    half = element_size == 2
+    if not swap_ab:
+        tiles = [(64, 64, 4, 3)] if k <= 64 else [(64, 128, 4, 3), (64, 64, 4, 4)]
+    elif k <= 64:
+        tiles = [(256, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)] if half else [(128, 64, 4, 4), (64, 64, 4, 4)]
+    elif half and reduction <= 1152:
+        tiles = [(128, 128, 4, 3), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
+    else:
+        tiles = [(256, 128, 8, 3 if half else 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
+    # The largest tiles that keep most multiprocessors busy, those of pairs all of them.
+    for block_m, block_n, num_warps, num_stages in tiles:
+        least = gpu.multiprocessors + 1 if (block_n, num_warps, num_stages) == PAIRED else gpu.enough_programs
+        if ceil_div(n * p * q, block_m) * ceil_div(k, block_n) >= least:
+            break
+    return config_of(best_box(n, p, q, block_m), block_n, element_size, swap_ab, num_warps, num_stages)

@@ -1,0 +1,181 @@
+"""3x3 convolution of stride 1 or 2 of channels_last images from tiles with a halo: TMA and wgmma, for Hopper GPUs.
+
+    y[n, p, q, k] = activation(bias[k] + residual[n, p, q, k] + scale[k]
+                               * sum over r, s, c of x[n, p*stride + r - 1, q*stride + s - 1, c] * weight[k, r, s, c])
+
+A tile is TILE_P rows x TILE_Q columns of TILE_N images. For each block of channels TMA loads the rows under it and one
+more on either side three times, shifted by a column each time; what lies outside an image it fills with zeros. The
+filter's rows are slices of the same box in shared memory, as a row, of all the images, is a multiple of the 1024 bytes
+after which the swizzle repeats: a tile reads 3 (TILE_P + 2) rows of x from L2, where nine taps would each read TILE_P.
+With stride 2 a box has of every other column the odd rows, which two rows of the filter share, and then the even ones:
+3 (2 TILE_P + 1) rows. Programs are persistent: while a box is multiplied the next ones arrive, those of the next tile
+as well.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .....runtime import hardware
+from .....runtime.blocks import ceil_div
+from .....runtime.dependent_launch import dependent_launch
+from .....runtime.hardware import Gpu
+from .....runtime.launch_plan import launch
+from ...problem import Choice, Problem, Product
+from ..form import Form
+from .config import CANDIDATES, TmaHaloConfig, default_config
+from .geometry import box_rows, edge_rows
+from .kernel import conv2d_tma_halo_forward_kernel
+
+OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
+LEAST_OF_A_TILE = 0.75
+"""The part of the tiles with a halo that is to lie inside the images."""
+BARRIERS = 256
+"""Bytes of shared memory, at most."""
+
+
+class TmaHaloForm(Form):
+    """A 3x3 filter of images in channels_last, float32 in TF32."""
+
+    config = TmaHaloConfig
+    kernels = (conv2d_tma_halo_forward_kernel,)
+
+    def fits(self, product: Product) -> bool:
+        """A 3x3 filter over every pixel or, in images of even sides, every other; whole lines of 128 bytes of channels.
+
+        Verified on Hopper, with some versions of Triton.
+        """
+        x, K, stride = product.x, product.y.shape[1], tuple(product.stride)
+        _, C, H, W = x.shape
+        window = *product.packed.shape[1:3], *product.padding, *product.dilation, product.groups
+        if window != (3, 3, 1, 1, 1, 1, 1) or x.dtype not in OPERANDS or not product.channels_last_y:
+            return False
+        if x.dtype == torch.float32 and product.input_precision != "tf32":
+            return False
+        if stride not in ((1, 1), (2, 2)) or H % stride[0] != 0 or W % stride[0] != 0:
+            return False
+        if C * x.element_size() % 128 != 0 or K % 64 != 0 or H * W * max(C, K) >= 2**31:
+            return False
+        return product.epilogue.has_aligned_residual and hardware.gluon_is_verified(x.device)
+
+    def takes(self, product: Product, choice: Choice) -> bool:
+        """Whether the kernel can be compiled with a configuration, shared memory and registers permitting."""
+        config, stride = choice.config, product.stride[0]
+        C, (_, K, P, Q) = product.x.shape[1], product.y.shape
+        line = 128 // product.x.element_size()
+        staging = config.STAGED or not config.IN_SLOT
+        # y's box is then in one of x's
+        in_slot = not config.IN_SLOT or config.TILE_P * config.BLOCK_N <= box_rows(config.TILE_P, stride) * line
+        slots = min(config.X_SLOTS, config.W_SLOTS) >= 2  # one is read while the next is filled
+        divided = C % config.BLOCK_K == 0 and K % config.BLOCK_N == 0 and config.BLOCK_N % 64 == 0
+        row = config.TILE_N * config.TILE_Q
+        tile = row >= 8 and config.TILE_P * row >= 64 and config.num_warps >= 4  # the swizzle repeats after 8 lines
+        indexed = config.TILE_N * P * Q * K < 2**31  # within a tile
+        runs = config.BLOCK_K == line and staging and in_slot and slots and divided and tile and indexed
+        return runs and (choice.copies_x or product.is_aligned)
+
+    def default(self, product: Product) -> Choice | None:
+        """On an aligned x, or where a copy of it is worth while."""
+        (N, K, P, Q), C, aligned = product.y.shape, product.x.shape[1], product.is_aligned
+        rounds = product.round_x and aligned
+        config = default_config(N, P, Q, C, K, product.stride[0], product.x.element_size(), rounds)
+        if config is None or not self.fits(product):
+            return None
+        if aligned:
+            return Choice(config)
+        return Choice(config, copies_x=True) if product.reads_apart or product.rounds_often else None
+
+    def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
+        """The tiles that waste least first. TF32's x is rounded on the way unless NCHW is copied."""
+        (p, q), size, stride = problem.output, problem.dtype.itemsize, problem.stride[0]
+
+        def covered(config: TmaHaloConfig) -> int:
+            return config.tiles(problem.n, p, q) * config.TILE_N * config.TILE_P * config.TILE_Q
+
+        for config in sorted(CANDIDATES[size, stride], key=covered):
+            pixels = config.TILE_N * config.TILE_P * config.TILE_Q
+            whole = config.TILE_N == 1 or (p <= config.TILE_P and q <= config.TILE_Q)  # several images: all of them
+            fits = problem.k % config.BLOCK_N == 0 and LEAST_OF_A_TILE * covered(config) <= problem.pixels
+            busy = 2 * problem.programs(pixels, config.BLOCK_N) >= gpu.multiprocessors
+            if whole and fits and busy and shared_memory(config, size, stride) <= gpu.shared_memory:
+                yield Choice(config, copies_x=not problem.channels_last_x)
+
+    def run(self, product: Product, config: TmaHaloConfig) -> None:
+        x, weight, y, round_x, epilogue = product.x, product.packed, product.y, product.round_x, product.epilogue
+        N, C, _, _ = x.shape
+        K, P, Q = y.shape[1:]
+        tile_n, tile_p, tile_q = config.TILE_N, config.TILE_P, config.TILE_Q
+        block_n, block_k = config.BLOCK_N, config.BLOCK_K
+        stride = product.stride[0]
+        rows = _rows(x, stride)
+        y_desc, residual_desc = y, epilogue.residual
+        if config.STAGED:
+            y_box = [tile_p, tile_n, tile_q, block_n]
+            y_desc = _descriptor(_rows(y, 1)[:, 0], y_box)
+            residual_desc = (
+                y_desc if epilogue.residual is None else _descriptor(_rows(epilogue.residual, 1)[:, 0], y_box)
+            )
+        tiles_p, tiles_q, blocks_n = ceil_div(P, tile_p), ceil_div(Q, tile_q), K // block_n
+        tiles = ceil_div(N, tile_n) * tiles_p * tiles_q * blocks_n
+        options = config.constants
+        programs = min(tiles, options.pop("PROGRAMS") * hardware.gpu(x.device).multiprocessors)
+        programs = max(programs - programs % blocks_n, blocks_n)
+        launch(
+            conv2d_tma_halo_forward_kernel,
+            (programs,),
+            _descriptor(rows, [tile_p, 1, tile_n, tile_q, block_k]),
+            _descriptor(rows, [edge_rows(stride), 1, tile_n, tile_q, block_k]),
+            _descriptor(weight.view(K, -1), [block_n, block_k]),
+            epilogue.scale,
+            epilogue.bias,
+            residual_desc,
+            y_desc,
+            N if tile_n > 1 else None,  # where it counts for nothing, it asks for no compilation of its own
+            P,
+            Q,
+            tiles,
+            tiles_p,
+            tiles_q,
+            C,
+            K,
+            **epilogue.flags,
+            **dependent_launch(x),
+            ROUND_X=round_x,
+            ROUND_AHEAD=round_x and config.rounds_ahead,
+            WHOLE=Q == tile_q and (tile_n == 1 or P == tile_p),
+            MASKED=N % tile_n != 0 or P % tile_p != 0 or Q % tile_q != 0,
+            STRIDE=stride,
+            **options,
+        )
+
+
+def shared_memory(config: TmaHaloConfig, element_size: int, stride: int) -> int:
+    """Bytes that the programs of a multiprocessor take together."""
+    rows = box_rows(config.TILE_P, stride)
+    lines = config.X_SLOTS * config.TILE_N * rows * config.TILE_Q + config.W_SLOTS * config.BLOCK_N
+    pixels = config.TILE_N * config.TILE_P * config.TILE_Q
+    stage = pixels * config.BLOCK_N * element_size if config.STAGED and not config.IN_SLOT else 0
+    return config.PROGRAMS * (128 * lines + stage + BARRIERS)
+
+
+def _rows(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """x [N, C, H, W], channels_last, as [H / stride, stride, N, W / stride, stride * C].
+
+    In this order a box in shared memory has together what its images have of a row. With the strides of these sizes,
+    even where one is 1.
+    """
+    N, C, H, W = x.shape
+    sizes = H // stride, stride, N, W // stride, stride * C
+    return x.as_strided(sizes, (stride * W * C, W * C, H * W * C, stride * C, 1))
+
+
+@functools.lru_cache
+def _layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(128, bits, rank)
+
+
+def _descriptor(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, box, _layout(8 * x.element_size(), len(box)))

@@ -1,0 +1,211 @@
+"""Configurations of the form with a halo: the measured defaults, and what tuning tries."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+from .....runtime.blocks import ceil_div
+from ..form import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class TmaHaloConfig(Config):
+    """A tile of TILE_N images x TILE_P rows x TILE_Q columns x BLOCK_N channels, reduced BLOCK_K channels at a time.
+
+    X_SLOTS boxes of x and W_SLOTS tiles of the weight in shared memory; y is STAGED there (IN_SLOT: in a box of x) or
+    stored from registers; PROGRAMS run on a multiprocessor.
+    """
+
+    form: ClassVar[str] = "tma_halo"
+
+    TILE_N: int
+    TILE_P: int
+    TILE_Q: int
+    BLOCK_N: int
+    BLOCK_K: int
+    X_SLOTS: int
+    W_SLOTS: int
+    STAGED: bool
+    IN_SLOT: bool
+    num_warps: int
+    PROGRAMS: int
+
+    @property
+    def notes(self) -> list[str]:
+        notes = [f"{self.X_SLOTS} + {self.W_SLOTS} slots", f"{self.PROGRAMS} a multiprocessor"]
+        return super().notes + notes + ["staged in a slot" if self.IN_SLOT else "staged"] * self.STAGED
+
+    @property
+    def rounds_ahead(self) -> bool:
+        """Whether x is rounded a box earlier than it has to be; the box after that arrives meanwhile, in a third slot.
+
+        Measured on an H200, 1,024 images: 128 channels at 16x16 211 us for 227, 256 at 8x8 198 for 221; 256 channels at
+        a time 234 for 211, as rounding then competes with more products.
+        """
+        return self.X_SLOTS > 2 and self.TILE_P > 1 and self.BLOCK_N <= 128
+
+    def tiles(self, n: int, p: int, q: int) -> int:
+        """Boxes of pixels that cover n images of p x q."""
+        return math.prod(ceil_div(a, b) for a, b in zip((n, p, q), (self.TILE_N, self.TILE_P, self.TILE_Q)))
+
+
+def tile(
+    pixels: tuple[int, int, int],
+    block_n: int,
+    element_size: int,
+    *,
+    slots: tuple[int, int],
+    store: Literal["registers", "stage", "slot"],
+    num_warps: int,
+    programs: int,
+) -> TmaHaloConfig:
+    """Of (images, rows, columns) of pixels x block_n channels, with lines of 128 bytes of x's channels.
+
+    slots: of x and of the weight; store: from where y is stored, registers, shared memory of its own, or a slot of x.
+    """
+    tile_n, tile_p, tile_q = pixels
+    return TmaHaloConfig(
+        TILE_N=tile_n,
+        TILE_P=tile_p,
+        TILE_Q=tile_q,
+        BLOCK_N=block_n,
+        BLOCK_K=128 // element_size,
+        X_SLOTS=slots[0],
+        W_SLOTS=slots[1],
+        STAGED=store != "registers",
+        IN_SLOT=store == "slot",
+        num_warps=num_warps,
+        PROGRAMS=programs,
+    )
+
+
+class Default(NamedTuple):
+    """3x3 convolutions to images of one size, of as many channels as those before times the stride.
+
+    The configuration for 16-bit numbers, for TF32 and for TF32 that is rounded on the way, each with the number of
+    tiles from which on it is taken; None where another form is faster.
+    """
+
+    half: tuple[TmaHaloConfig, int] | None = None
+    tf32: tuple[TmaHaloConfig, int] | None = None
+    rounded: tuple[TmaHaloConfig, int] | None = None
+
+
+_HALF_64 = tile((1, 8, 32), 64, 2, slots=(2, 4), store="slot", num_warps=4, programs=2)
+_TF32_64 = tile((1, 8, 32), 64, 4, slots=(2, 4), store="registers", num_warps=4, programs=2)
+_HALF_128 = tile((1, 16, 16), 128, 2, slots=(3, 3), store="stage", num_warps=8, programs=1)
+_TF32_128 = tile((1, 16, 16), 128, 4, slots=(3, 6), store="registers", num_warps=8, programs=1)
+_HALF_8 = tile((4, 8, 8), 128, 2, slots=(2, 5), store="stage", num_warps=8, programs=1)
+_TF32_8 = tile((4, 8, 8), 128, 4, slots=(3, 6), store="registers", num_warps=8, programs=1)
+_HALF_4 = tile((16, 4, 4), 128, 2, slots=(2, 4), store="stage", num_warps=8, programs=1)
+_HALF_BY_2 = tile((1, 8, 16), 128, 2, slots=(3, 7), store="slot", num_warps=8, programs=1)
+_TF32_BY_2 = tile((1, 8, 16), 128, 4, slots=(3, 7), store="registers", num_warps=8, programs=1)
+_TF32_28_BY_2 = tile((1, 4, 32), 128, 4, slots=(3, 7), store="registers", num_warps=8, programs=1)
+_HALF_8_BY_2 = tile((2, 8, 8), 128, 2, slots=(3, 7), store="slot", num_warps=8, programs=1)
+_TF32_8_BY_2 = tile((2, 8, 8), 128, 4, slots=(3, 7), store="registers", num_warps=8, programs=1)
+_ROUNDED_8_BY_2 = tile((2, 8, 8), 256, 4, slots=(2, 4), store="registers", num_warps=8, programs=1)
+_HALF_4_BY_2 = tile((16, 4, 4), 128, 2, slots=(2, 5), store="slot", num_warps=8, programs=1)
+_TF32_4_BY_2 = tile((16, 4, 4), 128, 4, slots=(2, 5), store="registers", num_warps=8, programs=1)
+_ROUNDED_4_BY_2 = tile((8, 4, 4), 256, 4, slots=(2, 4), store="registers", num_warps=8, programs=1)
+DEFAULTS = {
+    (64, 32, 1): Default((_HALF_64, 512), (_TF32_64, 512), (_TF32_64, 512)),
+    (64, 56, 1): Default((_HALF_64, 512), (_TF32_64, 512), (_TF32_64, 512)),
+    (128, 16, 1): Default((_HALF_128, 512), (_TF32_128, 128), (_TF32_128, 128)),
+    (128, 28, 1): Default(None, None, (_TF32_128, 512)),
+    (256, 8, 1): Default((_HALF_8, 512), (_TF32_8, 512), (_TF32_8, 512)),
+    (512, 4, 1): Default((_HALF_4, 256), None, None),
+    (64, 16, 2): Default((_HALF_BY_2, 512), (_TF32_BY_2, 512), (_TF32_BY_2, 256)),
+    (64, 28, 2): Default((_HALF_BY_2, 512), (_TF32_28_BY_2, 512), (_TF32_28_BY_2, 512)),
+    (128, 8, 2): Default((_HALF_8_BY_2, 512), (_TF32_8_BY_2, 512), (_ROUNDED_8_BY_2, 256)),
+    (128, 14, 2): Default(None, (_TF32_BY_2, 512), None),
+    (256, 4, 2): Default((_HALF_4_BY_2, 256), (_TF32_4_BY_2, 256), (_ROUNDED_4_BY_2, 256)),
+    (256, 7, 2): Default(None, None, (_ROUNDED_8_BY_2, 128)),
+}
+"""By channels, side of y and stride. Measured, 1,024 images, or 128 where it says so; us, in brackets the next form.
+
+Stride 1 on an H200 (benchmarks/results): 64 at 32x32 in bfloat16 114 (193), TF32 that is rounded on the way 278 (445);
+64 at 56x56, 128 images, 51 (79), TF32 100 (145), rounded 126 (172); 128 at 16x16 104 (119), rounded 211 (294), of 128
+images 31 (40); 128 at 28x28, 128 images, rounded 109 (117); 256 at 8x8 97 (106), TF32 185 (195), rounded 198 (229); 512
+at 4x4 95 (99).
+
+Stride 2 on an H100: 64 to 16x16 in bfloat16 78 (92), TF32 150 (179), rounded 176 (214), of 128 images 29 (34); 64 to
+28x28, 128 images, 37 (40), TF32 65 (80), rounded 80 (84); 128 to 8x8 59 (69), TF32 109 (131), rounded 126 (185); 128 to
+14x14, 128 images, TF32 56 (61); 256 to 4x4 53 (56), TF32 96 (107), rounded 117 (153); 256 to 7x7, 128 images, rounded
+61 (70).
+"""
+
+
+def default_config(
+    n: int, p: int, q: int, c: int, k: int, stride: int, element_size: int, round_x: bool
+) -> TmaHaloConfig | None:
+    """For a 3x3 convolution to n images of p x q pixels, c to k channels; None where it is not known to be the fastest.
+
+    `round_x`: to TF32, on the way.
+    """
+    default = DEFAULTS.get((c, p, stride)) if k == c * stride and p == q else None
+    found = default and (default.half if element_size == 2 else default.rounded if round_x else default.tf32)
+    if not found:
+        return None
+    config, least = found
+    return config if config.tiles(n, p, q) * (k // config.BLOCK_N) >= least else None
+
+
+CANDIDATES = {
+    (2, 1): [
+        tile((1, 8, 32), 64, 2, slots=(2, 4), store="slot", num_warps=4, programs=2),
+        tile((1, 16, 16), 128, 2, slots=(3, 3), store="stage", num_warps=8, programs=1),
+        tile((1, 16, 16), 64, 2, slots=(2, 4), store="slot", num_warps=4, programs=2),
+        tile((1, 16, 32), 64, 2, slots=(2, 9), store="slot", num_warps=8, programs=1),
+        tile((1, 4, 32), 128, 2, slots=(2, 2), store="stage", num_warps=4, programs=2),
+        tile((1, 8, 32), 128, 2, slots=(2, 5), store="stage", num_warps=8, programs=1),
+        tile((1, 16, 16), 128, 2, slots=(2, 5), store="stage", num_warps=8, programs=1),
+        tile((4, 8, 8), 128, 2, slots=(2, 5), store="stage", num_warps=8, programs=1),
+        tile((2, 8, 8), 128, 2, slots=(2, 2), store="stage", num_warps=4, programs=2),
+        tile((4, 8, 8), 64, 2, slots=(2, 4), store="slot", num_warps=4, programs=2),
+        tile((16, 4, 4), 128, 2, slots=(2, 4), store="stage", num_warps=8, programs=1),
+        tile((8, 4, 4), 128, 2, slots=(2, 2), store="stage", num_warps=4, programs=2),
+        tile((8, 4, 4), 64, 2, slots=(3, 4), store="slot", num_warps=4, programs=2),
+    ],
+    (4, 1): [
+        tile((1, 8, 32), 64, 4, slots=(2, 4), store="registers", num_warps=4, programs=2),
+        tile((1, 16, 16), 128, 4, slots=(3, 6), store="registers", num_warps=8, programs=1),
+        tile((1, 16, 16), 64, 4, slots=(2, 4), store="registers", num_warps=4, programs=2),
+        tile((1, 16, 32), 64, 4, slots=(2, 8), store="registers", num_warps=8, programs=1),
+        tile((1, 4, 32), 128, 4, slots=(2, 4), store="registers", num_warps=4, programs=2),
+        tile((1, 8, 32), 128, 4, slots=(3, 6), store="registers", num_warps=8, programs=1),
+        tile((4, 8, 8), 128, 4, slots=(3, 6), store="registers", num_warps=8, programs=1),
+        tile((2, 8, 8), 128, 4, slots=(3, 3), store="registers", num_warps=4, programs=2),
+        tile((2, 8, 8), 256, 4, slots=(3, 5), store="registers", num_warps=8, programs=1),
+        tile((16, 4, 4), 128, 4, slots=(3, 4), store="registers", num_warps=8, programs=1),
+        tile((8, 4, 4), 128, 4, slots=(2, 4), store="registers", num_warps=4, programs=2),
+        tile((8, 4, 4), 256, 4, slots=(3, 4), store="registers", num_warps=8, programs=1),
+        tile((8, 4, 4), 64, 4, slots=(3, 4), store="registers", num_warps=4, programs=2),
+    ],
+    (2, 2): [
+        tile((1, 8, 16), 128, 2, slots=(3, 7), store="slot", num_warps=8, programs=1),
+        tile((1, 16, 16), 128, 2, slots=(2, 5), store="slot", num_warps=8, programs=1),
+        tile((1, 8, 16), 64, 2, slots=(2, 4), store="slot", num_warps=4, programs=2),
+        tile((2, 8, 8), 128, 2, slots=(3, 7), store="slot", num_warps=8, programs=1),
+        tile((4, 8, 8), 128, 2, slots=(2, 5), store="slot", num_warps=8, programs=1),
+        tile((2, 8, 8), 64, 2, slots=(2, 4), store="slot", num_warps=4, programs=2),
+        tile((8, 4, 4), 128, 2, slots=(3, 7), store="slot", num_warps=8, programs=1),
+        tile((16, 4, 4), 128, 2, slots=(2, 5), store="slot", num_warps=8, programs=1),
+        tile((8, 4, 4), 64, 2, slots=(2, 4), store="slot", num_warps=4, programs=2),
+    ],
+    (4, 2): [
+        tile((1, 8, 16), 128, 4, slots=(3, 7), store="registers", num_warps=8, programs=1),
+        tile((1, 16, 16), 128, 4, slots=(2, 5), store="registers", num_warps=8, programs=1),
+        tile((1, 8, 16), 64, 4, slots=(2, 4), store="registers", num_warps=4, programs=2),
+        tile((1, 4, 32), 128, 4, slots=(3, 7), store="registers", num_warps=8, programs=1),
+        tile((1, 8, 16), 256, 4, slots=(2, 4), store="registers", num_warps=8, programs=1),
+        tile((2, 8, 8), 128, 4, slots=(3, 7), store="registers", num_warps=8, programs=1),
+        tile((4, 8, 8), 128, 4, slots=(2, 5), store="registers", num_warps=8, programs=1),
+        tile((2, 8, 8), 256, 4, slots=(2, 4), store="registers", num_warps=8, programs=1),
+        tile((2, 8, 8), 64, 4, slots=(2, 4), store="registers", num_warps=4, programs=2),
+        tile((8, 4, 4), 128, 4, slots=(3, 7), store="registers", num_warps=8, programs=1),
+        tile((16, 4, 4), 128, 4, slots=(2, 5), store="registers", num_warps=8, programs=1),
+        tile((8, 4, 4), 256, 4, slots=(2, 4), store="registers", num_warps=8, programs=1),
+        tile((8, 4, 4), 64, 4, slots=(2, 4), store="registers", num_warps=4, programs=2),
+    ],
+}
+"""That tuning tries, by the bytes of an element and the stride."""

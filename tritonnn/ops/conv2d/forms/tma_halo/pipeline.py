@@ -1,0 +1,172 @@
+"""The stages before a product: loading boxes of x and tiles of the weight into rings of slots, rounding x there."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from .....device.arithmetic import round_to_tf32
+from .geometry import box_rows, edge_rows
+
+
+@gluon.jit
+def place_of(
+    tile,
+    tiles_p,
+    tiles_q,
+    BLOCKS_N: gl.constexpr,
+    TILE_N: gl.constexpr,
+    TILE_P: gl.constexpr,
+    TILE_Q: gl.constexpr,
+):
+    """(image, row, column, block of channels) at which a tile begins."""
+    box = tile // BLOCKS_N
+    n = box // tiles_q // tiles_p * TILE_N
+    return n, box // tiles_q % tiles_p * TILE_P, box % tiles_q * TILE_Q, tile % BLOCKS_N
+
+
+@gluon.jit
+def rows_of(x_ring, slot, FIRST: gl.constexpr, ROWS: gl.constexpr, BOX_ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """[ROWS * TILE_N * TILE_Q, BLOCK_K]: the rows of a box from FIRST on."""
+    ROW: gl.constexpr = x_ring.shape[1]
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    row = x_ring.index(slot * BOX_ROWS + FIRST)
+    return row._reinterpret(x_ring.dtype, [ROWS * ROW, BLOCK_K], LAYOUT)
+
+
+@gluon.jit
+def fetch_box(
+    x_desc,
+    edge_desc,
+    x_ring,
+    x_bars,
+    slot,
+    tile,
+    tiles,
+    tiles_p,
+    tiles_q,
+    box,
+    BLOCKS_N: gl.constexpr,
+    C: gl.constexpr,
+    STRIDE: gl.constexpr,
+    TILE_N: gl.constexpr,
+    TILE_P: gl.constexpr,
+    TILE_Q: gl.constexpr,
+):
+    """Starts to load a tile's box of that number into a slot, unless there is no such tile."""
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    EDGE: gl.constexpr = edge_rows(STRIDE)
+    n, p, q, _ = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_N, TILE_P, TILE_Q)
+    # The filter's column s lies STRIDE * q + s - 1 columns right of x's first.
+    column = box % 3 + STRIDE - 1
+    q += column // STRIDE - 1
+    c = column % STRIDE * C + box // 3 * BLOCK_K
+    pred = tile < tiles
+    bar = x_bars.index(slot)
+    row = slot * box_rows(TILE_P, STRIDE)
+    rows = x_ring.index(row)._reinterpret(x_ring.dtype, [TILE_P, 1, TILE_N, TILE_Q, BLOCK_K], x_desc.layout)
+    edge = x_ring.index(row + TILE_P)._reinterpret(x_ring.dtype, [EDGE, 1, TILE_N, TILE_Q, BLOCK_K], edge_desc.layout)
+    mbarrier.expect(bar, STRIDE * x_desc.block_type.nbytes + edge_desc.block_type.nbytes, pred=pred)
+    tma.async_copy_global_to_shared(x_desc, [p - 1, STRIDE - 1, n, q, c], bar, rows, pred=pred)
+    tma.async_copy_global_to_shared(edge_desc, [p - 1 + TILE_P, STRIDE - 1, n, q, c], bar, edge, pred=pred)
+    if STRIDE == 2:
+        even = x_ring.index(row + TILE_P + 1)
+        even = even._reinterpret(x_ring.dtype, [TILE_P, 1, TILE_N, TILE_Q, BLOCK_K], x_desc.layout)
+        tma.async_copy_global_to_shared(x_desc, [p, 0, n, q, c], bar, even, pred=pred)
+
+
+@gluon.jit
+def fetch_weight(weight_desc, w_ring, w_bars, slot, tile, tiles, step, BLOCKS_N: gl.constexpr, C: gl.constexpr):
+    """Starts to load the weight of a tile's step of that number into a slot, unless there is no such tile."""
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    BLOCK_K: gl.constexpr = w_ring.shape[2]
+    c = (step % 3 * 3 + step // 3 % 3) * C + step // 9 * BLOCK_K
+    pred = tile < tiles
+    bar = w_bars.index(slot)
+    mbarrier.expect(bar, weight_desc.block_type.nbytes, pred=pred)
+    tma.async_copy_global_to_shared(weight_desc, [tile % BLOCKS_N * BLOCK_N, c], bar, w_ring.index(slot), pred=pred)
+
+
+@gluon.jit
+def round_box(x_ring, slot, STRIDE: gl.constexpr, TILE_P: gl.constexpr, LAYOUT: gl.constexpr, num_warps: gl.constexpr):
+    """Rounds a box to TF32 where it lies."""
+    EDGE: gl.constexpr = edge_rows(STRIDE)
+    BOX_ROWS: gl.constexpr = box_rows(TILE_P, STRIDE)
+    spread: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
+    rows = rows_of(x_ring, slot, 0, TILE_P, BOX_ROWS, LAYOUT)
+    edge = rows_of(x_ring, slot, TILE_P, EDGE, BOX_ROWS, LAYOUT)
+    x_rows = round_to_tf32(rows.load(spread))
+    x_edge = round_to_tf32(edge.load(spread))
+    rows.store(x_rows)
+    edge.store(x_edge)
+    if STRIDE == 2:
+        even = rows_of(x_ring, slot, TILE_P + 1, TILE_P, BOX_ROWS, LAYOUT)
+        even.store(round_to_tf32(even.load(spread)))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def round_rows(x_ring, slot, PART: gl.constexpr, BOX_ROWS: gl.constexpr, LAYOUT: gl.constexpr, num_warps: gl.constexpr):
+    """Rounds part of a box to TF32 where it lies; for the tensor cores to see it takes a fence and a barrier."""
+    spread: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
+    rows = rows_of(x_ring, slot, PART[0], PART[1], BOX_ROWS, LAYOUT)
+    rows.store(round_to_tf32(rows.load(spread)))
+
+
+@gluon.jit
+def fill_rings(
+    x_desc,
+    edge_desc,
+    weight_desc,
+    x_ring,
+    x_bars,
+    w_ring,
+    w_bars,
+    first,
+    programs,
+    tiles,
+    tiles_p,
+    tiles_q,
+    BOXES: gl.constexpr,
+    X_LOADS: gl.constexpr,
+    W_LOADS: gl.constexpr,
+    BLOCKS_N: gl.constexpr,
+    C: gl.constexpr,
+    STRIDE: gl.constexpr,
+    TILE_N: gl.constexpr,
+    TILE_P: gl.constexpr,
+    TILE_Q: gl.constexpr,
+):
+    """Starts the first loads of a program, X_LOADS boxes and W_LOADS tiles of the weight; a tile has BOXES boxes."""
+    for early in gl.static_range(X_LOADS):
+        fetch_box(
+            x_desc,
+            edge_desc,
+            x_ring,
+            x_bars,
+            early,
+            first + early // BOXES * programs,
+            tiles,
+            tiles_p,
+            tiles_q,
+            early % BOXES,
+            BLOCKS_N,
+            C,
+            STRIDE,
+            TILE_N,
+            TILE_P,
+            TILE_Q,
+        )
+    STEPS: gl.constexpr = 3 * BOXES
+    for early in gl.static_range(W_LOADS):
+        fetch_weight(
+            weight_desc,
+            w_ring,
+            w_bars,
+            early,
+            first + early // STEPS * programs,
+            tiles,
+            early % STEPS,
+            BLOCKS_N,
+            C,
+        )

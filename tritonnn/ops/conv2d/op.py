@@ -1,0 +1,191 @@
+"""2-D convolution (cross-correlation) forward: the operators registered with PyTorch.
+
+    y[n, k, p, q] = bias[k] + sum over c, r, s of weight[k, c, r, s]
+                    * x[n, group(k) + c, p*stride_h + r*dilation_h - padding_h, q*stride_w + s*dilation_w - padding_w]
+
+x: [N, C, H, W], any strides; weight: [K, C / groups, R, S]; y: [N, K, P, Q], channels_last where x or weight is. It is
+computed by one of several forms (forms/), which dispatch.py picks.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from ...runtime import hardware
+from ...runtime.memory_format import empty_image, is_channels_last
+from ...runtime.operator import register
+from ...runtime.precision import convolution_input_precision, convolutions_in_tf32
+from ..window import output_size
+from .dispatch import choose, default_choice, form_of, run
+from .epilogue import Epilogue
+from .forms import sliced_k
+from .pack import channels_last, pack_weight
+from .problem import Product, Shortcut
+
+
+def _is_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether PyTorch's output is channels_last: where one of the two is, but for float64 on a GPU."""
+    if x.dtype == torch.float64 and x.device.type == "cuda":
+        return False
+    return is_channels_last(x) or is_channels_last(weight)
+
+
+def _empty(x, K, kernel_size, stride, padding, dilation, channels_last) -> torch.Tensor:
+    P, Q = (output_size(*sizes) for sizes in zip(x.shape[2:], kernel_size, stride, padding, dilation))
+    return empty_image((x.shape[0], K, P, Q), x, channels_last)
+
+
+def _output(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
+    K, _, *kernel_size = weight.shape
+    return _empty(x, K, kernel_size, stride, padding, dilation, _is_channels_last(x, weight))
+
+
+def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
+    channels_last_y = _is_channels_last(x, weight)
+    window = stride, padding, dilation
+    y = _empty(x, weight.shape[0], weight.shape[2:], *window, channels_last_y)
+    if y.numel() > 0:
+        epilogue = Epilogue(bias=None if bias is None else bias.contiguous())
+        launch_unpacked(x, weight, y, channels_last_y, window, groups, convolution_input_precision, epilogue)
+    return y
+
+
+def launch_unpacked(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    channels_last_y: bool,
+    window: tuple,
+    groups: int,
+    precision_of: Callable[[torch.Tensor, int], str],
+    epilogue: Epilogue,
+) -> None:
+    """Runs the product of x and a weight [K, C / groups, R, S], which is packed first where its form needs that."""
+    input_precision = precision_of(x, weight[0].numel())
+    packed = weight.permute(0, 2, 3, 1)
+    round_x = input_precision == "tf32"
+    product = Product(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
+    choice = choose(product)
+    packs = form_of(choice).packs_weight
+    packed = pack_weight(weight, input_precision) if packs else channels_last(weight)
+    run(product._replace(packed=packed), choice)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
+    ctx.bias_size = None if bias is None else bias.shape
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad_y):
+    x, weight = ctx.saved_tensors
+    grads = torch.ops.aten.convolution_backward(
+        grad_y,
+        x,
+        weight,
+        ctx.bias_size,
+        ctx.stride,
+        ctx.padding,
+        ctx.dilation,
+        False,
+        [0, 0],
+        ctx.groups,
+        ctx.needs_input_grad[:3],
+    )
+    return *grads, None, None, None, None
+
+
+conv2d = register(
+    "conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) "
+    "-> Tensor",
+    _launch,
+    _output,
+    _setup_context,
+    _backward,
+    convolutions_in_tf32,
+)
+
+
+def _fused_output(
+    x, packed, scale, bias, residual, activation, slope, kernel_size, *window_and_precision
+) -> torch.Tensor:
+    *window, _, input_precision, _, _ = window_and_precision
+    K = packed.shape[0] // (3 if input_precision == "tf32x3" else 1)
+    return _empty(x, K, kernel_size, *window, channels_last=True)
+
+
+def _launch_fused(
+    x, packed, scale, bias, residual, activation, slope, kernel_size, *window_and_precision
+) -> torch.Tensor:
+    y = _fused_output(x, packed, scale, bias, residual, activation, slope, kernel_size, *window_and_precision)
+    if y.numel() == 0:
+        return y
+    *window, groups, input_precision, rounded_x, round_y = window_and_precision
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    epilogue = Epilogue(scale, bias, residual, activation, round_y, slope)
+    round_x = input_precision == "tf32" and not rounded_x
+    product = Product(x, packed, y, True, *window, groups, input_precision, round_x, epilogue)
+    run(product, choose(product))
+    return y
+
+
+conv2d_fused = register(
+    "conv2d_fused(Tensor x, Tensor packed_weight, Tensor? scale, Tensor? bias, Tensor? residual, str activation, "
+    "float slope, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "str input_precision, bool rounded_x, bool round_y) -> Tensor",
+    _launch_fused,
+    _fused_output,
+)
+"""activation(scale * conv2d(x, weight) + bias + residual), channels_last, for inference.
+
+`packed_weight` is `pack_weight(weight, input_precision)`; scale and bias [K] are float32 (float64 for float64); the
+residual has the shape and type of y; activation and slope as in `Epilogue`. `rounded_x`: x has been rounded to TF32;
+`round_y`: y is to be.
+"""
+
+
+def takes_shortcut(
+    x: torch.Tensor, K: int, kernel_size: tuple[int, int], P: int, Q: int, shortcut_channels: int
+) -> bool:
+    """Whether `conv2d_with_shortcut` has a kernel: for few pixels, of which it makes [N, K, P, Q]."""
+    (N, C), taps = x.shape[:2], kernel_size[0] * kernel_size[1]
+    config = sliced_k.default_config(N * P * Q, K, C, taps, x.element_size(), hardware.gpu(x.device))
+    return config is not None and shortcut_channels % config.BLOCK_K == 0
+
+
+def _output_with_shortcut(x, packed, *arguments) -> torch.Tensor:
+    kernel_size, stride, padding, dilation, _, input_precision = arguments[8:14]
+    K = packed.shape[0] // (3 if input_precision == "tf32x3" else 1)
+    return _empty(x, K, kernel_size, stride, padding, dilation, channels_last=True)
+
+
+def _launch_with_shortcut(x, packed, *arguments) -> torch.Tensor:
+    scale, bias, shortcut, shortcut_packed, shortcut_scale, shortcut_bias, activation, slope = arguments[:8]
+    *window, shortcut_stride, precision, rounded, shortcut_precision, shortcut_rounded, round_y = arguments[9:]
+    y = _output_with_shortcut(x, packed, *arguments)
+    second = Shortcut(
+        shortcut,
+        shortcut_packed[-y.shape[1] :],
+        shortcut_scale,
+        shortcut_bias,
+        shortcut_stride,
+        shortcut_precision,
+        shortcut_precision == "tf32" and not shortcut_rounded,
+    )
+    round_x = precision == "tf32" and not rounded
+    epilogue = Epilogue(scale, bias, None, activation, round_y, slope)
+    product = Product(x, packed, y, True, *window, 1, precision, round_x, epilogue, second)
+    run(product, default_choice(product))
+    return y
+
+
+conv2d_with_shortcut = register(
+    "conv2d_with_shortcut(Tensor x, Tensor packed_weight, Tensor? scale, Tensor? bias, Tensor shortcut, "
+    "Tensor packed_shortcut_weight, Tensor? shortcut_scale, Tensor? shortcut_bias, str activation, float slope, "
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int[2] shortcut_stride, "
+    "str input_precision, bool rounded_x, str shortcut_precision, bool rounded_shortcut, bool round_y) -> Tensor",
+    _launch_with_shortcut,
+    _output_with_shortcut,
+)
+"""conv2d_fused of x plus that of `shortcut`, with filters of one tap and no padding, where `takes_shortcut`."""

@@ -1,0 +1,103 @@
+"""Copies an image tensor [N, C, H, W] of any strides to [N, H, W, C], contiguous, for a matrix product along C.
+
+Weights [K, C, R, S] are packed by the same kernel. For products in TF32 the values are rounded to it on the way.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...device.arithmetic import index_type, round_to_tf32, split_to_tf32
+from ...runtime.blocks import ceil_div, transpose_blocks
+from ...runtime.launch_plan import launch
+
+
+@triton.jit
+def channels_last_kernel(
+    x_ptr,
+    y_ptr,
+    M,
+    C,
+    PIXELS,
+    W,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    ROUND_TO_TF32: tl.constexpr,
+    SPLIT: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels.
+
+    SPLIT: y is followed by what the rounding to TF32 left, and by x as it was.
+    """
+    blocks_c = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    mask = (offs_m < M)[:, None] & (c < C)[None, :]
+    pixel = offs_m % PIXELS
+    offs = (pixel // W).to(tl.int64) * stride_h + (pixel % W).to(tl.int64) * stride_w
+    offs += (offs_m // PIXELS).to(tl.int64) * stride_n
+    x = tl.load(x_ptr + offs[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask=mask)
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * C + c[None, :]
+    if SPLIT:
+        tl.store(y_ptrs + 2 * tl.cast(M, tl.int64) * C, x, mask=mask)
+        x, rest = split_to_tf32(x)
+        tl.store(y_ptrs + tl.cast(M, tl.int64) * C, rest, mask=mask)
+    elif ROUND_TO_TF32:
+        x = round_to_tf32(x)
+    tl.store(y_ptrs, x, mask=mask)
+
+
+def channels_last(x: torch.Tensor, round_to_tf32: bool = False) -> torch.Tensor:
+    """x [N, C, H, W] as [N, H, W, C]: a view where x is channels_last in memory, unless it is to be rounded."""
+    y = x.permute(0, 2, 3, 1)
+    if y.is_contiguous() and not round_to_tf32:
+        return y
+    y = torch.empty_like(y, memory_format=torch.contiguous_format)
+    _copy(x, y, round_to_tf32, split=False)
+    return y
+
+
+def pack_weight(weight: torch.Tensor, input_precision: str) -> torch.Tensor:
+    """A filter [K, C, R, S] as the convolution's kernels read it for that precision: [K, R, S, C], contiguous.
+
+    For "tf32" rounded to it. For "tf32x3" [3 * K, R, S, C]: rounded, what the rounding left, and as it was.
+    """
+    if input_precision != "tf32x3":
+        return channels_last(weight, round_to_tf32=input_precision == "tf32")
+    K, C, R, S = weight.shape
+    packed = weight.new_empty(3 * K, R, S, C)
+    _copy(weight, packed, round_to_tf32=True, split=True)
+    return packed
+
+
+def _copy(x: torch.Tensor, y: torch.Tensor, round_to_tf32: bool, split: bool) -> None:
+    N, C, H, W = x.shape
+    stride_n, stride_c, stride_h, stride_w = x.stride()
+    if stride_h == W * stride_w:  # rows follow each other: one row of H * W pixels
+        H, W = 1, H * W
+    blocks = transpose_blocks(N * H * W, C)
+    grid = (ceil_div(N * H * W, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
+    launch(
+        channels_last_kernel,
+        grid,
+        x,
+        y,
+        N * H * W,
+        C,
+        H * W,
+        W,
+        stride_n,
+        stride_c,
+        stride_h,
+        stride_w,
+        ROUND_TO_TF32=round_to_tf32,
+        SPLIT=split,
+        INDEX=index_type(N * H * W + blocks.BLOCK_M),
+        **blocks._asdict(),
+    )

@@ -1,0 +1,51 @@
+"""Linear layer forward: y[m, k] = bias[k] + sum over c of x[m, c] * weight[k, c].
+
+x: [M, C], any strides; weight: [K, C]; y: [M, K], contiguous. Runs the convolution's kernels: a row is an image of one
+pixel, the weight a 1x1 filter.
+"""
+
+import torch
+
+from ..runtime.operator import register
+from ..runtime.precision import matmul_input_precision, matmuls_in_tf32
+from .conv2d.epilogue import Epilogue
+from .conv2d.op import launch_unpacked
+
+
+def _output(x, weight, bias) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _launch(x, weight, bias) -> torch.Tensor:
+    y = _output(x, weight, bias)
+    if y.numel() == 0:
+        return y
+    epilogue = Epilogue(bias=None if bias is None else bias.contiguous())
+    x, weight, rows = (t[:, :, None, None] for t in (x, weight, y))
+    launch_unpacked(x, weight, rows, True, ((1, 1), (0, 0), (1, 1)), 1, matmul_input_precision, epilogue)
+    return y
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad_y):
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    return (
+        grad_y @ weight if needs_x else None,
+        grad_y.T @ x if needs_weight else None,
+        grad_y.sum(0) if needs_bias else None,
+    )
+
+
+linear = register(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _launch,
+    _output,
+    _setup_context,
+    _backward,
+    matmuls_in_tf32,
+)

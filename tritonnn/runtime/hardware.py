@@ -1,0 +1,54 @@
+"""Facts of the card, asked from the device, and where kernels in Gluon, which is experimental, were verified."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+GLUON_VERSIONS = "3.6."
+"""Of Triton, with which the results of kernels in Gluon were checked."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What kernels are laid out for.
+
+    capability: of CUDA, (0, 0) for the CPU of Triton's interpreter and for AMD's cards; multiprocessors: their number;
+    shared_memory: bytes that one program may have.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+    @property
+    def enough_programs(self) -> int:
+        """Programs that keep most multiprocessors busy."""
+        return 3 * self.multiprocessors // 4
+
+    @property
+    def is_hopper(self) -> bool:
+        return self.capability == (9, 0)
+
+
+INTERPRETER = Gpu((0, 0), 1, 2**16)
+"""The interpreter runs one program after the other."""
+
+
+@functools.lru_cache
+def gpu(device: torch.device) -> Gpu:
+    """The facts of a device; of the CPU those of Triton's interpreter."""
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Gpu(capability, properties.multi_processor_count, shared_memory)
+
+
+def gluon_is_verified(device: torch.device) -> bool:
+    """Whether the kernels in Gluon were checked with this version of Triton on GPUs like this one, of Hopper."""
+    if triton.knobs.runtime.interpret or not triton.__version__.startswith(GLUON_VERSIONS):
+        return False
+    return gpu(device).is_hopper

@@ -1,0 +1,1 @@
+"""`tune`: times forms and configurations of convolution on this GPU, and keeps the fastest right ones."""
