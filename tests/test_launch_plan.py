@@ -22,7 +22,7 @@ from tritonnn.kernels import avg_pool2d, batch_norm2d, conv2d, launch_plan, line
 from tritonnn.kernels.block_sizes import RowBlocks
 from tritonnn.kernels.channels_last import pack_weight
 from tritonnn.kernels.dependent_launch import launches_as_in_graphs
-from tritonnn.kernels.launch_plan import Plans, describe, launch
+from tritonnn.kernels.launch_plan import Plans, launch_key, launch
 from tritonnn.kernels.operator import INTERPRETER
 from tritonnn.kernels.product import Choice
 from tritonnn.kernels.relu import relu_forward_kernel
@@ -212,7 +212,7 @@ def ordinary(launcher, *args):
 def planned(launcher, state=None):
     """launcher by plan."""
     plans = Plans(state)
-    return lambda *args: plans.run(describe(args), args, ordinary, launcher, *args)
+    return lambda *args: plans.run(launch_key(args), args, ordinary, launcher, *args)
 
 
 def assert_identical(actual, expected):

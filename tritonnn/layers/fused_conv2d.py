@@ -10,7 +10,7 @@ from ..ops.conv2d.op import conv2d_fused, conv2d_with_shortcut, takes_shortcut
 from ..ops.conv2d.pack import pack_weight
 from ..ops.pooled_linear import MOST_IMAGES, MOST_OUTPUTS, pooled_linear
 from ..ops.window import output_size
-from ..runtime.launch_plan import unwatched
+from ..runtime.launch_plan import plain_eager
 from ..runtime.precision import (
     autocast,
     autocast_type,
@@ -165,7 +165,7 @@ class FusedConv2d(_Fused):
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         (input,) = autocast(input)
-        kept = self._recent.get((input.dtype, convolutions_in_tf32())) if unwatched() else None
+        kept = self._recent.get((input.dtype, convolutions_in_tf32())) if plain_eager() else None
         if kept is None or not kept.is_of(self._buffers["weight"]):
             return self._compute(input, residual)
         return self._compute_again(input, residual, kept.packed)
@@ -199,7 +199,7 @@ class FusedConv2d(_Fused):
         apart = self._reason_to_add_apart(x, (*x.shape[:-3], *self.output_shape(x)), residual)
         input_precision = convolution_input_precision(x, channels * R * S)
         kept = self._packed_weight(x.dtype, input_precision)
-        if unwatched():
+        if plain_eager():
             self._recent[x.dtype, convolutions_in_tf32()] = kept
         added = None if self.sums is None or apart else residual
         y = conv2d_fused(

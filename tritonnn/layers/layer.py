@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from ..ops.window import output_size
-from ..runtime.launch_plan import Plans, describe, unwatched
+from ..runtime.launch_plan import Plans, launch_key, plain_eager
 from ..runtime.operator import PLAIN
 
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,9 +53,9 @@ def by_plan(attributes: Callable[[TritonLayer], tuple], state: Callable[[], obje
 
         @functools.wraps(method)
         def planned(self: TritonLayer, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
-            if unwatched() and type(self).__dict__.get(method.__name__) is planned:
+            if plain_eager() and type(self).__dict__.get(method.__name__) is planned:
                 args = (*tensors, *attributes(self))
-                described = describe(args, torch.is_grad_enabled())
+                described = launch_key(args, torch.is_grad_enabled())
                 if described is not None:
                     return plans.run(described, args, method, self, *tensors)
             return method(self, *tensors)

@@ -1,11 +1,11 @@
 """Launch plans: what a launcher did for arguments of one kind, done again without its Python.
 
-The first call with arguments of a new kind (`describe`) runs the launcher, and what it allocates and launches is noted;
-later calls allocate and launch the same with their own addresses. A launcher that also computes with PyTorch's
-operators, a copy of an input say, has no plan and runs at every call.
+The first call with arguments of a new kind (`launch_key`) runs the launcher, and what it allocates and launches is
+recorded; later calls allocate and launch the same with their own addresses. A launcher that also computes with
+PyTorch's operators, a copy of an input say, has no plan and runs at every call.
 
-What has plans decides by what `describe` tells, by the state that `Plans` is given, and by what changes only together
-with a call of `forget_plans` (the tuned tables), by nothing else.
+A launcher with plans decides by three things only: its launch key, the state that `Plans` is given, and what changes
+only together with a call of `forget_plans` (the tuned tables).
 """
 
 import threading
@@ -82,7 +82,7 @@ def launch_semaphores(device: torch.device, tiles: int) -> torch.Tensor:
     return counts
 
 
-def describe(args: tuple, grad: bool = False) -> tuple[tuple, list[int]] | None:
+def launch_key(args: tuple, grad: bool = False) -> tuple[tuple, list[int]] | None:
     """The kind of these arguments, captured in a CUDA graph or not, and the addresses of the tensors among them.
 
     None where one is neither a plain tensor nor a constant or, with `grad`, requires a gradient.
@@ -121,7 +121,7 @@ class Plans:
     def run(self, described: tuple[tuple, list[int]], args: tuple, function: Callable, *function_args) -> object:
         """function(*function_args), by plan where the kind of `args`, all that it depends on, was seen before.
 
-        `described` is `describe(args)`.
+        `described` is `launch_key(args)`.
         """
         if LOCAL.recording is not None or COMPILATION.instrumentation_mode:
             return function(*function_args)
@@ -327,7 +327,7 @@ def _overlap(tensors: list[torch.Tensor]) -> bool:
     return any(first[1] > second[0] for first, second in zip(memories, memories[1:]))
 
 
-def unwatched() -> bool:
+def plain_eager() -> bool:
     """Whether nobody wants to see which operators run: compilers, tracers, transforms, forward mode, modes."""
     return not (
         torch.compiler.is_compiling()

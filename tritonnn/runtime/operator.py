@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import triton
 
-from .launch_plan import TENSORS, Plans, describe, unwatched
+from .launch_plan import TENSORS, Plans, launch_key, plain_eager
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
 PLAIN = (*TENSORS, type(None))
@@ -80,8 +80,8 @@ def _shortest_way(plans: Plans, on_gpu: Callable, on_cpu: Callable, op: Callable
     """
 
     def call(*args):
-        if unwatched():
-            described = describe(args, torch.is_grad_enabled())
+        if plain_eager():
+            described = launch_key(args, torch.is_grad_enabled())
             if described is not None:
                 x = args[0]
                 if x.is_cuda:
@@ -99,7 +99,7 @@ def _by_plan(plans: Plans, launch: Callable) -> Callable:
     """The operator's kernel for PyTorch's dispatcher."""
 
     def kernel(*args):
-        described = describe(args)
+        described = launch_key(args)
         return launch(*args) if described is None else plans.run(described, args, launch, *args)
 
     return kernel

@@ -25,7 +25,7 @@ from ..runtime import hardware
 from ..runtime.dependent_launch import launches_as_in_graphs
 from ..swap import swapped
 from .compile_ahead import compile_ahead
-from .trial import WORSE_THAN_DEFAULT, Trial, Wrong, operands
+from .harness import WORSE_THAN_DEFAULT, Harness, Wrong, operands
 
 SAMPLES, FINAL_SAMPLES, FINALISTS = 2, 5, 3
 FASTER_BY = 0.98
@@ -225,8 +225,8 @@ def _tune(
     compile_ahead(_runs(jobs, device), partial(advance, "compiling"))
     for problem, choices in jobs.items():
         try:
-            trial = Trial(problem, device)
-            report.tuned.append(fastest(trial, choices, trial.clock))
+            harness = Harness(problem, device)
+            report.tuned.append(fastest(harness, choices, harness.clock))
         except (Wrong, torch.OutOfMemoryError) as error:
             report.failed[problem] = str(error)
         advance("timing", len(jobs))
@@ -239,7 +239,7 @@ def _runs(jobs: Mapping[Problem, Sequence[Choice]], device: torch.device) -> Ite
         yield from (partial(run, product, choice) for choice in choices)
 
 
-def fastest(trial: Trial, choices: Sequence[Choice], clock: Callable[[Choice], Callable[[], float]]) -> Tuned:
+def fastest(harness: Harness, choices: Sequence[Choice], clock: Callable[[Choice], Callable[[], float]]) -> Tuned:
     """The fastest of the right choices; the first, the default, unless another is faster by more than noise.
 
     Raises:
@@ -251,14 +251,14 @@ def fastest(trial: Trial, choices: Sequence[Choice], clock: Callable[[Choice], C
     like, limit = None, None
     for choice in choices:
         try:
-            y, error = trial.check(choice, like, limit)
+            y, error = harness.check(choice, like, limit)
             if choice == default:
                 like, limit = y, WORSE_THAN_DEFAULT * error
             clocks[choice] = clock(choice)
         except Wrong as error:
             rejected[choice] = f"wrong: {error}"
         except Exception as error:  # whatever Triton makes of it: too many registers, too much shared memory
-            if trial.device.type == "cuda":
+            if harness.device.type == "cuda":
                 torch.cuda.synchronize()  # raises where the GPU is lost
             rejected[choice] = f"{type(error).__name__}: {error}".splitlines()[0]
     if not clocks:
@@ -272,7 +272,7 @@ def fastest(trial: Trial, choices: Sequence[Choice], clock: Callable[[Choice], C
     if default in times and times[choice] > FASTER_BY * times[default]:
         choice = default
     return Tuned(
-        trial.problem, default, times.get(default, float("nan")), choice, times[choice], len(choices), rejected
+        harness.problem, default, times.get(default, float("nan")), choice, times[choice], len(choices), rejected
     )
 
 

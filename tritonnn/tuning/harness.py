@@ -55,7 +55,7 @@ def operands(problem: Problem, device: torch.device) -> tuple[Product, Tensor]:
     return product, weight
 
 
-class Trial:
+class Harness:
     """A problem's operands on a device and its exact result, in float64, for the first and the last images."""
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
