@@ -17,7 +17,7 @@ from .fusion_pass import fuse_graph
 from .fusion_report import FusionReport, few, join
 from .layers.fused_conv2d import FusedPooledLinear
 from .layers.layer import TritonLayer
-from .pure_graph import has_hooks, is_layer, optional_arguments, trace
+from .pure_graph import describe, has_hooks, is_layer, optional_arguments, trace
 from .runtime.memory_format import is_channels_last
 from .swap import kind_of, swap
 

@@ -146,7 +146,7 @@ class _Tracer(fx.Tracer):
                     self.graph.erase_node(node)
             while len(self.module_stack) > len(stack):
                 self.module_stack.popitem()
-            self.opaque[name] = launch_key(error)
+            self.opaque[name] = describe(error)
         return super().call_module(m, forward, args, kwargs)
 
 
@@ -154,7 +154,7 @@ def _autocast_state() -> list[tuple[bool, torch.dtype]]:
     return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
 
 
-def launch_key(error: Exception) -> str:
+def describe(error: Exception) -> str:
     first_line, *_ = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {first_line}"
 
