@@ -33,7 +33,7 @@ def results_of(junit: Path) -> dict[str, Result]:
     """Results by "file::test[case]"."""
     results = {}
     for case in ElementTree.parse(junit).iter("testcase"):
-        file = case.get("classname", "").removeprefix("tests.").partition(".")[0]
+        file = case.get("classname", "").rpartition(".")[2]
         children = {child.tag: child for child in case}
         if "failure" in children or "error" in children:
             result = Result("failed")
@@ -113,7 +113,8 @@ def where() -> str:
 
 def run_tests(junit: Path) -> None:
     tests = sorted({test.partition("[")[0] for rows in SECTIONS.values() for row in rows for test in row.tests})
-    nodes = [f"tests/{file}.py::{name}" for file, name in (test.split("::") for test in tests)]
+    files = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    nodes = [f"{files[file]}::{name}" for file, name in (test.split("::") for test in tests)]
     subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junit-xml={junit}", *nodes], cwd=ROOT, check=False)
 
 

@@ -38,7 +38,6 @@ def strict_float32() -> Iterator[None]:
 def blocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are chosen as on a GPU, not as for the interpreter; nothing of it is remembered."""
     import triton
-
     from tritonnn.kernels import conv2d, implicit_gemm
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
@@ -52,7 +51,6 @@ def blocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_hopper(blocks_of_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forms and blocks are chosen as on an H100 or H200 with the Triton for which kernels were verified."""
     import triton
-
     from tritonnn.kernels import verified
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
