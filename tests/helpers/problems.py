@@ -1,13 +1,13 @@
-"""Convolutions as problems of tuning, and as operands of which nothing but the sizes counts."""
+"""Convolutions as problems of tuning, and as operands without memory, of which nothing but the sizes counts."""
 
 import torch
-from tritonnn.candidates import Gpu
-from tritonnn.kernels.block_sizes import GemmBlocks, SplitBlocks
-from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.product import Choice, Problem, Product
-from tritonnn.kernels.window import output_size
 
-H200 = Gpu(132, 232448)
+from tritonnn.device.activation import ACTIVATIONS
+from tritonnn.ops.conv2d.epilogue import Epilogue
+from tritonnn.ops.conv2d.forms.pointers import PointersConfig
+from tritonnn.ops.conv2d.forms.sliced_k import SlicedKConfig
+from tritonnn.ops.conv2d.problem import Choice, Problem, Product
+from tritonnn.ops.window import output_size
 
 
 def problem(n=2, c=64, size=8, k=32, taps=3, **changes) -> Problem:
@@ -49,24 +49,63 @@ PROBLEMS = {
     "linear": problem(128, 512, 1, 10, 1, **HALF),
 }
 
-SPLIT = Choice(SplitBlocks(1, 4, 16, 16, 32, 4, 1), False)
-POINTERS = Choice(GemmBlocks(64, 32, 32, 4, 1), False)
-COPIED = Choice(GemmBlocks(128, 32, 64, 4, 1), True)
-DEFAULT = Choice(GemmBlocks(128, 32, 64, 4, 1), False)
+
+def pointers(block_m: int, block_n: int, block_k: int, num_warps: int = 4, num_stages: int = 1) -> PointersConfig:
+    return PointersConfig(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages)
+
+
+def sliced_k(
+    splits: int, slices: int, block_m: int, block_n: int, block_k: int, num_warps: int = 4, num_stages: int = 1
+) -> SlicedKConfig:
+    return SlicedKConfig(
+        SPLITS=splits,
+        SLICES=slices,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+SLICED = Choice(sliced_k(1, 4, 16, 16, 32))
+POINTERS = Choice(pointers(64, 32, 32))
+COPIED = Choice(pointers(128, 32, 64), copies_x=True)
+DEFAULT = Choice(pointers(128, 32, 64))
+
+
+def empty_image(n: int, c: int, h: int, w: int, dtype: torch.dtype, channels_last: bool, offset: int = 0):
+    """[n, c, h, w] without memory, whose address is that many elements past a multiple of 16 bytes."""
+    memory = torch.empty(n * c * h * w + offset, dtype=dtype, device="meta")[offset:]
+    return memory.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else memory.view(n, c, h, w)
+
+
+def product_of(p: Problem) -> Product:
+    """Operands without memory that pose a problem."""
+    x = empty_image(p.n, p.c, p.h, p.w, p.dtype, p.channels_last_x)
+    y = empty_image(p.n, p.k, *p.output, p.dtype, p.channels_last_y)
+    rows = (3 if p.input_precision == "tf32x3" else 1) * p.k
+    packed = torch.empty(rows, p.r, p.s, p.c // p.groups, dtype=p.dtype, device="meta")
+    added = {name: torch.empty(p.k, device="meta") for name in ("scale", "bias") if name in p.epilogue}
+    if "residual" in p.epilogue:
+        added["residual"] = torch.empty_like(y)
+    activation = next((step for step in p.epilogue if step in ACTIVATIONS), "none")
+    epilogue = Epilogue(**added, activation=activation, round_y="round_y" in p.epilogue)
+    window = p.stride, p.padding, p.dilation
+    return Product(x, packed, y, p.channels_last_y, *window, p.groups, p.input_precision, p.round_x, epilogue)
 
 
 def product(
     n=1024, c=64, side=32, k=None, taps=3, dtype=torch.bfloat16, nchw=False, misaligned=False, **changes
 ) -> Product:
-    """Operands that were never written: nothing but their sizes counts."""
+    """Operands without memory, of square images."""
     k = k or c
-    x = torch.empty(n * side * side * c + 1, dtype=dtype)[int(misaligned) :][: n * side * side * c]
-    x = x.view(n, c, side, side) if nchw else x.view(n, side, side, c).permute(0, 3, 1, 2)
+    x = empty_image(n, c, side, side, dtype, not nchw, offset=int(misaligned))
     window = {"stride": (1, 1), "padding": (taps // 2, taps // 2), "dilation": (1, 1), "groups": 1}
     window |= {name: changes.pop(name) for name in window if name in changes}
     p, q = (output_size(side, taps, *(window[name][i] for name in ("stride", "padding", "dilation"))) for i in (0, 1))
-    y = torch.empty(n, p, q, k, dtype=dtype).permute(0, 3, 1, 2)
-    packed = torch.empty(k, taps, taps, c // window["groups"], dtype=dtype)
+    y = empty_image(n, k, p, q, dtype, channels_last=True)
+    packed = torch.empty(k, taps, taps, c // window["groups"], dtype=dtype, device="meta")
     precision = changes.pop("input_precision", "ieee" if dtype.itemsize == 2 else "tf32")
     made = Product(x, packed, y, True, *window.values(), precision, False, Epilogue())
     return made._replace(**changes)

@@ -18,24 +18,35 @@ from helpers.hopper import run
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
 EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, ACTIVATION="relu", SLOPE=0.01, ROUND_Y=False)
 EPILOGUE |= dict(DEPENDENT=True, scale_ptr=None, bias_ptr=None, residual_ptr=None)
-GEMM = FILTER | EPILOGUE | dict(ROUND_X=False, GROUPS=1, FLUSH=8, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
-GEMM |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
+POINTERS = FILTER | EPILOGUE | dict(ROUND_X=False, GROUPS=1, FLUSH=8, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
+POINTERS |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
 # ResNet18's first layer. Its rows' columns are elements; sizes that Triton knows nothing of are named.
-ROWS = GEMM | dict(C=32, R=7, S=1, STRIDE_H=2, STRIDE_W=8, PADDING_H=3, PADDING_W=0, BLOCK_K=32, x_stride_w=1)
+FEW_CHANNELS = POINTERS | dict(
+    C=32, R=7, S=1, STRIDE_H=2, STRIDE_W=8, PADDING_H=3, PADDING_W=0, BLOCK_K=32, x_stride_w=1
+)
 ODD = dict(odd=("M", "H", "W", "PIXELS", "Q"))
-SPLIT = FILTER | EPILOGUE | dict(C=64, K=64, ROUND_X=False, ONE_IMAGE=False, BLOCK_K=64)
-SPLIT |= dict(SPLITS=4, SLICES=2, BLOCK_M=16, BLOCK_N=16)
-SPLIT |= dict(HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False)
-SPLIT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
-SPLIT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
-HELD = FILTER | EPILOGUE | dict(C=128, K=128, INPUT_PRECISION="ieee", ROUND_X=False, ONE_IMAGE=True, BLOCK_M=16)
-HELD |= dict(HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False)
-HELD |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
-HELD |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, BLOCK_N=16, BLOCK_K=64, num_warps=8)
-HELD_1X1 = dict(C=64, R=1, S=1, PADDING_H=0, PADDING_W=0, HAS_SHORTCUT=False, num_warps=4)
-HELD_SPLIT = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
-DESCRIPTORS = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_AB=True, FLUSH=8)
-DESCRIPTORS |= dict(
+SHORTCUT = dict(
+    HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False
+)
+SHORTCUT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
+SHORTCUT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
+SLICED_K = FILTER | EPILOGUE | dict(C=64, K=64, ROUND_X=False, ONE_IMAGE=False, BLOCK_K=64)
+SLICED_K |= dict(SPLITS=4, SLICES=2, BLOCK_M=16, BLOCK_N=16)
+SLICED_K |= dict(
+    HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False
+)
+SLICED_K |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
+SLICED_K |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
+RESIDENT = FILTER | EPILOGUE | dict(C=128, K=128, INPUT_PRECISION="ieee", ROUND_X=False, ONE_IMAGE=True, BLOCK_M=16)
+RESIDENT |= dict(
+    HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False
+)
+RESIDENT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
+RESIDENT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, BLOCK_N=16, BLOCK_K=64, num_warps=8)
+RESIDENT_1X1 = dict(C=64, R=1, S=1, PADDING_H=0, PADDING_W=0, HAS_SHORTCUT=False, num_warps=4)
+RESIDENT_TF32X3 = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
+TMA = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_AB=True, FLUSH=8)
+TMA |= dict(
     HAS_RESIDUAL=True, ROUND_X=False, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee"
 )
 HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, ROUND_AHEAD=False, WHOLE=True, MASKED=False, STRIDE=1)
@@ -57,138 +68,205 @@ NORMALIZE = dict(INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True)
 BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
 LAST, FIRST = "channels_last", "contiguous"
 
+KERNEL_OF = {
+    form: f"ops.conv2d.forms.{module}:conv2d_{form}_forward_kernel"
+    for form, module in {
+        "pointers": "pointers",
+        "sliced_k": "sliced_k",
+        "in_registers": "in_registers",
+        "tma": "tma",
+        "tma_halo": "tma_halo.kernel",
+        "depthwise": "depthwise",
+    }.items()
+}
+"""By the form."""
 KERNELS = {
-    "conv2d, bfloat16": ("ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel", "bf16", LAST, GEMM | dict(BLOCK_K=64)),
+    "conv2d, bfloat16": (
+        KERNEL_OF["pointers"],
+        "bf16",
+        LAST,
+        POINTERS | dict(BLOCK_K=64),
+    ),
     "conv2d, TF32": (
-        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
+        KERNEL_OF["pointers"],
         "fp32",
         LAST,
-        GEMM | dict(INPUT_PRECISION="tf32", ROUND_X=True),
+        POINTERS | dict(INPUT_PRECISION="tf32", ROUND_X=True),
     ),
     "conv2d, float32": (
-        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
+        KERNEL_OF["pointers"],
         "fp32",
         LAST,
-        GEMM | dict(INPUT_PRECISION="tf32x3"),
+        POINTERS | dict(INPUT_PRECISION="tf32x3"),
     ),
     "conv2d, 3 channels": (
-        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
+        KERNEL_OF["pointers"],
         "bf16",
         FIRST,
-        GEMM | dict(C=3, SPAN_TAPS=True),
+        POINTERS | dict(C=3, SPAN_TAPS=True),
     ),
-    "conv2d, rows, TF32": (
-        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
+    "conv2d, few channels, TF32": (
+        KERNEL_OF["pointers"],
         "fp32",
         LAST,
-        ROWS | ODD | dict(INPUT_PRECISION="tf32", num_stages=3),
+        FEW_CHANNELS | ODD | dict(INPUT_PRECISION="tf32", num_stages=3),
     ),
-    "conv2d, rows, TF32, one stage": (
-        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
+    "conv2d, few channels, TF32, one stage": (
+        KERNEL_OF["pointers"],
         "fp32",
         LAST,
-        ROWS | ODD | dict(INPUT_PRECISION="tf32", num_stages=1),
+        FEW_CHANNELS | ODD | dict(INPUT_PRECISION="tf32", num_stages=1),
     ),
-    "conv2d, rows, TF32, NCHW": (
-        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
+    "conv2d, few channels, TF32, NCHW": (
+        KERNEL_OF["pointers"],
         "fp32",
         FIRST,
-        ROWS | dict(x_stride_c=1, odd=("H", "W", "Q"), INPUT_PRECISION="tf32"),
+        FEW_CHANNELS | dict(x_stride_c=1, odd=("H", "W", "Q"), INPUT_PRECISION="tf32"),
     ),
-    "conv2d, rows, float32": (
-        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
+    "conv2d, few channels, float32": (
+        KERNEL_OF["pointers"],
         "fp32",
         LAST,
-        ROWS | ODD | dict(INPUT_PRECISION="tf32x3", BLOCK_M=64),
+        FEW_CHANNELS | ODD | dict(INPUT_PRECISION="tf32x3", BLOCK_M=64),
     ),
-    "conv2d, rows, bfloat16": ("ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel", "bf16", LAST, ROWS | ODD),
+    "conv2d, few channels, bfloat16": (
+        KERNEL_OF["pointers"],
+        "bf16",
+        LAST,
+        FEW_CHANNELS | ODD,
+    ),
     "padded rows": (
         "ops.conv2d.forms.few_channels:padded_rows_kernel",
         "fp32",
         FIRST,
         dict(C=3, PADDING=3, ROUND_TO_TF32=True, BLOCK_H=4, BLOCK_W=256, BLOCK_C=4, odd=("H", "W", "rows", "columns")),
     ),
-    "conv2d, few pixels": ("ops.conv2d.forms.sliced_k:conv2d_sliced_k_forward_kernel", "bf16", LAST, SPLIT | dict(INPUT_PRECISION="ieee")),
-    "conv2d, held": ("ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel", "bf16", LAST, HELD),
-    "conv2d, held, 256 channels": (
-        "ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel",
+    "conv2d, sliced-K": (
+        KERNEL_OF["sliced_k"],
         "bf16",
         LAST,
-        HELD | dict(C=256, K=256, BLOCK_N=8),
+        SLICED_K | dict(INPUT_PRECISION="ieee"),
     ),
-    "conv2d, held, 1x1": ("ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel", "bf16", LAST, HELD | HELD_1X1),
-    "conv2d, held, float32": ("ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel", "fp32", LAST, HELD | HELD_SPLIT),
-    "conv2d, descriptors": ("ops.conv2d.forms.tma:conv2d_tma_forward_kernel", "bf16", LAST, DESCRIPTORS),
-    "conv2d, descriptors, TF32": (
-        "ops.conv2d.forms.tma:conv2d_tma_forward_kernel",
+    "conv2d, in registers": (
+        KERNEL_OF["in_registers"],
+        "bf16",
+        LAST,
+        RESIDENT,
+    ),
+    "conv2d, in registers, 256 channels": (
+        KERNEL_OF["in_registers"],
+        "bf16",
+        LAST,
+        RESIDENT | dict(C=256, K=256, BLOCK_N=8),
+    ),
+    "conv2d, in registers, 1x1": (
+        KERNEL_OF["in_registers"],
+        "bf16",
+        LAST,
+        RESIDENT | RESIDENT_1X1,
+    ),
+    "conv2d, in registers, float32": (
+        KERNEL_OF["in_registers"],
         "fp32",
         LAST,
-        DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32),
+        RESIDENT | RESIDENT_TF32X3,
     ),
-    "conv2d, descriptors, TF32, rounded": (
-        "ops.conv2d.forms.tma:conv2d_tma_forward_kernel",
+    "conv2d, TMA": (KERNEL_OF["tma"], "bf16", LAST, TMA),
+    "conv2d, TMA, TF32": (
+        KERNEL_OF["tma"],
         "fp32",
         LAST,
-        DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32, SWAP_AB=False),
+        TMA | dict(INPUT_PRECISION="tf32", BLOCK_K=32),
     ),
-    "conv2d, descriptors, TF32, rounded in shared memory": (
-        "ops.conv2d.forms.tma:conv2d_tma_forward_kernel",
+    "conv2d, TMA, TF32, rounded": (
+        KERNEL_OF["tma"],
         "fp32",
         LAST,
-        DESCRIPTORS | dict(INPUT_PRECISION="tf32", BLOCK_K=32, ROUND_X=True, TILE_P=8, num_warps=8, num_stages=3),
+        TMA | dict(INPUT_PRECISION="tf32", BLOCK_K=32, SWAP_AB=False),
     ),
-    "conv2d, descriptors, float32": (
-        "ops.conv2d.forms.tma:conv2d_tma_forward_kernel",
+    "conv2d, TMA, TF32, rounded in shared memory": (
+        KERNEL_OF["tma"],
         "fp32",
         LAST,
-        DESCRIPTORS | dict(INPUT_PRECISION="tf32x3", BLOCK_K=32, SWAP_AB=False),
+        TMA | dict(INPUT_PRECISION="tf32", BLOCK_K=32, ROUND_X=True, TILE_P=8, num_warps=8, num_stages=3),
     ),
-    "conv2d, halo": ("ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel", "bf16", LAST, HALO_64),
-    "conv2d, halo, TF32": ("ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel", "fp32", LAST, HALO_128),
+    "conv2d, TMA, float32": (
+        KERNEL_OF["tma"],
+        "fp32",
+        LAST,
+        TMA | dict(INPUT_PRECISION="tf32x3", BLOCK_K=32, SWAP_AB=False),
+    ),
+    "conv2d, halo": (
+        KERNEL_OF["tma_halo"],
+        "bf16",
+        LAST,
+        HALO_64,
+    ),
+    "conv2d, halo, TF32": (
+        KERNEL_OF["tma_halo"],
+        "fp32",
+        LAST,
+        HALO_128,
+    ),
     "conv2d, halo, TF32, rounded": (
-        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
+        KERNEL_OF["tma_halo"],
         "fp32",
         LAST,
         HALO_64 | dict(BLOCK_K=32, STAGED=False, IN_SLOT=False, ROUND_X=True, HAS_RESIDUAL=False),
     ),
     "conv2d, halo, 8x8": (
-        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
+        KERNEL_OF["tma_halo"],
         "bf16",
         LAST,
         HALO_8X8 | dict(BLOCK_K=64, X_SLOTS=2, W_SLOTS=5, STAGED=True),
     ),
     "conv2d, halo, 8x8, TF32, rounded": (
-        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
+        KERNEL_OF["tma_halo"],
         "fp32",
         LAST,
         HALO_8X8 | AHEAD | dict(HAS_RESIDUAL=False),
     ),
     "conv2d, halo, 4x4, TF32, rounded, masked": (
-        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
+        KERNEL_OF["tma_halo"],
         "fp32",
         LAST,
         HALO_4X4 | AHEAD | dict(MASKED=True),
     ),
-    "conv2d, halo, stride 2": ("ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel", "bf16", LAST, HALO_BY_2),
+    "conv2d, halo, stride 2": (
+        KERNEL_OF["tma_halo"],
+        "bf16",
+        LAST,
+        HALO_BY_2,
+    ),
     "conv2d, halo, stride 2, TF32, rounded": (
-        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
+        KERNEL_OF["tma_halo"],
         "fp32",
         LAST,
         HALO_BY_2 | IN_REGISTERS | AHEAD | dict(HAS_RESIDUAL=False),
     ),
     "conv2d, halo, stride 2, 4x4, TF32, rounded": (
-        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
+        KERNEL_OF["tma_halo"],
         "fp32",
         LAST,
         HALO_4X4 | dict(STRIDE=2, TILE_N=8, BLOCK_N=256, X_SLOTS=2, ROUND_X=True, HAS_RESIDUAL=False),
     ),
-    "conv2d, depthwise": ("ops.conv2d.forms.depthwise:conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
+    "conv2d, depthwise": (
+        KERNEL_OF["depthwise"],
+        "bf16",
+        LAST,
+        DEPTHWISE | BY_CHANNELS,
+    ),
     "max_pool2d": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
     "max_pool2d, contiguous": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
     "avg_pool2d": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", LAST, AVG_POOL | BY_CHANNELS),
     "avg_pool2d, contiguous": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", FIRST, AVG_POOL | BY_PIXELS),
     "batch_norm2d": ("ops.batch_norm2d:batch_norm2d_normalize_kernel", "bf16", LAST, NORMALIZE | BY_CHANNELS),
-    "batch_norm2d, contiguous": ("ops.batch_norm2d:batch_norm2d_normalize_kernel", "bf16", FIRST, NORMALIZE | BY_PIXELS),
+    "batch_norm2d, contiguous": (
+        "ops.batch_norm2d:batch_norm2d_normalize_kernel",
+        "bf16",
+        FIRST,
+        NORMALIZE | BY_PIXELS,
+    ),
     "channels_last": (
         "ops.conv2d.pack:channels_last_kernel",
         "fp32",
@@ -197,23 +275,23 @@ KERNELS = {
     ),
     "relu": ("ops.relu:relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
 }
-BY_ROWS = [name for name in KERNELS if "conv2d, rows" in name]
-ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *BY_ROWS]
-BY_DESCRIPTORS = [name for name in KERNELS if "descriptors" in name]
-COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, rows, float32", *BY_DESCRIPTORS[2:]]
+OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
+ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
+BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
+COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[2:]]
 """Kernels that round or split x in registers, from which, or from one place of shared memory, tensor cores read it."""
 WITH_HALO = [name for name in KERNELS if "halo" in name]
-HELD_KERNELS = [name for name in KERNELS if "held" in name]
-BY_COPY_ENGINE = BY_DESCRIPTORS + WITH_HALO
-FEW_PIXELS = ["conv2d, few pixels", *HELD_KERNELS]
+RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
+BY_TMA = BY_TAPS + WITH_HALO
+FEW_PIXELS = ["conv2d, sliced-K", *RESIDENT_KERNELS]
 ROUNDS = [
     *[name for name in WITH_HALO if "rounded" in name],
     "conv2d, TF32",
     "conv2d, float32",
-    "conv2d, held, float32",
-    "conv2d, rows, float32",
+    "conv2d, in registers, float32",
+    "conv2d, few channels, float32",
     "padded rows",
-    *BY_DESCRIPTORS[2:],
+    *BY_TAPS[2:],
 ]
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last", "padded rows"]
 """Kernels that read neighbouring pixels, one by one."""
@@ -293,17 +371,17 @@ def test_no_pairs_of_16_bit_integers(name, ptx):
     assert not re.search(r"\.[su]16x2", ptx[name])
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in BY_COPY_ENGINE + FEW_PIXELS])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in BY_TMA + FEW_PIXELS])
 def test_stores_take_16_bytes(name, ptx):
     assert re.search(r"st\.global\.v4\.b32", ptx[name])
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS + BY_COPY_ENGINE])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS + BY_TMA])
 def test_loads_take_16_bytes(name, ptx):
     assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
 
 
-@pytest.mark.parametrize("name", BY_ROWS)
+@pytest.mark.parametrize("name", OF_FEW_CHANNELS)
 def test_windows_are_loaded_16_bytes_at_a_time_and_all_fits_the_registers(name, ptx, tmp_path):
     """Both operands: ahead of time into shared memory or, with one stage, through registers. No bias is loaded here."""
     loads = re.findall(r"cp\.async\.c\w\.shared\.global [^;]*?, (0x\d+)|ld\.global[\w.:]*?\.(v\d|b\d+)\b", ptx[name])
@@ -311,8 +389,8 @@ def test_windows_are_loaded_16_bytes_at_a_time_and_all_fits_the_registers(name, 
     assert "0 bytes spill stores" in assembled(ptx[name], tmp_path)
 
 
-@pytest.mark.parametrize("name", BY_COPY_ENGINE)
-def test_the_copy_engine_brings_the_tiles(name, ptx):
+@pytest.mark.parametrize("name", BY_TMA)
+def test_tma_brings_the_tiles(name, ptx):
     assert f"cp.async.bulk.tensor.{5 if name in WITH_HALO else 4}d.shared" in ptx[name]
     staged = KERNELS[name][3].get("STAGED", True)
     assert ("cp.async.bulk.tensor.4d.global" in ptx[name]) == staged
@@ -324,7 +402,7 @@ def test_a_product_of_computed_operands_is_awaited(name, ptx):
     assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == {"0"}
 
 
-@pytest.mark.parametrize("name", ON_TENSOR_CORES + BY_COPY_ENGINE)
+@pytest.mark.parametrize("name", ON_TENSOR_CORES + BY_TMA)
 def test_products_run_on_the_tensor_cores(name, ptx):
     assert "wgmma.mma_async" in ptx[name]
 
@@ -336,7 +414,7 @@ def test_products_overlap_and_all_fits_the_registers(name, ptx, tmp_path):
     assert "0 bytes spill stores" in said and "serializ" not in said
 
 
-@pytest.mark.parametrize("name", HELD_KERNELS)
+@pytest.mark.parametrize("name", RESIDENT_KERNELS)
 def test_all_is_loaded_before_the_first_product(name, ptx, tmp_path):
     """16 bytes at a time, as operands of the tensor cores, and behind the wait; nothing of it leaves the registers."""
     assembled(ptx[name], tmp_path)
@@ -385,7 +463,7 @@ def disassembler() -> Path:
 
 
 if __name__ == "__main__":
-    from hopper import Hopper
+    from helpers.hopper import Hopper
     from triton.runtime import driver
 
     driver.set_active(Hopper())

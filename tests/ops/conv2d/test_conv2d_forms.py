@@ -1,23 +1,30 @@
-"""The forms of the convolution: which one a GPU runs, whole outputs against float64, and each in the interpreter."""
+"""The forms of the convolution: whole outputs against float64, and each that it takes in the interpreter."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
-import triton
 from helpers.compare import image, tf32, worst_image
+from helpers.gpus import H100, posing
+from helpers.problems import pointers, product, sliced_k
 from torch import nn
 from torch.nn import functional as F
-from tritonnn.kernels import conv2d
-from tritonnn.kernels.block_sizes import DescriptorBlocks, SplitBlocks, tile
-from tritonnn.kernels.channels_last import pack_weight
-from tritonnn.kernels.descriptor_gemm import fits_descriptors
-from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.implicit_gemm import pointer_blocks
-from tritonnn.kernels.product import Choice, Problem, Product, Shortcut
-from tritonnn.trial import Trial
 
 import tritonnn
+from tritonnn.device.activation import ACTIVATIONS
+from tritonnn.layers.fused.activation import activate
+from tritonnn.ops.conv2d import op
+from tritonnn.ops.conv2d.dispatch import can_run, run
+from tritonnn.ops.conv2d.epilogue import Epilogue
+from tritonnn.ops.conv2d.forms import BY_NAME
+from tritonnn.ops.conv2d.forms import sliced_k as sliced_k_form
+from tritonnn.ops.conv2d.forms.depthwise import DepthwiseConfig
+from tritonnn.ops.conv2d.forms.form import Config
+from tritonnn.ops.conv2d.forms.tma import best_box, config_of
+from tritonnn.ops.conv2d.pack import pack_weight
+from tritonnn.ops.conv2d.problem import Choice, Problem, Product, Shortcut
+from tritonnn.tuning.harness import Harness
 
 in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
@@ -156,7 +163,7 @@ def convolved(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     y = torch.full(exact.shape, float("nan")).contiguous(memory_format=memory_format)
     window = (stride, stride), padding, dilation
-    epilogue = Epilogue(scale, bias, residual, relu=True)
+    epilogue = Epilogue(scale, bias, residual, activation="relu")
     packed = weight.permute(0, 2, 3, 1).contiguous()
     return Product(x, packed, y, channels_last, *window, 1, "ieee", False, epilogue), exact.relu()
 
@@ -164,12 +171,12 @@ def convolved(
 @in_the_interpreter
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("case", WINDOWS)
-def test_descriptors(case, channels_last):
+def test_tma(case, channels_last):
     sizes = {"stride": 1, "padding": (0, 0), "dilation": (1, 1)} | WINDOWS[case]
     x = image(*sizes.pop("x"), channels_last=True)
     product, exact = convolved(x, **sizes, channels_last=channels_last)
-    blocks = DescriptorBlocks(*tile(x.shape[0], *exact.shape[2:], 64), 32, 32, True, 4, 1)
-    conv2d.run_gemm(product, Choice(blocks, copies_x=False))
+    box = best_box(x.shape[0], *exact.shape[2:], 64)
+    run(product, Choice(config_of(box, 32, 4, swap_ab=True, num_warps=4, num_stages=1)))
     torch.testing.assert_close(product.y.double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -177,11 +184,11 @@ def test_descriptors(case, channels_last):
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("case", WINDOWS)
-def test_split_among_warps_and_programs(case, channels_last, splits):
+def test_sliced_k(case, channels_last, splits):
     sizes = {"stride": 1, "padding": (0, 0), "dilation": (1, 1)} | WINDOWS[case]
     x = image(*sizes.pop("x"), channels_last=channels_last)
     product, exact = convolved(x, **sizes, channels_last=channels_last)
-    conv2d.run_gemm(product, Choice(SplitBlocks(splits, 8, 16, 16, 32, 4, 1), copies_x=False))
+    run(product, Choice(sliced_k(splits, 8, 16, 16, 32)))
     torch.testing.assert_close(product.y.double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -203,23 +210,23 @@ def test_shortcut(stride, splits, input_precision):
     exact += scale.double()[:, None, None] * F.conv2d(z.double(), second.double(), stride=stride)
     exact = (exact + (epilogue.bias + bias).double()[:, None, None] + epilogue.residual.double()).relu()
     product = product._replace(input_precision=input_precision, shortcut=shortcut)
-    conv2d.run_gemm(product, Choice(SplitBlocks(splits, 4, 16, 16, 32, 4, 1), copies_x=False))
+    run(product, Choice(sliced_k(splits, 4, 16, 16, 32)))
     torch.testing.assert_close(product.y.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @in_the_interpreter
 @pytest.mark.parametrize("input_precision", ["ieee", "tf32x3"])
 def test_operator_with_a_shortcut(input_precision, monkeypatch):
-    monkeypatch.setattr(conv2d, "split_blocks", lambda *_: SplitBlocks(1, 4, 16, 16, 32, 4, 1))
+    monkeypatch.setattr(sliced_k_form, "default_config", lambda *_: sliced_k(1, 4, 16, 16, 32))
     x, weight, scale, bias = image(2, 32, 6, 6), image(24, 32, 3, 3), image(24), image(24)
     z, second, second_scale, second_bias = image(2, 64, 12, 12), image(24, 64, 1, 1), image(24), image(24)
     packed = [pack_weight(w, input_precision) for w in (weight, second)]
-    assert conv2d.takes_shortcut(x, 24, (3, 3), 6, 6, 64) and not conv2d.takes_shortcut(x, 24, (3, 3), 6, 6, 48)
+    assert op.takes_shortcut(x, 24, (3, 3), 6, 6, 64) and not op.takes_shortcut(x, 24, (3, 3), 6, 6, 48)
     exact = scale.double()[:, None, None] * F.conv2d(x.double(), weight.double(), padding=1)
     exact += second_scale.double()[:, None, None] * F.conv2d(z.double(), second.double(), stride=2)
     exact = (exact + (bias + second_bias).double()[:, None, None]).relu()
     window = (3, 3), (1, 1), (1, 1), (1, 1), (2, 2)
-    y = conv2d.conv2d_with_shortcut(
+    y = op.conv2d_with_shortcut(
         x,
         packed[0],
         scale,
@@ -228,7 +235,8 @@ def test_operator_with_a_shortcut(input_precision, monkeypatch):
         packed[1],
         second_scale,
         second_bias,
-        True,
+        "relu",
+        0.01,
         *window,
         input_precision,
         False,
@@ -243,7 +251,7 @@ def test_operator_with_a_shortcut(input_precision, monkeypatch):
 @in_the_interpreter
 @pytest.mark.parametrize(
     "input_precision, form",
-    [*itertools.product(["tf32", "tf32x3"], ["descriptors", "split among warps", "pointers"]), ("tf32", "swapped")],
+    [*itertools.product(["tf32", "tf32x3"], ["tma", "sliced_k", "pointers"]), ("tf32", "tma, SWAP_AB")],
 )
 def test_precision_of_operands(input_precision, form):
     """TF32 is the product of rounded operands; three of them are float32's, to a few roundings."""
@@ -254,26 +262,27 @@ def test_precision_of_operands(input_precision, form):
     window = (1, 1), (1, 1), (1, 1)
     packed = pack_weight(weight, input_precision)
     rounds = input_precision == "tf32"
-    if form in ("descriptors", "swapped"):
-        blocks = DescriptorBlocks(2, 4, 8, 32, 32, form == "swapped", 4, 1)
-    elif form == "split among warps":
-        blocks = SplitBlocks(1, 4, 16, 16, 32, 4, 1)
+    if form == "sliced_k":
+        config = sliced_k(1, 4, 16, 16, 32)
         packed = pack_weight(weight, "ieee")  # as it is
+    elif form == "pointers":
+        config = pointers(128, 32, 64)
     else:
-        blocks = pointer_blocks(2 * 6 * 6, 24, 64, 9, 4, input_precision)
+        config = config_of((2, 4, 8), 32, 4, swap_ab=form == "tma, SWAP_AB", num_warps=4, num_stages=1)
     product = Product(x, packed, y, True, *window, 1, input_precision, rounds, Epilogue())
-    conv2d.run_gemm(product, Choice(blocks, copies_x=False))
+    run(product, Choice(config))
     assert float((y.double() - exact).norm() / exact.norm()) < 3e-7
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("blocks", [(1, 8, 16, 128, 32, True, 8, 3), (2, 8, 8, 64, 32, True, 4, 4)], ids=str)
-def test_swapped_form_rounds_x(blocks, stride):
+@pytest.mark.parametrize("sizes", [((1, 8, 16), 128, 4, True, 8, 3), ((2, 8, 8), 64, 4, True, 4, 4)], ids=str)
+def test_swapped_operands_are_rounded(sizes, stride):
     window = (stride, stride), (1, 1), (1, 1)
     problem = Problem(40, 64, 32, 32, 128, 3, 3, *window, 1, torch.float32, "tf32", True, True, True, ("bias", "relu"))
-    choice = Choice(DescriptorBlocks(*blocks), copies_x=False)
-    Trial(problem, torch.device("cuda")).check(choice, limit=3.5e-4)  # 4.7e-4 where the tensor core truncates
+    Harness(problem, torch.device("cuda")).check(
+        Choice(config_of(*sizes)), limit=3.5e-4
+    )  # 4.7e-4 where the tensor core truncates
 
 
 @pytest.mark.parametrize(
@@ -287,9 +296,9 @@ def test_swapped_form_rounds_x(blocks, stride):
     ],
     ids=str,
 )
-def test_tile_wastes_little(output, pixels, box):
+def test_a_box_wastes_little(output, pixels, box):
     covered = 1
-    for size, side in zip(output, tile(*output, pixels)):
+    for size, side in zip(output, best_box(*output, pixels)):
         covered *= -(-size // side) * side
     expected = 1
     for size, side in zip(output, box):
@@ -297,22 +306,82 @@ def test_tile_wastes_little(output, pixels, box):
     assert covered <= expected
 
 
-@pytest.mark.parametrize(
-    "shape, stride, dtype, fits",
-    [
-        ((2, 64, 8, 8), [1, 1], torch.bfloat16, True),
-        ((2, 64, 8, 8), [2, 2], torch.bfloat16, True),
-        ((2, 64, 8, 8), (2, 2), torch.bfloat16, True),
-        ((2, 64, 7, 8), [2, 2], torch.bfloat16, False),
-        ((2, 64, 8, 8), [1, 2], torch.bfloat16, False),
-        ((2, 32, 8, 8), [1, 1], torch.bfloat16, False),
-        ((2, 32, 8, 8), [1, 1], torch.float32, True),
-        ((2, 64, 8, 8), [1, 1], torch.float64, False),
-    ],
-    ids=["stride 1", "stride 2", "a tuple", "odd side", "two strides", "half a line", "float32", "float64"],
-)
-def test_what_descriptors_can_fetch(shape, stride, dtype, fits, monkeypatch):
-    """Strides come as lists from PyTorch's dispatcher."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert fits_descriptors(torch.empty(shape, dtype=dtype), 64, stride, 1) is fits
+@pytest.mark.usefixtures("on_hopper")
+class TestWhatTmaCanRun:
+    config = config_of((1, 4, 16), 64, 2, swap_ab=True, num_warps=4, num_stages=3)
+
+    @pytest.mark.parametrize(
+        "sizes, fits",
+        {
+            "stride 1": (dict(), True),
+            "stride 2": (dict(stride=(2, 2)), True),
+            "a list": (dict(stride=[2, 2]), True),
+            "odd sides": (dict(side=7, stride=(2, 2)), False),
+            "two strides": (dict(stride=(1, 2)), False),
+            "half a line": (dict(c=32), False),
+            "a line of float32": (dict(c=32, dtype=torch.float32), True),
+            "float64": (dict(dtype=torch.float64), False),
+            "groups": (dict(groups=2), False),
+            "float32 not on tensor cores": (dict(dtype=torch.float32, input_precision="ieee"), False),
+            "rows of y that are no multiple of 16 bytes": (dict(k=36), False),
+        }.values(),
+        ids=str,
+    )
+    def test_sizes(self, sizes, fits):
+        """Strides come as lists from PyTorch's dispatcher."""
+        assert BY_NAME["tma"].fits(product(**dict(n=2, side=8) | sizes)) is fits
+
+    def test_it_wants_aligned_channels_last_operands(self):
+        direct, copied = Choice(self.config), Choice(self.config, copies_x=True)
+        assert can_run(product(), direct) and can_run(product(), copied)
+        for odd in (product(nchw=True), product(misaligned=True)):
+            assert not can_run(odd, direct) and can_run(odd, copied)
+        residual = torch.empty(product().y.numel() + 1, dtype=torch.bfloat16, device="meta")[1:].view(1024, 64, 32, 32)
+        assert not can_run(product(epilogue=Epilogue(residual=residual)), direct)
+
+    def test_orders_of_the_operands(self):
+        natural = config_of((1, 4, 16), 64, 2, swap_ab=False, num_warps=4, num_stages=3)
+        assert not can_run(product(), Choice(natural))
+        strict = product(dtype=torch.float32, input_precision="tf32x3")
+        tiles = {order: config_of((1, 4, 16), 64, 4, order, 4, 3) for order in (False, True)}
+        assert can_run(strict, Choice(tiles[False])) and not can_run(strict, Choice(tiles[True]))
+
+    def test_on_another_gpu(self):
+        assert can_run(product(), Choice(self.config))
+        with posing(dataclasses.replace(H100, capability=(10, 0))):
+            assert not can_run(product(), Choice(self.config))
+
+
+# Activations
+
+FORMS_OF_THE_INTERPRETER: dict[str, tuple[Config, int]] = {
+    "pointers": (pointers(64, 32, 32), 1),
+    "sliced_k": (sliced_k(1, 4, 16, 16, 32), 1),
+    "sliced_k, split": (sliced_k(2, 4, 16, 16, 32), 1),
+    "tma": (config_of((1, 8, 8), 32, 4, swap_ab=True, num_warps=4, num_stages=1), 1),
+    "depthwise": (DepthwiseConfig(BLOCK_M=16, BLOCK_C=32), 32),
+}
+"""A configuration of each, and the groups."""
+SPECIAL = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e30, -1e30, 3.0, -3.0, 6.0, 88.0, -88.0, 1e-30)
+
+
+@in_the_interpreter
+@pytest.mark.filterwarnings("ignore:overflow|invalid value:RuntimeWarning")  # NumPy's
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", FORMS_OF_THE_INTERPRETER)
+def test_activations(name, activation):
+    """Of sums of usual sizes, and of NaN, infinities, the ends of pieces and what overflows an exponential."""
+    config, groups = FORMS_OF_THE_INTERPRETER[name]
+    x, bias = 4 * image(2, 32, 4, 5, channels_last=True), image(32)
+    weight = torch.zeros(32, 32 // groups, 1, 1)
+    weight[:, 0] = 1  # y is that channel, and so exact
+    if groups == 1:
+        weight.copy_(torch.eye(32)[:, :, None, None])
+    bias[: len(SPECIAL)] = torch.tensor(SPECIAL)
+    x[:, : len(SPECIAL)] = 0
+    y = torch.full_like(x, float("nan"))
+    window = (1, 1), (0, 0), (1, 1)
+    epilogue = Epilogue(None, bias, None, activation, slope=0.2)
+    run(Product(x, pack_weight(weight, "ieee"), y, True, *window, groups, "ieee", False, epilogue), Choice(config))
+    exact = activate(x.double() + bias.double()[:, None, None], activation, 0.2)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6, equal_nan=True)

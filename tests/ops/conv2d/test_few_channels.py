@@ -1,22 +1,27 @@
-"""The form for few channels: whole outputs against float64 in the interpreter, and where it is chosen."""
+"""The form for few channels: whole outputs against float64 in the interpreter, and what it can run."""
 
 import pytest
 import torch
 from helpers.compare import DEVICE, image, tf32, worst_image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tritonnn.kernels import conv2d, row_gemm
-from tritonnn.kernels.block_sizes import GemmBlocks, RowBlocks
-from tritonnn.kernels.channels_last import pack_weight
-from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.product import Choice, Product
-from tritonnn.kernels.row_gemm import padded_rows
-from tritonnn.trial import LIMITS
 
 import tritonnn
+from tritonnn.ops.conv2d.dispatch import can_run, default_choice, run
+from tritonnn.ops.conv2d.epilogue import Epilogue
+from tritonnn.ops.conv2d.forms.few_channels import FewChannelsConfig, padded_rows
+from tritonnn.ops.conv2d.forms.pointers import PointersForm
+from tritonnn.ops.conv2d.pack import pack_weight
+from tritonnn.ops.conv2d.problem import Choice, Product
+from tritonnn.tuning.harness import LIMITS
+
+
+def few_channels(block_m: int, block_n: int, num_warps: int = 4, num_stages: int = 1) -> FewChannelsConfig:
+    return FewChannelsConfig(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+
 
 in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
-BLOCKS = RowBlocks(256, 16, 4, 1)
+CONFIG = few_channels(256, 16)
 
 
 def product(
@@ -39,7 +44,7 @@ def product(
     if steps:
         scale, bias = image(exact.shape[1]), image(exact.shape[1])
         residual = torch.randn_like(y) if "residual" in steps else None
-        epilogue = Epilogue(scale, bias, residual, "relu" in steps, "round_y" in steps)
+        epilogue = Epilogue(scale, bias, residual, "relu" if "relu" in steps else "none", "round_y" in steps)
         exact = exact * scale.double()[:, None, None] + bias.double()[:, None, None]
         exact = exact if residual is None else exact + residual.double()
         exact = exact.relu() if "relu" in steps else exact
@@ -49,10 +54,9 @@ def product(
     return Product(*operands), exact
 
 
-def assert_right(operands: Product, exact: Tensor, blocks: RowBlocks = BLOCKS) -> None:
-    choice = Choice(blocks, copies_x=False)
-    assert conv2d.can_run(operands, choice)
-    conv2d.run_gemm(operands, choice)
+def assert_right(operands: Product, exact: Tensor, config: FewChannelsConfig = CONFIG) -> None:
+    assert can_run(operands, Choice(config))
+    run(operands, Choice(config))
     rounding = operands.input_precision == "tf32" and operands.epilogue.round_y
     limit = LIMITS["tf32" if rounding else operands.x.dtype]
     assert worst_image(operands.y, exact) < limit
@@ -124,9 +128,9 @@ def test_any_strides(view):
 
 
 @pytest.mark.parametrize("block_m, block_n", [(16, 16), (64, 16), (256, 32)])
-def test_blocks(block_m, block_n):
+def test_tiles(block_m, block_n):
     x, weight = image(2, 3, 9, 10), image(20, 3, 7, 7)
-    assert_right(*product(x, weight, **STEM), RowBlocks(block_m, block_n, 4, 1))
+    assert_right(*product(x, weight, **STEM), few_channels(block_m, block_n))
 
 
 @pytest.mark.parametrize("round_to_tf32", [True, False], ids=["rounded", "as it is"])
@@ -144,9 +148,9 @@ def test_padded_rows(padding, columns, round_to_tf32):
 def test_the_compiler_can_see_that_loads_are_aligned(stride, padding, monkeypatch):
     """Strides are 1, which is compiled in, or multiples of 16; what a step to the next pixel takes is a constant."""
     seen = []
-    monkeypatch.setattr(row_gemm, "implicit_gemm", lambda product, blocks: seen.append(product))
+    monkeypatch.setattr(PointersForm, "run", lambda self, product, config: seen.append(product))
     operands, _ = product(image(2, 3, 15, 18), image(20, 3, 7, 7), (stride, stride), (padding, padding))
-    conv2d.run_gemm(operands, Choice(BLOCKS, copies_x=False))
+    run(operands, Choice(CONFIG))
     windows, taps, (_, step) = seen[0].x, seen[0].packed, seen[0].stride
     assert windows.stride()[1::2] == (1, 1) and step == 4 * stride
     assert windows.stride(0) % 16 == windows.stride(2) % 16 == windows.data_ptr() % 16 == 0
@@ -173,41 +177,35 @@ def sized(n=128, c=3, side=224, k=64, size=7, **changes) -> Product:
     return Product(x, packed, y, False, *window, groups, settings["input_precision"], settings["round_x"], Epilogue())
 
 
-HALF = dict(dtype=torch.bfloat16, input_precision="ieee", round_x=False)
-CHOSEN = {
-    "TF32": (dict(), RowBlocks(128, 64, 8, 3)),
-    "strict float32": (dict(input_precision="tf32x3", round_x=False), RowBlocks(64, 64, 4, 3)),
-    "bfloat16": (HALF, RowBlocks(128, 64, 4, 1)),
-    "two images": (dict(n=2), RowBlocks(128, 64, 8, 3)),
-    "1 channel": (dict(c=1, size=9, k=24), RowBlocks(128, 32, 8, 3)),
-    "11x11 in bfloat16": (HALF | dict(size=11, stride=(4, 4)), RowBlocks(128, 64, 4, 1)),
-    "a list of dilations": (dict(dilation=[1, 1]), RowBlocks(128, 64, 8, 3)),
-}
 NOT_CHOSEN = {
     "CIFAR's first layer": dict(n=1024, side=32, size=3, stride=(1, 1)),
     "3x3 of a large image": dict(size=3),
     "one image": dict(n=1),
+}
+CANNOT_RUN = {
     "5 channels": dict(c=5),
     "groups": dict(c=4, k=64, groups=2),
     "columns apart": dict(dilation=(1, 2)),
     "float64": dict(dtype=torch.float64, input_precision="ieee", round_x=False),
 }
-CANNOT_RUN = ["5 channels", "groups", "columns apart", "float64"]
 
 
 @pytest.mark.usefixtures("on_hopper")
 class TestChoice:
-    @pytest.mark.parametrize("name", CHOSEN)
-    def test_default_for_large_filters_of_few_channels(self, name):
-        sizes, blocks = CHOSEN[name]
-        choice = conv2d.default_choice(sized(**sizes))
-        assert choice == Choice(blocks, copies_x=False)
-        assert conv2d.can_run(sized(**sizes), choice)
+    @pytest.mark.parametrize("sizes", [dict(), dict(c=1, size=9), dict(dilation=[1, 1])], ids=str)
+    def test_default_for_large_filters_of_few_channels(self, sizes):
+        choice = default_choice(sized(**sizes))
+        assert choice.config.form == "few_channels" and can_run(sized(**sizes), choice)
 
     @pytest.mark.parametrize("name", NOT_CHOSEN)
-    def test_another_default_elsewhere(self, name):
-        assert isinstance(conv2d.default_choice(sized(**NOT_CHOSEN[name])).blocks, GemmBlocks)
-        assert conv2d.can_run(sized(**NOT_CHOSEN[name]), Choice(BLOCKS, copies_x=False)) == (name not in CANNOT_RUN)
+    def test_another_default_where_gathering_costs_little(self, name):
+        operands = sized(**NOT_CHOSEN[name])
+        assert default_choice(operands).config.form == "pointers" and can_run(operands, Choice(CONFIG))
+
+    @pytest.mark.parametrize("name", CANNOT_RUN)
+    def test_what_it_cannot_run(self, name):
+        operands = sized(**CANNOT_RUN[name])
+        assert default_choice(operands).config.form == "pointers" and not can_run(operands, Choice(CONFIG))
 
 
 PRECISIONS = {

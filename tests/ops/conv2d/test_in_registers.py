@@ -1,33 +1,35 @@
-"""Convolution of few pixels from registers: where it is chosen, and its whole output against float64."""
+"""Convolution of few pixels from registers: what it can run, and its whole output against float64."""
 
 import pytest
 import torch
+import triton
 from helpers.compare import image, tf32, worst_image
+from helpers.gpus import H100
 from helpers.problems import product
 from torch import Tensor
 from torch.nn import functional as F
-from tritonnn.kernels import conv2d, verified
-from tritonnn.kernels.block_sizes import MOST_HELD, HeldBlocks, SplitBlocks, held_blocks, held_registers
-from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.held_gemm import held_gemm
-from tritonnn.kernels.product import Choice, Product, Shortcut
+
+from tritonnn.device.activation import ACTIVATIONS
+from tritonnn.layers.fused.activation import activate
+from tritonnn.ops.conv2d.dispatch import can_run, default_choice, run
+from tritonnn.ops.conv2d.epilogue import Epilogue
+from tritonnn.ops.conv2d.forms.in_registers import MOST_REGISTERS, InRegistersConfig, default_config
+from tritonnn.ops.conv2d.problem import Choice, Product, Shortcut
+from tritonnn.runtime import hardware
 
 F32 = dict(dtype=torch.float32)
 STRICT = F32 | dict(input_precision="tf32x3")
-CHOSEN = {
-    "64 channels": (dict(c=64, side=32), HeldBlocks(32, 64, 8)),
-    "128 channels": (dict(c=128, side=16), HeldBlocks(16, 64, 8)),
-    "256 channels": (dict(c=256, side=8), HeldBlocks(8, 64, 8)),
-    "512 channels": (dict(c=512, side=4), HeldBlocks(8, 64, 8)),
-    "stride 2": (dict(c=64, side=32, k=128, stride=(2, 2)), HeldBlocks(16, 64, 8)),
-    "dilation": (dict(c=128, side=16, padding=(2, 2), dilation=(2, 2)), HeldBlocks(16, 64, 8)),
-    "1x1": (dict(c=512, side=8, k=128, taps=1), HeldBlocks(8, 64, 8)),
-    "1x1, 64 channels, stride 2": (dict(c=64, side=32, k=128, taps=1, stride=(2, 2)), HeldBlocks(16, 64, 4)),
-    "1x1, eight images": (dict(n=8, c=64, side=32, k=128, taps=1, stride=(2, 2)), HeldBlocks(32, 64, 4)),
-    "96 channels": (dict(c=96, side=16, k=96), HeldBlocks(8, 32, 8)),
-    "strict float32": (STRICT | dict(c=128, side=16), HeldBlocks(16, 32, 8)),
-    "TF32": (F32 | dict(c=256, side=8, round_x=True), HeldBlocks(8, 32, 8)),
-}
+
+
+def in_registers(block_n: int, block_k: int, num_warps: int) -> Choice:
+    return Choice(InRegistersConfig(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps))
+
+
+def form(operands: Product) -> str:
+    return default_choice(operands).config.form
+
+
+USUAL = in_registers(16, 64, 8)
 OTHERS = {
     "NCHW": dict(c=128, side=16, nchw=True),
     "y is NCHW": dict(c=128, side=16, channels_last_y=False),
@@ -39,45 +41,49 @@ OTHERS = {
 
 @pytest.mark.usefixtures("on_hopper")
 class TestChoice:
-    @pytest.mark.parametrize("name", CHOSEN)
-    def test_default_for_few_pixels(self, name):
-        sizes, blocks = CHOSEN[name]
-        operands = product(**dict(n=1) | sizes)
-        choice = conv2d.default_choice(operands)
-        assert choice == Choice(blocks, copies_x=False)
-        assert conv2d.can_run(operands, choice)
+    def test_default_for_few_pixels(self):
+        operands = product(n=1, c=128, side=16)
+        assert default_choice(operands) == USUAL and can_run(operands, USUAL)
 
     @pytest.mark.parametrize("name", OTHERS)
-    def test_other_images_are_split(self, name):
+    def test_other_images_are_sliced(self, name):
         operands = product(n=1, **OTHERS[name])
-        assert isinstance(conv2d.default_choice(operands).blocks, SplitBlocks)
-        assert not conv2d.can_run(operands, Choice(CHOSEN["128 channels"][1], copies_x=False))
+        assert form(operands) == "sliced_k" and not can_run(operands, USUAL)
 
-    def test_what_does_not_fit_the_registers_is_split(self):
+    def test_what_does_not_fit_the_registers_is_sliced(self):
         wide = product(n=1, c=512, side=4, **STRICT)
-        assert isinstance(conv2d.default_choice(wide).blocks, SplitBlocks)
-        assert not conv2d.can_run(wide, Choice(HeldBlocks(8, 32, 8), copies_x=False))
+        assert form(wide) == "sliced_k" and not can_run(wide, in_registers(8, 32, 8))
+
+    def test_a_misaligned_residual(self):
+        residual = torch.empty(16 * 16 * 128 + 1, dtype=torch.bfloat16, device="meta")[1:]
+        epilogue = Epilogue(residual=residual.view(1, 16, 16, 128).permute(0, 3, 1, 2))
+        odd = product(n=1, c=128, side=16, epilogue=epilogue)
+        assert form(odd) == "sliced_k" and not can_run(odd, USUAL)
 
     def test_many_pixels(self):
-        assert not isinstance(conv2d.default_choice(product(n=8, c=64, side=32)).blocks, HeldBlocks)
+        assert form(product(n=8, c=64, side=32)) != "in_registers"
 
-    @pytest.mark.parametrize("blocks", [HeldBlocks(48, 64, 4), HeldBlocks(16, 48, 4), HeldBlocks(16, 16, 8)], ids=str)
-    def test_blocks_that_do_not_fit(self, blocks):
-        assert not conv2d.can_run(product(n=1, c=128, side=16), Choice(blocks, copies_x=False))
+    @pytest.mark.parametrize("sizes", [(48, 64, 4), (16, 48, 4), (16, 16, 8)], ids=str)
+    def test_configurations_that_do_not_fit(self, sizes):
+        assert not can_run(product(n=1, c=128, side=16), in_registers(*sizes))
 
-    def test_another_triton(self, monkeypatch):
-        monkeypatch.setattr(verified, "VERSIONS", "3.5.")
-        assert isinstance(conv2d.default_choice(product(n=1, c=128, side=16)).blocks, SplitBlocks)
+    def test_another_triton_or_gpu(self, monkeypatch):
+        operands = product(n=1, c=128, side=16)
+        monkeypatch.setattr(hardware, "GLUON_VERSIONS", "3.5.")
+        assert form(operands) == "sliced_k" and not can_run(operands, USUAL)
+        monkeypatch.setattr(hardware, "GLUON_VERSIONS", triton.__version__)
+        monkeypatch.setattr(hardware, "gpu", lambda device: hardware.Gpu((10, 0), 148, 232448))
+        assert form(operands) == "sliced_k" and not can_run(operands, USUAL)
 
 
 @pytest.mark.parametrize("channels, element_size", [(64, 2), (128, 2), (256, 2), (512, 2), (64, 4), (128, 4), (256, 4)])
 def test_registers(channels, element_size):
     """What each thread loads: its parts of 16 pixels and of BLOCK_N channels, in 4 bytes each."""
     pixels = (2048 // channels) ** 2
-    blocks = held_blocks(pixels, channels, channels, 9, element_size)
-    operands = (16 + blocks.BLOCK_N) * 9 * channels * element_size
-    assert operands / 4 <= 32 * blocks.num_warps * held_registers(blocks, 9 * channels, element_size)
-    assert held_registers(blocks, 9 * channels, element_size) <= MOST_HELD
+    config = default_config(pixels, channels, channels, 9, element_size, H100)
+    operands = (16 + config.BLOCK_N) * 9 * channels * element_size
+    assert operands / 4 <= 32 * config.num_warps * config.registers(9 * channels, element_size)
+    assert config.registers(9 * channels, element_size) <= MOST_REGISTERS
 
 
 SHAPES = {
@@ -118,17 +124,18 @@ class Convolution:
         self.weight = image(k, c, *taps, dtype=self.dtype) / (c * taps[0] * taps[1]) ** 0.5
         self.epilogue, self.shortcut = Epilogue(), None
 
-    def blocks(self) -> HeldBlocks:
+    def config(self) -> InRegistersConfig | None:
         k, c, *taps = self.weight.shape
         pixels = self.exact()[:, 0].numel()
-        return held_blocks(pixels, k, c, taps[0] * taps[1], self.dtype.itemsize)
+        gpu = hardware.gpu(self.x.device)
+        return default_config(pixels, k, c, taps[0] * taps[1], self.dtype.itemsize, gpu)
 
     def rounded(self, t: Tensor) -> Tensor:
         return (tf32(t) if self.precision == "tf32" else t).double()
 
     def exact(self) -> Tensor:
         y = F.conv2d(self.rounded(self.x), self.rounded(self.weight), None, *self.window)
-        scale, bias, residual, relu, _ = self.epilogue
+        scale, bias, residual, activation, _, slope = self.epilogue
         y = y if scale is None else y * scale.double()[:, None, None]
         if self.shortcut:
             z, second, second_scale, second_bias, stride, *_ = self.shortcut
@@ -136,7 +143,7 @@ class Convolution:
             y += second_scale.double()[:, None, None] * added + second_bias.double()[:, None, None]
         y = y if bias is None else y + bias.double()[:, None, None]
         y = y if residual is None else y + residual.double()
-        return y.relu() if relu else y
+        return activate(y, activation, slope)
 
     def product(self, x: Tensor, weight: Tensor, y: Tensor) -> Product:
         rounds = self.precision == "tf32"
@@ -147,7 +154,7 @@ class Convolution:
         memory = torch.full((N * P * Q * K + 2 * GUARD,), float("nan"), dtype=self.dtype, device=self.x.device)
         y = memory[GUARD:-GUARD].view(N, P, Q, K).permute(0, 3, 1, 2)
         weight = self.weight.permute(0, 2, 3, 1).contiguous()
-        held_gemm(self.product(self.x, weight, y), self.blocks())
+        run(self.product(self.x, weight, y), Choice(self.config()))
         assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all()
         return y
 
@@ -165,7 +172,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_against_float64(self, shape, precision):
         convolution = Convolution(precision, **SHAPES[shape])
-        if convolution.blocks() is None:
+        if convolution.config() is None:
             assert (shape, convolution.dtype) == ("512", torch.float32)
             return
         convolution.check()
@@ -176,7 +183,7 @@ class TestOnAGpu:
         convolution = Convolution(precision, **SHAPES[shape])
         _, K, _, _ = exact = convolution.exact().shape
         residual = image(*exact, dtype=convolution.dtype, channels_last=True)
-        convolution.epilogue = Epilogue(1 + image(K).abs(), image(K), residual, True, False)
+        convolution.epilogue = Epilogue(1 + image(K).abs(), image(K), residual, "relu")
         convolution.check()
 
     @pytest.mark.parametrize("precision", PRECISIONS)
@@ -188,7 +195,14 @@ class TestOnAGpu:
         second = image(K, 1, 1, channels, dtype=dtype) / channels**0.5
         rounds = convolution.precision == "tf32"
         convolution.shortcut = Shortcut(z, second, 1 + image(K).abs(), image(K), (2, 2), convolution.precision, rounds)
-        convolution.epilogue = Epilogue(1 + image(K).abs(), image(K), None, True, False)
+        convolution.epilogue = Epilogue(1 + image(K).abs(), image(K), activation="relu")
+        convolution.check()
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("precision", ["bf16", "strict float32"])
+    def test_activations(self, precision, activation):
+        convolution = Convolution(precision, **SHAPES["three images, 5x7"])
+        convolution.epilogue = Epilogue(None, 4 * image(64), activation=activation, slope=0.2)
         convolution.check()
 
     def test_rounds_its_output(self):
@@ -203,7 +217,7 @@ class TestOnAGpu:
         convolution = Convolution(precision, **SHAPES[shape])
         x, last = convolution.x, convolution.x.shape[2] - 1
         x[0, 5, 0, 0], x[0, 1, 3, 4], x[0, -1, last, 2] = float("nan"), float("inf"), -float("inf")
-        convolution.epilogue = Epilogue(relu=True)
+        convolution.epilogue = Epilogue(activation="relu")
         y, expected = convolution(), convolution.exact()
         assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isposinf(), expected.isposinf())
 
@@ -211,14 +225,14 @@ class TestOnAGpu:
     def test_dependent_launches(self, shape, precision):
         """In a graph each convolution may start before the one ends whose y it reads."""
         convolution = Convolution(precision, **SHAPES[shape])
-        blocks, weight = convolution.blocks(), convolution.weight.permute(0, 2, 3, 1).contiguous()
+        choice, weight = Choice(convolution.config()), convolution.weight.permute(0, 2, 3, 1).contiguous()
         images = [convolution.x, torch.empty_like(convolution.x), torch.empty_like(convolution.x)]
         convolution.epilogue = Epilogue(residual=images[0])
 
         def chain() -> None:
             for i in range(24):
                 x, y = images[0] if i == 0 else images[1 + i % 2], images[2 - i % 2]
-                held_gemm(convolution.product(x, weight, y), blocks)
+                run(convolution.product(x, weight, y), choice)
 
         chain()
         torch.cuda.synchronize()

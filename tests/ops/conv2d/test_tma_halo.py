@@ -1,7 +1,10 @@
-"""Convolution from tiles with a halo: its whole output against float64."""
+"""Convolution from tiles with a halo: what it can run, and its whole output against float64."""
+
+import dataclasses
 
 import pytest
 import torch
+import triton
 from helpers.compare import image, tf32, worst_image
 from helpers.halo_tiles import (
     HALF_4X4,
@@ -15,15 +18,118 @@ from helpers.halo_tiles import (
     TF32_64,
     TF32_128,
     TF32_BY_2,
+    halo,
 )
+from helpers.problems import product
 from torch import Tensor
 from torch.nn import functional as F
-from tritonnn.kernels import conv2d
-from tritonnn.kernels.block_sizes import HaloBlocks
-from tritonnn.kernels.channels_last import pack_weight
-from tritonnn.kernels.epilogue import Epilogue
-from tritonnn.kernels.halo_gemm import box_rows, first_row, halo_gemm, part
-from tritonnn.kernels.product import Choice, Product
+
+from tritonnn.device.activation import ACTIVATIONS
+from tritonnn.layers.fused.activation import activate
+from tritonnn.ops.conv2d.dispatch import can_run, default_choice
+from tritonnn.ops.conv2d.dispatch import run as run_choice
+from tritonnn.ops.conv2d.epilogue import Epilogue
+from tritonnn.ops.conv2d.forms.tma_halo import TmaHaloConfig
+from tritonnn.ops.conv2d.forms.tma_halo.geometry import box_rows, first_row, part
+from tritonnn.ops.conv2d.pack import pack_weight
+from tritonnn.ops.conv2d.problem import Choice, Product
+from tritonnn.runtime import hardware
+
+
+def misaligned_residual() -> Epilogue:
+    residual = torch.empty(1024 * 32 * 32 * 64 + 1, dtype=torch.bfloat16, device="meta")[1:]
+    return Epilogue(residual=residual.view(1024, 32, 32, 64).permute(0, 3, 1, 2))
+
+
+def form(operands: Product) -> str:
+    return default_choice(operands).config.form
+
+
+F32, BY_2 = dict(dtype=torch.float32), dict(stride=(2, 2))
+CANNOT_RUN = {
+    "stride 2, 31x31": BY_2 | dict(side=31),
+    "stride 2 and 1": dict(stride=(2, 1)),
+    "stride 3": dict(stride=(3, 3), side=33),
+    "1x1": dict(taps=1),
+    "5x5": dict(taps=5),
+    "no padding": dict(side=34, padding=(0, 0)),
+    "dilation": dict(padding=(2, 2), dilation=(2, 2)),
+    "groups": dict(groups=2),
+    "strict float32": F32 | dict(input_precision="tf32x3"),
+    "y is NCHW": dict(channels_last_y=False),
+    "x is NCHW": dict(nchw=True),
+    "misaligned x": dict(misaligned=True),
+    "misaligned residual": dict(epilogue=misaligned_residual()),
+}
+
+
+@pytest.mark.usefixtures("on_hopper")
+class TestChoice:
+    def test_default_where_it_was_measured(self):
+        assert default_choice(product()) == Choice(HALF_64) and can_run(product(), Choice(HALF_64))
+        assert form(product(n=127)) == form(product(k=128)) == "tma"  # too few tiles, and other channels
+
+    @pytest.mark.parametrize("name", CANNOT_RUN)
+    def test_what_it_cannot_run(self, name):
+        sizes = CANNOT_RUN[name]
+        choice = Choice(HALF_64 if "dtype" not in sizes else TF32_64)
+        assert not can_run(product(**sizes), choice) and default_choice(product(**sizes)) != choice
+
+    def test_sizes_may_be_lists(self):
+        """As they come from PyTorch's dispatcher."""
+        assert default_choice(product(stride=[1, 1], padding=[1, 1], dilation=[1, 1])) == Choice(HALF_64)
+
+    def test_nchw_is_copied(self):
+        assert default_choice(product(nchw=True)) == Choice(HALF_64, copies_x=True)
+
+    @pytest.mark.parametrize("name", SEVERAL_IMAGES)
+    def test_tiles_of_several_images_can_run(self, name):
+        c, side = (256, 8) if "8x" in name else (512, 4)
+        dtype = dict(dtype=torch.float32 if "TF32" in name else torch.float16)
+        assert can_run(product(3, c, side, **dtype), Choice(SEVERAL_IMAGES[name]))
+
+    def test_another_gpu_or_triton(self, monkeypatch):
+        monkeypatch.setattr(hardware, "GLUON_VERSIONS", "3.5.")
+        assert form(product()) == "tma" and not can_run(product(), Choice(HALF_64))
+        monkeypatch.setattr(hardware, "GLUON_VERSIONS", triton.__version__)
+        monkeypatch.setattr(hardware, "gpu", lambda device: hardware.Gpu((10, 0), 148, 232448))
+        assert form(product()) != "tma_halo" and not can_run(product(), Choice(HALF_64))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            dict(BLOCK_K=32),
+            dict(BLOCK_N=128),
+            dict(X_SLOTS=1),
+            dict(W_SLOTS=1),
+            dict(STAGED=False),
+            dict(TILE_Q=4),
+            dict(TILE_N=2**17),
+            dict(num_warps=2),
+        ],
+        ids=str,
+    )
+    def test_sizes_that_do_not_fit_together(self, changes):
+        """TMA would never be done, or lines not fit: such an entry of a table is passed over."""
+        assert not can_run(product(), Choice(dataclasses.replace(HALF_64, **changes)))
+
+    @pytest.mark.parametrize(
+        "sizes, copies",
+        {
+            "64 channels": (dict(side=48), False),
+            "128 channels": (dict(c=128, side=24), True),
+            "256 channels": (dict(c=256, side=14), True),
+            "512 channels": (dict(c=512, side=4), True),
+            "64 to 128, stride 2": (BY_2 | dict(k=128, side=48), False),
+            "128 to 256, stride 2": (BY_2 | dict(c=128, side=24, k=256), False),
+            "256 to 512, stride 2": (BY_2 | dict(c=256, side=12, k=512), True),
+        }.values(),
+        ids=str,
+    )
+    def test_elsewhere_a_copy_rounds_x_where_it_takes_part_in_many_products(self, sizes, copies):
+        config, copies_x = default_choice(product(**F32, **sizes, round_x=True))
+        assert (config.form, config.SWAP_AB, copies_x) == ("tma", copies, copies)
+
 
 SHAPES = {
     "64": (135, 64, 64, 32, 32),
@@ -178,29 +284,29 @@ def stride_of(shape: str) -> int:
     return 2 if shape in SHAPES_BY_2 else 1
 
 
-def usual_blocks(x: Tensor, K: int, stride: int) -> HaloBlocks:
+def usual_config(x: Tensor, K: int, stride: int) -> TmaHaloConfig:
     dtype, side = x.dtype, max(x.shape[2:])
     if stride == 2:
         return HALF_BY_2 if dtype.itemsize == 2 else TF32_BY_2
     if side <= 8 and K % 128 == 0:
-        blocks = (HALF_4X4, TF32_4X4) if side <= 4 else (HALF_8X8, TF32_8X8)
-        return blocks[dtype == torch.float32]
+        configs = (HALF_4X4, TF32_4X4) if side <= 4 else (HALF_8X8, TF32_8X8)
+        return configs[dtype == torch.float32]
     if K % 128 == 0:
         return HALF_128 if dtype.itemsize == 2 else TF32_128
     return HALF_64 if dtype.itemsize == 2 else TF32_64
 
 
-def launch(x: Tensor, packed: Tensor, y: Tensor, round_x: bool, epilogue: Epilogue, blocks: HaloBlocks) -> None:
+def launch(x: Tensor, packed: Tensor, y: Tensor, round_x: bool, epilogue: Epilogue, config: TmaHaloConfig) -> None:
     """Of the stride that the sizes of x and y tell."""
     input_precision, stride = "tf32" if x.dtype == torch.float32 else "ieee", x.shape[2] // y.shape[2]
     window = (stride, stride), (1, 1), (1, 1)
     product = Product(x, packed, y, True, *window, 1, input_precision, round_x, epilogue)
-    assert conv2d.can_run(product, Choice(blocks, copies_x=False))
-    halo_gemm(product, blocks)
+    assert can_run(product, Choice(config))
+    run_choice(product, Choice(config))
 
 
 def run(
-    x: Tensor, weight: Tensor, round_x: bool, epilogue: Epilogue, blocks: HaloBlocks | None = None, stride: int = 1
+    x: Tensor, weight: Tensor, round_x: bool, epilogue: Epilogue, config: TmaHaloConfig | None = None, stride: int = 1
 ) -> Tensor:
     """y, in the middle of memory of which nothing else may be written."""
     (N, _, H, W), K = x.shape, weight.shape[0]
@@ -208,7 +314,7 @@ def run(
     memory = torch.full((N * K * P * Q + 2 * GUARD,), float("nan"), dtype=x.dtype, device=x.device)
     y = memory[GUARD:-GUARD].view(N, P, Q, K).permute(0, 3, 1, 2)
     packed = pack_weight(weight, "tf32" if x.dtype == torch.float32 else "ieee")
-    launch(x, packed, y, round_x, epilogue, blocks or usual_blocks(x, K, stride))
+    launch(x, packed, y, round_x, epilogue, config or usual_config(x, K, stride))
     assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all()
     return y
 
@@ -235,15 +341,15 @@ class TestOnAGpu:
     def test_every_image(self, shape, precision, epilogue):
         self.check(shape, precision, epilogue)
 
-    @pytest.mark.parametrize("blocks, shape, precision, epilogue", CASES_OF_IMAGES, ids=str)
-    def test_tiles_of_several_images(self, blocks, shape, precision, epilogue):
-        self.check(shape, precision, epilogue, SEVERAL_IMAGES[blocks])
+    @pytest.mark.parametrize("tiles, shape, precision, epilogue", CASES_OF_IMAGES, ids=str)
+    def test_tiles_of_several_images(self, tiles, shape, precision, epilogue):
+        self.check(shape, precision, epilogue, SEVERAL_IMAGES[tiles])
 
-    @pytest.mark.parametrize("blocks, shape, precision, epilogue", CASES_BY_2, ids=str)
-    def test_stride_2(self, blocks, shape, precision, epilogue):
-        self.check(shape, precision, epilogue, HaloBlocks(*blocks))
+    @pytest.mark.parametrize("sizes, shape, precision, epilogue", CASES_BY_2, ids=str)
+    def test_stride_2(self, sizes, shape, precision, epilogue):
+        self.check(shape, precision, epilogue, halo(*sizes))
 
-    def check(self, shape: str, precision: str, epilogue: str, blocks: HaloBlocks | None = None) -> None:
+    def check(self, shape: str, precision: str, epilogue: str, config: TmaHaloConfig | None = None) -> None:
         """The whole output against float64, and against itself."""
         x, weight, round_x = self.operands(shape, precision)
         steps, K, stride = EPILOGUES[epilogue], weight.shape[0], stride_of(shape)
@@ -257,8 +363,8 @@ class TestOnAGpu:
             exact = exact if added is None else combine(exact, added.double()[:, None, None])
         exact = exact if residual is None else exact + residual.double()
         exact = exact.relu() if "relu" in steps else exact
-        settings = Epilogue(scale, bias, residual, "relu" in steps, round_y)
-        y = run(x, weight, round_x, settings, blocks, stride)
+        settings = Epilogue(scale, bias, residual, "relu" if "relu" in steps else "none", round_y)
+        y = run(x, weight, round_x, settings, config, stride)
         limit = LIMIT[x.dtype]
         if x.dtype == torch.float32:
             limit = ROUNDED_Y if round_y else max(limit, weight[0].numel() / 8 * TRUNCATION)
@@ -266,7 +372,18 @@ class TestOnAGpu:
         if round_y:
             assert torch.equal(tf32(y), y)
         for _ in range(3):  # the same bits every time: no race
-            assert torch.equal(run(x, weight, round_x, settings, blocks, stride), y)
+            assert torch.equal(run(x, weight, round_x, settings, config, stride), y)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("shape, precision", [("64", "bf16"), ("8x8", "TF32"), ("64 to 128 by 2", "fp16")])
+    def test_activations(self, shape, precision, activation):
+        """y is staged in shared memory or stored from registers."""
+        x, weight, round_x = self.operands(shape, precision)
+        bias, stride = 4 * image(weight.shape[0]), stride_of(shape)
+        y = run(x, weight, round_x, Epilogue(None, bias, None, activation, slope=0.2), stride=stride)
+        exact = convolved(x, weight, stride) + bias.double()[:, None, None]
+        limit = max(LIMIT[x.dtype], weight[0].numel() / 8 * TRUNCATION)
+        assert worst_image(y, activate(exact, activation, 0.2)) < limit
 
     @pytest.mark.parametrize("shape", ["64", "128", "56x56", "64 to 128 by 2"])
     @pytest.mark.parametrize("precision", ["bf16", "TF32", "TF32, rounded on the way"])
@@ -276,7 +393,7 @@ class TestOnAGpu:
         last, stride = x.shape[2] - 1, stride_of(shape)
         x[0, 5, 0, 0], x[1, 0, 7, 8], x[1, 1, last, last] = float("nan"), float("inf"), -float("inf")
         x[-1, 5, 8, 15], x[-1, -1, last, 0] = float("nan"), float("inf")
-        y = run(x, weight, round_x, Epilogue(relu=True), stride=stride)
+        y = run(x, weight, round_x, Epilogue(activation="relu"), stride=stride)
         expected = convolved(x, weight, stride).relu()
         assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isposinf(), expected.isposinf())
         x = self.operands(shape, precision)[0]
@@ -311,12 +428,12 @@ class TestOnAGpu:
         """In a graph each convolution may start before the one ends whose y it reads."""
         x, weight, _ = self.operands(shape, precision)
         packed = pack_weight(weight, "tf32" if x.dtype == torch.float32 else "ieee")
-        blocks, images = usual_blocks(x, weight.shape[0], 1), [x, torch.empty_like(x), torch.empty_like(x)]
+        config, images = usual_config(x, weight.shape[0], 1), [x, torch.empty_like(x), torch.empty_like(x)]
 
         def chain() -> None:
             for i in range(6):
                 source, y = images[0] if i == 0 else images[1 + i % 2], images[2 - i % 2]
-                launch(source, packed, y, False, Epilogue(residual=images[0], round_y=True), blocks)
+                launch(source, packed, y, False, Epilogue(residual=images[0], round_y=True), config)
 
         chain()
         torch.cuda.synchronize()
