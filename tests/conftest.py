@@ -53,7 +53,7 @@ def hopper() -> None:
 
 
 @pytest.fixture
-def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def tables_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """No tables but those of the test; gives the folder of the user's."""
     from tritonnn.ops.conv2d import tables
 

@@ -26,7 +26,8 @@ OPERATORS = {
         image(3),
         image(3),
         image(2, 3, 6, 6, channels_last=True),
-        True,
+        "leaky_relu",
+        0.1,
         (3, 3),
         (1, 1),
         (1, 1),
@@ -119,7 +120,7 @@ def test_vmap():
 
 
 def test_who_watches_sees_the_operators():
-    """Unwatched, and without gradients, the kernels run without PyTorch's dispatcher."""
+    """In plain eager calls without gradients the kernels run without PyTorch's dispatcher."""
     seen = []
 
     class Log(TorchDispatchMode):
@@ -130,17 +131,17 @@ def test_who_watches_sees_the_operators():
     pytorch, swapped = networks(training=False)
     x = image(2, 3, 8, 8)
     with torch.no_grad():
-        expected, unwatched = pytorch(x), swapped(x)
+        expected, plain = pytorch(x), swapped(x)
         with Log():
             watched = swapped(x)
-    assert torch.equal(watched, unwatched)
-    torch.testing.assert_close(unwatched, expected)
+    assert torch.equal(watched, plain)
+    torch.testing.assert_close(plain, expected)
     assert {"tritonnn.conv2d.default", "tritonnn.linear.default", "tritonnn.max_pool2d.default"} <= set(seen)
     assert swapped(x).grad_fn is not None
 
 
 @pytest.mark.parametrize("name", ["swapped", "fused"])
-def test_unwatched_the_dispatcher_is_not_asked(name):
+def test_plain_eager_calls_do_not_ask_the_dispatcher(name):
     """A list where a tuple should be would send a layer the long way round."""
     pytorch, swapped = networks(training=False)
     model, x = swapped if name == "swapped" else tritonnn.fuse(pytorch), image(2, 3, 8, 8)

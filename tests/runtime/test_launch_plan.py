@@ -2,7 +2,6 @@
 
 import copy
 import ctypes
-import gc
 import threading
 from collections.abc import Iterator
 
@@ -16,17 +15,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from triton.compiler.compiler import LazyDict
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
-from tritonnn.kernels import avg_pool2d, batch_norm2d, conv2d, launch_plan, linear, max_pool2d, relu
-from tritonnn.kernels.block_sizes import RowBlocks
-from tritonnn.kernels.channels_last import pack_weight
-from tritonnn.kernels.dependent_launch import launches_as_in_graphs
-from tritonnn.kernels.launch_plan import Plans, launch, launch_key
-from tritonnn.kernels.operator import INTERPRETER
-from tritonnn.kernels.product import Choice
-from tritonnn.kernels.relu import relu_forward_kernel
 
 import tritonnn
 from tritonnn.layers.fused_conv2d import FusedConv2d
+from tritonnn.ops import avg_pool2d, batch_norm2d, linear, max_pool2d, relu
+from tritonnn.ops.conv2d import op as conv2d
+from tritonnn.ops.conv2d.forms.few_channels import FewChannelsConfig
+from tritonnn.ops.conv2d.pack import pack_weight
+from tritonnn.ops.conv2d.problem import Choice
+from tritonnn.ops.relu import relu_forward_kernel
+from tritonnn.runtime import launch_plan
+from tritonnn.runtime.dependent_launch import launches_as_in_graphs
+from tritonnn.runtime.launch_plan import Plans, forget_plans, launch, launch_key
+from tritonnn.runtime.operator import INTERPRETER
 
 ONCE = (1, 1), (1, 1), (1, 1), 1
 HALVED = (2, 2), (0, 0)
@@ -85,7 +86,7 @@ def _run_and_return_compiled(kernel, *args, grid, warmup, **constants):
 def replays(monkeypatch) -> Iterator[list]:
     """The plans that were replayed, none of which another test made."""
     seen = []
-    _forget_plans()
+    forget_plans()
     replay = launch_plan._Plan.__call__
 
     def counted(plan, addresses):
@@ -98,13 +99,7 @@ def replays(monkeypatch) -> Iterator[list]:
         monkeypatch.setattr(launch_plan, "_can_record", lambda tensors: True)
         monkeypatch.setattr(launch_plan, "current_stream", lambda device: 0)
     yield seen
-    _forget_plans()
-
-
-def _forget_plans() -> None:
-    for plans in gc.get_objects():
-        if type(plans) is Plans:
-            plans.plans.clear()
+    forget_plans()
 
 
 def last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -124,72 +119,75 @@ def large(batch: int = 32) -> torch.Tensor:
 
 
 CASES = {
-    "conv2d": (conv2d._launch, lambda: (image(2, 4, 5, 5), image(3, 4, 3, 3), None, *ONCE)),
-    "conv2d, bias": (conv2d._launch, lambda: (last(2, 4, 6, 6), image(3, 4, 3, 3), image(3), *HALVED, (1, 1), 1)),
-    "conv2d, packed": (conv2d._launch, lambda: (last(2, 4, 5, 5), last(3, 4, 3, 3), image(3), *ONCE)),
-    "conv2d, few pixels": (conv2d._launch, lambda: (image(1, 32, 5, 5), image(8, 32, 3, 3), image(8), *ONCE)),
-    "conv2d, groups": (conv2d._launch, lambda: (image(1, 4, 5, 5), image(6, 2, 3, 3), image(6), *ONCE[:3], 2)),
-    "conv2d, depthwise": (conv2d._launch, lambda: (image(1, 4, 5, 5), image(4, 1, 3, 3), None, *ONCE[:3], 4)),
+    "conv2d": (conv2d.conv2d, lambda: (image(2, 4, 5, 5), image(3, 4, 3, 3), None, *ONCE)),
+    "conv2d, bias": (conv2d.conv2d, lambda: (last(2, 4, 6, 6), image(3, 4, 3, 3), image(3), *HALVED, (1, 1), 1)),
+    "conv2d, packed": (conv2d.conv2d, lambda: (last(2, 4, 5, 5), last(3, 4, 3, 3), image(3), *ONCE)),
+    "conv2d, few pixels": (conv2d.conv2d, lambda: (image(1, 32, 5, 5), image(8, 32, 3, 3), image(8), *ONCE)),
+    "conv2d, groups": (conv2d.conv2d, lambda: (image(1, 4, 5, 5), image(6, 2, 3, 3), image(6), *ONCE[:3], 2)),
+    "conv2d, depthwise": (conv2d.conv2d, lambda: (image(1, 4, 5, 5), image(4, 1, 3, 3), None, *ONCE[:3], 4)),
     "conv2d_fused": (
-        conv2d._launch_fused,
+        conv2d.conv2d_fused,
         lambda: (
-            (last(2, 4, 5, 5), packed(3, 4, 3, 3), image(3), image(3), last(2, 3, 5, 5), True, (3, 3), *ONCE)
+            (last(2, 4, 5, 5), packed(3, 4, 3, 3), image(3), image(3), last(2, 3, 5, 5), "relu", 0.01, (3, 3), *ONCE)
             + ("ieee", False, False)
         ),
     ),
     "conv2d_fused, split": (
-        conv2d._launch_fused,
+        conv2d.conv2d_fused,
         lambda: (
-            (last(2, 16, 5, 5), packed(16, 16, 3, 3, input_precision="tf32x3"), None, None, None, False, (3, 3))
+            (last(2, 16, 5, 5), packed(16, 16, 3, 3, input_precision="tf32x3"), None, None, None, "none", 0.01, (3, 3))
             + (*ONCE, "tf32x3", False, False)
         ),
     ),
     "conv2d_fused, depthwise, split": (
-        conv2d._launch_fused,
+        conv2d.conv2d_fused,
         lambda: (
-            (last(1, 4, 5, 5), packed(4, 1, 3, 3, input_precision="tf32x3"), None, None, None, False, (3, 3))
+            (last(1, 4, 5, 5), packed(4, 1, 3, 3, input_precision="tf32x3"), None, None, None, "none", 0.01, (3, 3))
             + (*ONCE[:3], 4, "tf32x3", False, False)
         ),
     ),
-    "linear": (linear._launch, lambda: (image(3, 8), image(5, 8), image(5))),
-    "relu": (relu._launch, lambda: (image(3, 5),)),
-    "relu, channels_last": (relu._launch, lambda: (last(2, 3, 4, 4),)),
-    "max_pool2d": (max_pool2d._launch, lambda: (image(2, 3, 6, 6), (2, 2), *HALVED, (1, 1), False, False)),
-    "max_pool2d, indices": (max_pool2d._launch, lambda: (last(2, 3, 6, 6), (2, 2), *HALVED, (1, 1), False, True)),
-    "avg_pool2d": (avg_pool2d._launch, lambda: (image(2, 3, 6, 6), (2, 2), *HALVED, False, True, None)),
-    "adaptive_avg_pool2d": (avg_pool2d._launch_adaptive, lambda: (image(2, 3, 6, 6), (1, 2))),
+    "linear": (linear.linear, lambda: (image(3, 8), image(5, 8), image(5))),
+    "relu": (relu.relu, lambda: (image(3, 5),)),
+    "relu, channels_last": (relu.relu, lambda: (last(2, 3, 4, 4),)),
+    "max_pool2d": (max_pool2d.max_pool2d, lambda: (image(2, 3, 6, 6), (2, 2), *HALVED, (1, 1), False, False)),
+    "max_pool2d, indices": (max_pool2d.max_pool2d, lambda: (last(2, 3, 6, 6), (2, 2), *HALVED, (1, 1), False, True)),
+    "avg_pool2d": (avg_pool2d.avg_pool2d, lambda: (image(2, 3, 6, 6), (2, 2), *HALVED, False, True, None)),
+    "adaptive_avg_pool2d": (avg_pool2d.adaptive_avg_pool2d, lambda: (image(2, 3, 6, 6), (1, 2))),
     "batch_norm2d": (
-        batch_norm2d._normalize,
+        batch_norm2d.batch_norm2d_inference,
         lambda: (image(2, 3, 4, 4), image(3), None, image(3), image(3).abs(), 1e-5),
     ),
-    "batch_norm2d, training": (batch_norm2d._launch_training, lambda: (last(2, 3, 4, 4), image(3), image(3), 1e-5)),
+    "batch_norm2d, training": (
+        batch_norm2d.batch_norm2d_training,
+        lambda: (last(2, 3, 4, 4), image(3), image(3), 1e-5),
+    ),
 }
 LARGE = {
-    "conv2d, descriptors": (conv2d._launch, lambda: (large(), half(64, 64, 3, 3), half(64), *ONCE)),
-    "conv2d, descriptors, contiguous": (
-        conv2d._launch,
+    "conv2d, TMA": (conv2d.conv2d, lambda: (large(), half(64, 64, 3, 3), half(64), *ONCE)),
+    "conv2d, TMA, contiguous": (
+        conv2d.conv2d,
         lambda: (image(32, 64, 16, 16), image(64, 64, 3, 3), image(64), *ONCE),
     ),
-    "conv2d_fused, descriptors": (
-        conv2d._launch_fused,
+    "conv2d_fused, TMA": (
+        conv2d.conv2d_fused,
         lambda: (
-            (large(), pack_weight(half(64, 64, 3, 3), "ieee"), image(64), image(64), large(), True, (3, 3), *ONCE)
-            + ("ieee", False, False)
+            (large(), pack_weight(half(64, 64, 3, 3), "ieee"), image(64), image(64), large(), "relu", 0.01)
+            + ((3, 3), *ONCE, "ieee", False, False)
         ),
     ),
-    "conv2d_fused, descriptors, stride 2": (
-        conv2d._launch_fused,
+    "conv2d_fused, TMA, stride 2": (
+        conv2d.conv2d_fused,
         lambda: (
-            (large(128), pack_weight(half(256, 64, 1, 1), "ieee"), None, image(256), None, True, (1, 1), *HALVED)
-            + ((1, 1), 1, "ieee", False, False)
+            (large(128), pack_weight(half(256, 64, 1, 1), "ieee"), None, image(256), None, "relu", 0.01)
+            + ((1, 1), *HALVED, (1, 1), 1, "ieee", False, False)
         ),
     ),
 }
 """Too large for the interpreter, or forms that it does not take."""
 IN_PLACE = {
-    "relu_": (relu._launch_in_place, lambda: (image(3, 5),)),
+    "relu_": (relu.relu_, lambda: (image(3, 5),)),
     "batch_norm2d_update_": (
-        batch_norm2d._launch_update,
+        batch_norm2d.batch_norm2d_update_,
         lambda: (image(3), image(3).abs(), image(3), image(3).abs(), 0.1, 32),
     ),
 }
@@ -204,15 +202,21 @@ def elsewhere(t: object) -> object:
     return t.new_empty(size + offset).as_strided(t.shape, t.stride(), offset).copy_(t)
 
 
-def ordinary(launcher, *args):
-    with INTERPRETER:
-        return launcher(*args)
+def launched(operator, *args):
+    """What an operator gives without a plan; it makes one, and others are forgotten."""
+    forget_plans()
+    return operator(*args)
 
 
 def planned(launcher, state=None):
     """launcher by plan."""
     plans = Plans(state)
-    return lambda *args: plans.run(launch_key(args), args, ordinary, launcher, *args)
+    return lambda *args: plans.run(launch_key(args), args, locked, launcher, *args)
+
+
+def locked(launcher, *args):
+    with INTERPRETER:
+        return launcher(*args)
 
 
 def assert_identical(actual, expected):
@@ -223,38 +227,35 @@ def assert_identical(actual, expected):
 
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.gpu) for name in LARGE)])
 def test_replays_give_what_the_launcher_gives(name, replays):
-    launcher, make = (CASES | LARGE)[name]
-    run = planned(launcher)
-    kept = []
-    for i in range(4):
-        args = make() if i < 3 else tuple(elsewhere(t) for t in make())
-        actual = run(*args)
-        assert len(replays) == i
-        assert_identical(actual, ordinary(launcher, *args))
-        kept.append((args, actual))
-    for args, actual in kept:  # each call has memory of its own
-        assert_identical(actual, ordinary(launcher, *args))
+    operator, make = (CASES | LARGE)[name]
+    inputs = [make(), make(), make(), tuple(elsewhere(t) for t in make())]
+    expected = [launched(operator, *args) for args in inputs]
+    assert not replays
+    actual = [operator(*args) for args in inputs]
+    assert len(replays) == 4
+    for i in range(4):  # each call has memory of its own
+        assert_identical(actual[i], expected[i])
 
 
 def test_replays_of_a_copy_whose_pixels_overlap(replays, monkeypatch):
-    monkeypatch.setattr(conv2d, "default_choice", lambda product: Choice(RowBlocks(64, 16, 4, 1), copies_x=False))
-    run = planned(conv2d._launch)
+    config = FewChannelsConfig(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1)
+    monkeypatch.setattr(conv2d, "choose", lambda product: Choice(config))
+    inputs = [(image(2, 3, 9, 10), image(8, 3, 7, 7), image(8), (2, 2), (3, 3), (1, 1), 1) for _ in range(3)]
+    expected = [launched(conv2d.conv2d, *args) for args in inputs]
     for i in range(3):
-        args = image(2, 3, 9, 10), image(8, 3, 7, 7), image(8), (2, 2), (3, 3), (1, 1), 1
-        assert_identical(run(*args), ordinary(conv2d._launch, *args))
-        assert len(replays) == i
+        assert_identical(conv2d.conv2d(*inputs[i]), expected[i])
+        assert len(replays) == i + 1
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_replays_in_place(name, replays):
-    launcher, make = IN_PLACE[name]
-    run = planned(launcher)
+    operator, make = IN_PLACE[name]
     for i in range(3):
         args = tuple(elsewhere(t) for t in make())
         expected = copy.deepcopy(args)
-        ordinary(launcher, *expected)
-        assert run(*args) is None
-        assert len(replays) == i
+        assert launched(operator, *expected) is None
+        assert operator(*args) is None
+        assert len(replays) == i + 1
         for a, e in zip(args, expected):
             assert torch.equal(a, e) if isinstance(a, torch.Tensor) else a == e
 
@@ -265,7 +266,7 @@ def copy_box_kernel(x_desc, y_ptr, H: tl.constexpr, W: tl.constexpr):
     tl.store(y_ptr + tl.arange(0, H)[:, None] * W + tl.arange(0, W)[None, :], x)
 
 
-def test_descriptors(replays):
+def test_tensor_descriptors(replays):
     """The second of two tiles, of an input, an allocation and a part of one."""
 
     def launcher(x):
@@ -285,10 +286,9 @@ def test_descriptors(replays):
 
 
 def test_a_launcher_that_computes_runs_every_time(replays):
-    run = planned(relu._launch)
     for _ in range(3):
         x = image(4, 6)[:, ::2]  # which it copies
-        assert torch.equal(run(x), x.relu())
+        assert torch.equal(relu.relu(x), x.relu())
     assert not replays
 
 
@@ -308,19 +308,15 @@ def test_unknown_memory_is_never_replayed(replays):
 
 
 def test_overlapping_inputs_are_not_recorded(replays):
-    launcher, make = CASES["conv2d_fused"]
-    x, _, scale, *_ = make()
-    weight = packed(4, 4, 3, 3)
-    rest = (True, (3, 3), *ONCE, "ieee", False, False)
-    run = planned(launcher)
-    bias, scale = (image(4).abs() for _ in range(2))
+    x, weight, scale, bias = last(2, 4, 5, 5), packed(4, 4, 3, 3), image(4).abs(), image(4).abs()
+    rest = ("relu", 0.01, (3, 3), *ONCE, "ieee", False, False)
+    expected = launched(conv2d.conv2d_fused, x, weight, scale, bias, x.clone(), *rest)
+    forget_plans()
     for _ in range(2):
-        args = (x, weight, scale, bias, x, *rest)
-        assert_identical(run(*args), ordinary(launcher, *args))
+        assert_identical(conv2d.conv2d_fused(x, weight, scale, bias, x, *rest), expected)
     assert not replays
-    for residual in (last(2, 4, 5, 5), last(2, 4, 5, 5), x):
-        args = (x, weight, scale, bias, residual, *rest)
-        assert_identical(run(*args), ordinary(launcher, *args))
+    for residual in (x.clone(), x.clone(), x):
+        assert_identical(conv2d.conv2d_fused(x, weight, scale, bias, residual, *rest), expected)
     assert len(replays) == 2
 
 
@@ -338,7 +334,7 @@ def test_other_arguments_have_other_plans(other, replays):
 
     def launcher(x):
         launched.append(x)
-        return relu._launch(x)
+        return relu.relu(x)
 
     run = planned(launcher)
     x = image(1, 4, 4, 4)
@@ -349,15 +345,13 @@ def test_other_arguments_have_other_plans(other, replays):
 
 
 def test_constants_and_missing_tensors_have_other_plans(replays):
-    run = planned(max_pool2d._launch)
     x = image(1, 2, 8, 8)
     for kernel_size in ((2, 2), (3, 3), (2, 2)):
-        y, _ = run(x, kernel_size, *HALVED, (1, 1), False, False)
+        y, _ = max_pool2d.max_pool2d(x, kernel_size, *HALVED, (1, 1), False, False)
         assert torch.equal(y, torch.max_pool2d(x, kernel_size, 2))
-    run = planned(linear._launch)
     x, weight = image(2, 8), image(3, 8)
     for bias in (None, image(3), None, image(3)):
-        torch.testing.assert_close(run(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+        torch.testing.assert_close(linear.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
     assert len(replays) == 3
 
 
@@ -365,7 +359,7 @@ def test_state_has_other_plans(replays):
     state = [False]
 
     def launcher(x):
-        return relu._launch(x) if state[0] else max_pool2d._launch(x, (1, 1), (1, 1), (0, 0), (1, 1), False, False)[0]
+        return relu.relu(x) if state[0] else max_pool2d.max_pool2d(x, (1, 1), (1, 1), (0, 0), (1, 1), False, False)[0]
 
     run = planned(launcher, lambda: state[0])
     x = image(1, 2, 3, 3)
@@ -446,7 +440,7 @@ def test_an_input_that_is_no_tensor_is_pytorchs_error(replays):
 
 def test_the_number_of_plans_is_bounded(replays, monkeypatch):
     monkeypatch.setattr(launch_plan, "MOST_PLANS", 3)
-    run = planned(relu._launch)
+    run = planned(relu.relu)
     for _ in range(2):
         for size in range(1, 5):
             run(image(size))
@@ -456,19 +450,17 @@ def test_the_number_of_plans_is_bounded(replays, monkeypatch):
 
 
 def test_plans_hold_no_tensors():
-    run = planned(relu._launch)
     x = image(4)
-    y = run(x)
+    y = relu.relu(x)
     storages = [StorageWeakRef(t.untyped_storage()) for t in (x, y)]
     del x, y
-    run(image(4))
+    relu.relu(image(4))
     assert all(storage.expired() for storage in storages)
 
 
 def test_profilers_see_the_launches(replays):
-    run = planned(relu._launch)
     x = image(4)
-    run(x)
+    relu.relu(x)
     names = []
     hook = triton.knobs.runtime.launch_enter_hook
 
@@ -477,7 +469,7 @@ def test_profilers_see_the_launches(replays):
 
     hook.add(enter)
     try:
-        run(x)
+        relu.relu(x)
     finally:
         hook.remove(enter)
     assert len(replays) == 1
@@ -512,10 +504,9 @@ def test_training(replays):
 
 
 def test_threads(replays):
-    run = planned(batch_norm2d._launch_training)
-    launcher, make = CASES["batch_norm2d, training"]
+    run, make = CASES["batch_norm2d, training"]
     inputs = [make() for _ in range(4)]
-    expected = [ordinary(launcher, *args) for args in inputs]
+    expected = [launched(run, *args) for args in inputs]
     actual = {}
 
     def work(i: int) -> None:

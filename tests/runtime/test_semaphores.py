@@ -1,19 +1,24 @@
-"""Counters of the programs that share a tile: zero when a kernel begins, and nobody else's while it runs."""
+"""Semaphores of the programs that share a tile: zero when a kernel begins, and nobody else's while it runs."""
 
 import pytest
 import torch
 from helpers.compare import image
+from helpers.problems import sliced_k
 from torch.nn import functional as F
-from tritonnn.kernels import arrivals, conv2d
-from tritonnn.kernels.arrivals import COUNTERS, LINE, RESERVE
-from tritonnn.kernels.block_sizes import SplitBlocks
-from tritonnn.kernels.channels_last import pack_weight
+
+from tritonnn.ops.conv2d import op
+from tritonnn.ops.conv2d.forms.sliced_k import MOST_TRIED_OUTPUTS, TILES
+from tritonnn.ops.conv2d.pack import pack_weight
+from tritonnn.ops.conv2d.problem import Choice
+from tritonnn.runtime import semaphores as module
+from tritonnn.runtime.launch_plan import forget_plans
+from tritonnn.runtime.semaphores import LINE, PER_STREAM, RESERVE, semaphores
 
 
 @pytest.fixture
 def fresh(monkeypatch):
-    monkeypatch.setattr(arrivals, "_of_streams", {})
-    monkeypatch.setattr(arrivals, "_reserves", {})
+    monkeypatch.setattr(module, "_of_streams", {})
+    monkeypatch.setattr(module, "_reserves", {})
 
 
 class Convolution:
@@ -26,7 +31,8 @@ class Convolution:
 
     def __call__(self) -> torch.Tensor:
         window = (3, 3), (1, 1), (1, 1), (1, 1), 1
-        return conv2d.conv2d_fused(self.x, self.packed, None, None, None, True, *window, "tf32x3", False, False)
+        settings = "relu", 0.01, *window, "tf32x3", False, False
+        return op.conv2d_fused(self.x, self.packed, None, None, None, *settings)
 
     def assert_right(self, y: torch.Tensor) -> None:
         torch.testing.assert_close(y.double(), self.exact, rtol=1e-5, atol=1e-4)
@@ -34,53 +40,53 @@ class Convolution:
 
 @pytest.fixture
 def split(monkeypatch, fresh):
-    monkeypatch.setattr(conv2d, "held_blocks", lambda *_: None)
-    monkeypatch.setattr(conv2d, "split_blocks", lambda *_: SplitBlocks(8, 4, 16, 32, 32, 4, 3))
+    forget_plans()
+    monkeypatch.setattr(op, "choose", lambda product: Choice(sliced_k(8, 4, 16, 32, 32, num_stages=3)))
 
 
 def test_on_the_cpu_they_are_made():
-    assert arrivals.arrivals(torch.device("cpu"), 5).tolist() == [0] * 5
+    assert semaphores(torch.device("cpu"), 5).tolist() == [0] * 5
 
 
 def test_there_are_enough_for_every_choice():
     """Tiles of the least size, of the largest output that is split."""
-    assert COUNTERS >= 2**19 // (16 * 8)
+    assert PER_STREAM >= MOST_TRIED_OUTPUTS // min(block_m * block_n for block_m, block_n in TILES)
 
 
 @pytest.mark.gpu
 def test_a_stream_keeps_its_own(fresh):
     device = torch.device("cuda", 0)
-    first = arrivals.arrivals(device, 7)
+    first = semaphores(device, 7)
     with torch.cuda.stream(torch.cuda.Stream()):
-        second = arrivals.arrivals(device, 7)
-    assert arrivals.arrivals(device, 9) is first and second.data_ptr() != first.data_ptr()
+        second = semaphores(device, 7)
+    assert semaphores(device, 9) is first and second.data_ptr() != first.data_ptr()
     assert not first.any() and not second.any()
-    with pytest.raises(ValueError, match="counters"):
-        arrivals.arrivals(device, COUNTERS + 1)
+    with pytest.raises(ValueError, match="semaphores"):
+        semaphores(device, PER_STREAM + 1)
 
 
 @pytest.mark.gpu
 def test_every_kernel_in_a_graph_has_its_own(fresh):
     device = torch.device("cuda", 0)
-    arrivals.arrivals(device, 1)
+    semaphores(device, 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        first, second = arrivals.arrivals(device, 3), arrivals.arrivals(device, 3)
-        arrivals._reserves[0] = arrivals._reserves[0][0], RESERVE - 2
-        cleared = arrivals.arrivals(device, 3)
+        first, second = semaphores(device, 3), semaphores(device, 3)
+        module._reserves[0] = module._reserves[0][0], RESERVE - 2
+        cleared = semaphores(device, 3)
     assert second.data_ptr() - first.data_ptr() == LINE * first.element_size()
     graph.replay()
     assert not cleared.any()
 
 
 @pytest.mark.gpu
-def test_counters_are_zero_again(split):
+def test_they_are_zero_again(split):
     convolution = Convolution()
     first = convolution()
     convolution.assert_right(first)
     assert all(torch.equal(convolution(), first) for _ in range(20))
-    assert len(arrivals._of_streams) == 1
-    assert not any(counts.any() for counts in arrivals._of_streams.values())
+    assert len(module._of_streams) == 1
+    assert not any(counts.any() for counts in module._of_streams.values())
 
 
 @pytest.mark.gpu

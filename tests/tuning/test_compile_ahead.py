@@ -16,20 +16,20 @@ from helpers.compare import image
 from helpers.hopper import Hopper, run
 from helpers.trained import small, trained
 from torch import nn
-from tritonnn.compile_ahead import Kernel, compile_ahead, kernels_of
-from tritonnn.kernels.channels_last import channels_last_kernel
-from tritonnn.kernels.dependent_launch import launches_as_in_graphs
-from tritonnn.kernels.implicit_gemm import implicit_gemm_forward_kernel
 
 import tritonnn
+from tritonnn.ops.conv2d.forms.pointers import conv2d_pointers_forward_kernel
+from tritonnn.ops.conv2d.pack import channels_last_kernel
+from tritonnn.runtime.dependent_launch import launches_as_in_graphs
+from tritonnn.tuning.compile_ahead import Kernel, compile_ahead, kernels_of
 
-GEMM, RELU = "implicit_gemm_forward_kernel", "relu_forward_kernel"
+POINTERS, RELU = "conv2d_pointers_forward_kernel", "relu_forward_kernel"
 OF_CONVOLUTIONS = [
-    GEMM,
-    "descriptor_gemm_forward_kernel",
-    "halo_gemm_forward_kernel",
-    "held_gemm_forward_kernel",
-    "split_gemm_forward_kernel",
+    POINTERS,
+    "conv2d_tma_forward_kernel",
+    "conv2d_tma_halo_forward_kernel",
+    "conv2d_in_registers_forward_kernel",
+    "conv2d_sliced_k_forward_kernel",
 ]
 
 
@@ -53,25 +53,26 @@ def test_an_error_of_the_compiler_is_left_to_the_launch(told):
 
 def test_others_are_left_alone(told):
     """Kernels of others, other threads, and a hook that was there before."""
-    assert told["of others"] == {"noted": [], "asked": ["foreign_gemm_forward_kernel", RELU, RELU], "put back": True}
+    assert told["of others"] == {"noted": [], "asked": ["foreign_forward_kernel", RELU, POINTERS], "put back": True}
 
 
 def test_plans_that_were_made_meanwhile_are_forgotten(told):
-    assert told["generations"] == 1
+    assert told["plans forgotten"] == 1
 
 
 def test_keys_are_the_same_in_every_process():
     """So that Triton finds on disk what another process compiled; 3.6 mixes in what was asked for before."""
-    assert run(__file__, "keys", "implicit_gemm", "arithmetic") == run(__file__, "keys", "arithmetic", "implicit_gemm")
+    modules = "tritonnn.ops.conv2d.forms.pointers", "tritonnn.device.arithmetic"
+    assert run(__file__, "keys", *modules) == run(__file__, "keys", *reversed(modules))
 
 
 def test_after_ctrl_c_nothing_more_is_compiled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
-    monkeypatch.setattr("tritonnn.compile_ahead.MOST_THREADS", 1)
+    monkeypatch.setattr("tritonnn.tuning.compile_ahead.MOST_THREADS", 1)
     compiler = mock.Mock(preload=mock.Mock(side_effect=lambda specialization: time.sleep(0.01)))
     kernels = [Kernel(compiler, str(i)) for i in range(100)]
-    monkeypatch.setattr("tritonnn.compile_ahead.kernels_of", lambda call: kernels)
+    monkeypatch.setattr("tritonnn.tuning.compile_ahead.kernels_of", lambda call: kernels)
     with pytest.raises(KeyboardInterrupt):
         compile_ahead([None], mock.Mock(side_effect=KeyboardInterrupt))
     assert 0 < compiler.preload.call_count < 50
@@ -101,13 +102,13 @@ def test_a_fused_network_gives_zeros_and_stays_right():
 def test_a_network_runs_right_afterwards(tmp_path, monkeypatch):
     """Without compiling, and with the weights that it packed while its convolutions were noted and not launched."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel in channels_last_kernel, implicit_gemm_forward_kernel:
+    for kernel in channels_last_kernel, conv2d_pointers_forward_kernel:
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     model = trained(nn.Sequential(nn.Conv2d(24, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3)), torch.float32)
     x = image(8, 24, 12, 12, channels_last=True)
     network, compiled, advanced = tritonnn.fuse(model), [], []
     with torch.no_grad():
-        assert {kernel.function.__name__ for kernel in kernels_of(partial(network, x))} == {GEMM}
+        assert {kernel.function.__name__ for kernel in kernels_of(partial(network, x))} == {POINTERS}
         compile_ahead([partial(network, x)], advanced.append)
         monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **of: compiled.append(of["src"].name))
         y, expected = network(x), model.double()(x.double())
@@ -129,11 +130,11 @@ def test_a_network_that_ran_is_compiled_anew_for_graphs(tmp_path, monkeypatch):
             compile_ahead([partial(network, x)], advanced.append)
             monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **of: compiled.append(of["src"].name))
             network(x)
-    assert advanced and not any(name.endswith("_gemm_forward_kernel") for name in compiled)
+    assert advanced and not any(name.startswith("conv2d_") for name in compiled)
 
 
 @triton.jit
-def foreign_gemm_forward_kernel(x_ptr):
+def foreign_forward_kernel(x_ptr):
     pass
 
 
@@ -144,7 +145,7 @@ def keys(*modules: str) -> dict:
     from triton.runtime.jit import JITCallable
 
     found = {}
-    for module in map(importlib.import_module, (f"tritonnn.kernels.{name}" for name in modules)):
+    for module in map(importlib.import_module, modules):
         found |= {name: f.cache_key for name, f in vars(module).items() if isinstance(f, JITCallable)}
     return found
 
@@ -153,21 +154,22 @@ def posing() -> dict:
     """On a CPU that poses as a Hopper GPU: kernels are compiled and not launched."""
     import tempfile
 
-    from tritonnn.kernels import tuned_blocks
+    from helpers.gpus import H100
+
+    from tritonnn.runtime import hardware
 
     launch = triton.JITFunction.run
     triton.JITFunction.run = lambda *args, warmup, **options: launch(*args, warmup=True, **options)
     triton.runtime.driver.set_active(Hopper())
-    generation = tuned_blocks.generation
-    told = {"of others": kernels_of_others(), "generations": tuned_blocks.generation - generation}
+    with mock.patch("tritonnn.tuning.compile_ahead.forget_plans") as forget_plans:
+        told = {"of others": kernels_of_others(), "plans forgotten": forget_plans.call_count}
     compiled = []
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
-        mock.patch("torch.cuda.get_device_capability", lambda device: (9, 0)),
+        mock.patch.object(hardware, "gpu", lambda device: H100),
         mock.patch("torch.cuda.current_device", lambda: 0),
         mock.patch("torch.cuda.device"),
-        mock.patch("tritonnn.kernels.halo_gemm.multiprocessors", lambda device: 132),
     ):
         calls = convolutions()
         told["kernels"] = [kernel.function.__name__ for call in calls for kernel in kernels_of(call)]
@@ -179,8 +181,8 @@ def posing() -> dict:
             call()
         told["compiled later"] = compiled[5:]
         advanced = told["advanced past an error"] = []
-        kernel = Kernel(implicit_gemm_forward_kernel, "{}")
-        with mock.patch("tritonnn.compile_ahead.kernels_of", lambda call: [kernel, kernel]):
+        kernel = Kernel(conv2d_pointers_forward_kernel, "{}")
+        with mock.patch("tritonnn.tuning.compile_ahead.kernels_of", lambda call: [kernel, kernel]):
             compile_ahead([None], advanced.append)
     return told
 
@@ -188,21 +190,20 @@ def posing() -> dict:
 def kernels_of_others() -> dict:
     import threading
 
-    from tritonnn.kernels.relu import relu_forward_kernel
+    from tritonnn.ops.relu import relu_forward_kernel
 
-    runtime, asked, x = triton.knobs.runtime, [], torch.zeros(16)
+    runtime, asked, x, convolution = triton.knobs.runtime, [], torch.zeros(16), convolutions()[0]
     runtime.jit_cache_hook = before = lambda **told: asked.append(told["fn"].name) or True
 
     def relu() -> None:
         relu_forward_kernel[(1,)](x, x, 16, ACC=tl.float32, BLOCK=16)
 
     def call() -> None:
-        foreign_gemm_forward_kernel[(1,)](x)
+        foreign_forward_kernel[(1,)](x)
         relu()
-        with mock.patch("tritonnn.compile_ahead.CONVOLUTIONS", ""):
-            thread = threading.Thread(target=relu)
-            thread.start()
-            thread.join()
+        thread = threading.Thread(target=convolution)
+        thread.start()
+        thread.join()
 
     noted = kernels_of(call)
     put_back, runtime.jit_cache_hook = runtime.jit_cache_hook is before, None
@@ -211,25 +212,26 @@ def kernels_of_others() -> dict:
 
 def convolutions() -> list[Callable[[], None]]:
     """One in each form."""
-    from problems import problem
-    from tritonnn.candidates import HALO_TILES
-    from tritonnn.kernels.block_sizes import DescriptorBlocks, GemmBlocks, HaloBlocks, HeldBlocks, SplitBlocks
-    from tritonnn.kernels.conv2d import run_gemm
-    from tritonnn.kernels.product import Choice
-    from tritonnn.trial import operands
+    from helpers.halo_tiles import HALF_64
+    from helpers.problems import pointers, problem, sliced_k
 
-    tile = HALO_TILES[2, 1][0]
+    from tritonnn.ops.conv2d.dispatch import run
+    from tritonnn.ops.conv2d.forms.in_registers import InRegistersConfig
+    from tritonnn.ops.conv2d.forms.tma import config_of
+    from tritonnn.ops.conv2d.problem import Choice
+    from tritonnn.tuning.harness import operands
+
     half = dict(c=64, k=64, dtype=torch.bfloat16)
     many, few = problem(n=8, size=32, **half), problem(n=1, size=4, **half)
     products = [
-        (many, GemmBlocks(64, 64, 64, 4, 3)),
-        (many, DescriptorBlocks(1, 4, 16, 64, 64, True, 4, 3)),
-        (many, HaloBlocks(*tile[:4], 64, *tile[4:])),
-        (few, HeldBlocks(16, 64, 8)),
-        (few, SplitBlocks(1, 4, 16, 16, 64, 4, 3)),
+        (many, pointers(64, 64, 64, num_stages=3)),
+        (many, config_of((1, 4, 16), 64, 2, swap_ab=True, num_warps=4, num_stages=3)),
+        (many, HALF_64),
+        (few, InRegistersConfig(BLOCK_N=16, BLOCK_K=64, num_warps=8)),
+        (few, sliced_k(1, 4, 16, 16, 64, num_stages=3)),
     ]
     device = torch.device("cpu")
-    return [partial(run_gemm, operands(of, device)[0], Choice(blocks, copies_x=False)) for of, blocks in products]
+    return [partial(run, operands(of, device)[0], Choice(config)) for of, config in products]
 
 
 if __name__ == "__main__":
