@@ -12,7 +12,7 @@ from helpers.compare import image
 from torch import nn
 
 import tritonnn
-from tritonnn import precision
+from tritonnn.runtime import precision
 
 IMAGES = 256
 PHOTOS = 16
