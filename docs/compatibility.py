@@ -33,7 +33,8 @@ def results_of(junit: Path) -> dict[str, Result]:
     """Results by "file::test[case]"."""
     results = {}
     for case in ElementTree.parse(junit).iter("testcase"):
-        file = case.get("classname", "").rpartition(".")[2]
+        names = case.get("classname", "").split(".")  # folders, file, and the class where there is one
+        file = next((name for name in names if name.startswith("test_")), "")
         children = {child.tag: child for child in case}
         if "failure" in children or "error" in children:
             result = Result("failed")
