@@ -442,7 +442,7 @@ class SlicedKForm(Form):
             ACC=accumulator(x.dtype),
             ONE_IMAGE=N == 1,
             OFFSET=index_type(max(_extent(t) for t in (x, y, weight, shortcut.x if shortcut else x))),
-            **config._asdict(),
+            **config.constants,
         )
 
 
