@@ -26,7 +26,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a wheel of this source was unpacked to; nothing is downloaded, nothing written beside the source."""
+    """Where a wheel of this source was unpacked; nothing is downloaded, nothing written beside the source."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
