@@ -52,10 +52,10 @@ def by_plan(attributes: Callable[[Any], tuple], state: Callable[[], object] | No
     """
 
     def decorate(method: Callable) -> Callable:
-        plans = Plans(state)
+        plans: Any = Plans(state)
 
         @functools.wraps(method)
-        def planned(self: TritonLayer, *tensors: torch.Tensor) -> object:
+        def planned(self: TritonLayer, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
             if unwatched() and type(self).__dict__.get(method.__name__) is planned:
                 args = (*tensors, *attributes(self))
                 described = describe(args, torch.is_grad_enabled())
