@@ -174,7 +174,8 @@ def _sides(layers: Sequence[LayerLatency], networks: Sequence[Latency]) -> list[
 
 def _layer_row(index: int, layer: LayerLatency, clocks: Sequence[str]) -> LayerRow:
     medians = {
-        clock: Pair.of(_median(layer.pytorch, clock), layer.triton and _median(layer.triton, clock)) for clock in clocks
+        clock: Pair.of(_median(layer.pytorch, clock), _median(layer.triton, clock) if layer.triton else None)
+        for clock in clocks
     }
     call, dtype = layer.call, str(layer.call.dtype).removeprefix("torch.")
     return LayerRow(
