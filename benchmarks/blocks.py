@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.timing import capture, clock  # noqa: E402
 from tritonnn.candidates import HALO_TILES, HELD_TILES, HELD_WARPS  # noqa: E402
 from tritonnn.compile_ahead import compile_ahead  # noqa: E402
 from tritonnn.kernels.block_sizes import (  # noqa: E402
@@ -36,6 +35,8 @@ from tritonnn.kernels.conv2d import run_gemm  # noqa: E402
 from tritonnn.kernels.dependent_launch import launches_as_in_graphs  # noqa: E402
 from tritonnn.kernels.epilogue import Epilogue  # noqa: E402
 from tritonnn.kernels.product import Choice, Product  # noqa: E402
+
+from benchmarks.timing import capture, clock  # noqa: E402
 
 PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee", 4e-3),

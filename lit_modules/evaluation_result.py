@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_modules.agreement import Agreement, Quality, Verdict
-from tritonnn.latency import Latency, LayerLatency, Timing
+from tritonnn.clocks import Timing
+from tritonnn.latency import Latency, LayerLatency
 
 
 @dataclass(frozen=True)
