@@ -17,7 +17,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.cases import DTYPES, flags  # noqa: E402
-from tritonnn.latency import captured, event_clock  # noqa: E402
+from tritonnn.clocks import captured, event_clock  # noqa: E402
 from tritonnn.ops.conv2d.dispatch import candidates, run  # noqa: E402
 from tritonnn.ops.conv2d.problem import Problem  # noqa: E402
 from tritonnn.runtime import hardware  # noqa: E402

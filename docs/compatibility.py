@@ -96,8 +96,9 @@ def page(results: dict[str, Result], where: str) -> str:
     head = [
         "# Compatibility",
         "",
-        "What PyTorch's layers do and whether the Triton layers do the same: yes; by falling back to its own op, which",
-        "the swap's report counts; or no. `python docs/compatibility.py` writes this page from the tests' results.",
+        'What PyTorch\'s layers can do, and whether the Triton layers do the same. "yes" means with a Triton kernel,',
+        '"falls back" means with PyTorch\'s own operation, which the swap\'s report counts, and "no" says what happens',
+        "instead. `python docs/compatibility.py` writes this page from the results of the tests that it names.",
         "",
         f"Run on: {where}.",
     ]

@@ -312,7 +312,7 @@ SECTIONS: dict[str, list[Row]] = {
             f"{NETWORKS}::test_torchvision_network",
             note="[coverage](coverage.md)",
         ),
-        row("three of them in small", YES, f"{NETWORKS}::test_torchvision_network_in_small"),
+        row("three of them on 32x32 images", YES, f"{NETWORKS}::test_torchvision_network_in_small"),
         row(
             "fallbacks are counted; `strict=True` makes them errors",
             YES,

@@ -76,16 +76,16 @@ def page() -> str:
     lines = [
         "# Coverage of torchvision's classification networks",
         "",
-        "One member of every family; `python docs/network_coverage.py` writes this page. A swap turns "
-        f"{swapped_in_all:,} of the {modules_in_all:,} layers",
-        "below into Triton layers, none of which falls back to PyTorch's op in eval mode in float32. Functions that a",
-        "network calls itself are no modules: they stay PyTorch's.",
+        "One network of every family in torchvision; `python docs/network_coverage.py` writes this page. A swap turns "
+        f"{swapped_in_all:,} of the {modules_in_all:,}",
+        "layers below into Triton layers. None of them falls back to PyTorch's operation in eval mode in float32. What",
+        "a network calls as a function, and not as a module, stays PyTorch's.",
         "",
         "| network | layers swapped | by kind | layers that stay | functions that stay |",
         "|---|---|---|---|---|",
         *rows,
         "",
-        "## What we do not have",
+        "## Layers that stay PyTorch's",
         "",
         "| layer | why it stays | networks |",
         "|---|---|---|",

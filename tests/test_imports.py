@@ -20,9 +20,10 @@ MAY_IMPORT = {
     "ops": BELOW_LAYERS,
     "layers": BELOW_LAYERS | {"layers"},
     "swap": BELOW_LAYERS | {"layers", "swap"},
-    "latency": BELOW_LAYERS | {"layers", "swap", "latency"},
+    "clocks": {"clocks"},
+    "latency": BELOW_LAYERS | {"clocks", "layers", "swap", "latency"},
     "fusion": BELOW_LAYERS | {"layers", "swap", "fusion"},
-    "tuning": BELOW_LAYERS | {"layers", "swap", "latency", "fusion", "tuning"},
+    "tuning": BELOW_LAYERS | {"clocks", "layers", "swap", "latency", "fusion", "tuning"},
 }
 """By the folder of `tritonnn`, or the file in it."""
 OF_FUSION = ("fusion", "fusion_pass", "fusion_report", "pure_graph", "functionalize", "cuda_graphs")

@@ -27,7 +27,7 @@ from benchmarks.results import (
 from benchmarks.timing import DeviceLost
 from lit_modules.command_line import UserError
 from lit_modules.report import rich_table, table_markdown
-from tritonnn.latency import Timing
+from tritonnn.clocks import Timing
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]

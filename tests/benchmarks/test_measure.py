@@ -21,8 +21,9 @@ from benchmarks.results import (
     WRONG,
     Measured,
 )
-from benchmarks.timing import MIN_ROUNDS, alternate, ceilings, clock, repeats_for, summarize
-from tritonnn.latency import Timing, record_calls
+from benchmarks.timing import MIN_ROUNDS, alternate, ceilings, clock
+from tritonnn.clocks import Timing, repeats_for, summarize
+from tritonnn.latency import record_calls
 
 CPU = torch.device("cpu")
 TINY = Case("cifar", "fp32", 2)

@@ -51,5 +51,5 @@ def candidates(product: Product, gpu: Gpu) -> list[Choice]:
     for form in FORMS:
         if form.fits(product):
             most = form.most_candidates if len(choices) == 1 else form.most_beside_others
-            choices += list(form.candidates(problem, default, gpu))[:most]
+            choices += [c for c in form.candidates(problem, default, gpu) if form.takes(product, c)][:most]
     return list(dict.fromkeys(choices))
