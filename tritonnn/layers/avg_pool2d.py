@@ -50,8 +50,8 @@ class TritonAdaptiveAvgPool2d(TritonLayer, nn.AdaptiveAvgPool2d):
     @by_plan(lambda self: (self.output_size,))
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         reason = reason_to_fall_back_image(input)
-        if reason is None and 0 in input.shape[-2:]:
-            reason = "empty image"
+        if reason is None and input.numel() == 0:  # nothing to compute but PyTorch's strides and errors
+            return super().forward(input)
         output_size = pair(self.output_size)
         if reason is None and (output_size is None or any(size is not None and size < 0 for size in output_size)):
             reason = f"output size {self.output_size}"
