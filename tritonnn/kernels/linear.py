@@ -27,8 +27,10 @@ def _launch(x, weight, bias) -> torch.Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    """Saves what `_backward` reads: x may be overwritten where the weight is frozen, and the other way round."""
     x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
 
 def _backward(ctx, grad_y):

@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from ..kernels.relu import relu, relu_
+from ..kernels.launch_plan import unwatched
+from ..kernels.operator import PLAIN
+from ..kernels.relu import RecordedInPlace, relu, relu_
 from .layer import FLOATING_POINT, TritonLayer, by_plan, reason_to_fall_back, recorded
 
 SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -12,8 +14,9 @@ SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32,
 class TritonReLU(TritonLayer, nn.ReLU):
     """`torch.nn.ReLU` with a Triton kernel: the same arguments, results and errors; NaN stays NaN.
 
-    Any shape; floating-point and integer types. With `inplace`, where autograd records the input, or its memory has
-    gaps or repeats, the result is computed beside it and copied back.
+    Any shape; floating-point and integer types. With `inplace` the result is computed beside the input and copied back
+    where the memory of the input has gaps or repeats and where a recorded input is a view or somebody watches the
+    operators, such as a compiler.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU.html
     """
 
@@ -38,8 +41,11 @@ class TritonReLU(TritonLayer, nn.ReLU):
         reason = reason_to_fall_back(input, dtypes=SUPPORTED)
         if reason is not None:
             return self._fall_back(reason, super().forward, input)
-        if recorded(input) or not _is_dense(input):
+        if not _is_dense(input):
             return input.copy_(relu(input))
+        if recorded(input):
+            in_place = unwatched() and type(input) in PLAIN and not (input.is_leaf or input._is_view())
+            return RecordedInPlace.apply(input) if in_place else input.copy_(relu(input))
         relu_(input)
         return None
 
