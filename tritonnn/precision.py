@@ -60,8 +60,11 @@ def matmul_input_precision(x: torch.Tensor, reduction: int) -> str:
 
 
 def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers."""
-    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+    """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers.
+
+    Where x is no tensor, they are left as they are, for its `__torch_function__`.
+    """
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()) or not isinstance(x, torch.Tensor):
         return x, *others
     return tuple(t if t is None else t.to(autocast_type(t)) for t in (x, *others))
 

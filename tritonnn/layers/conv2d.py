@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ..kernels.conv2d import conv2d
 from ..precision import autocast, convolutions_in_tf32
-from .layer import TritonLayer, batched, by_plan, pair, parameters, reason_to_fall_back_image, windows_fit
+from .layer import TritonLayer, batched, by_plan, is_empty, pair, parameters, reason_to_fall_back_image, windows_fit
 
 
 class TritonConv2d(TritonLayer, nn.Conv2d):
@@ -35,7 +35,7 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
         convolutions_in_tf32,
     )
     def _convolve(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if input.numel() == 0 or weight.numel() == 0:  # nothing to compute but PyTorch's strides and errors
+        if is_empty(input) or is_empty(weight):  # nothing to compute but PyTorch's strides and errors
             return super()._conv_forward(input, weight, bias)
         stride, dilation = pair(self.stride), pair(self.dilation)
         reason = self._reason_to_fall_back(input, weight, bias)
