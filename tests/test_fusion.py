@@ -239,23 +239,73 @@ def test_batch_norm(norm, folds):
 
 def test_weights_are_folded_in_float64():
     model = trained(Net(lambda n, x: n.norm(n.a(x))), torch.float32)
+    fused = tritonnn.fuse(model)
+    fused.network.a.bias.zero_()
     scale = model.norm.weight.double() / (model.norm.running_var.double() + model.norm.eps).sqrt()
-    expected = (model.a.weight.double() * scale[:, None, None, None]).float()
-    torch.testing.assert_close(tritonnn.fuse(model).network.a.weight, expected, rtol=1e-7, atol=0)
+    weight = (model.a.weight.double() * scale[:, None, None, None]).float()
+    x = torch.zeros(4, 4, 3, 3, device=DEVICE)
+    x[range(4), range(4), 1, 1] = 1  # y is the weight
+    torch.testing.assert_close(fused(x), F.conv2d(x, weight, padding=1), rtol=1e-7, atol=0)
+
+
+def errors_of_a_block(model: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Of the exact result in this type, of PyTorch's and of the fused one, with autocast where the model has another.
+
+    2-norms, relative to that of the exact result.
+    """
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        fused = tritonnn.fuse(model)
+        with torch.autocast(DEVICE.type, dtype, enabled=x.dtype != dtype):
+            results = exact.to(dtype), model(x), fused(x)
+    assert all(y.dtype == dtype for y in results)
+    return tuple(float((y.double() - exact).norm() / exact.norm()) for y in results)
 
 
 def test_16_bit_weights_are_not_rounded_again():
     """The batch norm scales the sums: folded into the weights it would cost as much precision as bfloat16 itself."""
     model = trained(nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32))).to(DEVICE, torch.bfloat16)
-    x = image(2, 16, 12, 12, dtype=torch.bfloat16)
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(x.double())
-        rounded = exact.to(torch.bfloat16), model(x), tritonnn.fuse(model)(x)
-        rounding, pytorch, fused = (float((y.double() - exact).norm() / exact.norm()) for y in rounded)
+    rounding, pytorch, fused = errors_of_a_block(model, image(2, 16, 12, 12, dtype=torch.bfloat16), torch.bfloat16)
     assert fused < 1.02 * rounding  # that of the result alone
     assert fused < pytorch
-    (layer,) = (m for m in tritonnn.fuse(model.float()).modules() if isinstance(m, FusedConv2d))
-    assert layer.scale is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("running_var, size", [(1e-12, 1e-3), (1e-4, 1), (1e4, 1), (1e8, 1), (1e10, 10)], ids=str)
+@pytest.mark.parametrize("groups", [1, 4, 16], ids="{} groups".format)
+def test_batch_norm_of_any_scale_under_autocast(groups, running_var, size, dtype):
+    """Folded into weights of 16 bits it would leave float16's range; `size` keeps the result within it."""
+    norm = nn.BatchNorm2d(32, eps=1e-12)
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, bias=False, groups=groups), norm).to(DEVICE).eval()
+    norm.running_var.fill_(running_var)
+    _, pytorch, fused = errors_of_a_block(model, size * image(2, 16, 12, 12), dtype)
+    assert fused <= 1.02 * pytorch
+
+
+def test_float16_afterwards_of_a_batch_norm_of_a_small_scale():
+    model = trained(nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32, affine=False)), torch.float32)
+    model[1].running_var.mul_(1e4)
+    model[0].weight.data.mul_(1e-2)
+    x = 1e3 * image(2, 16, 12, 12)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        fused = tritonnn.fuse(model).half()(x.half())
+        pytorch = model.half()(x.half())
+    errors = [float((y.double() - exact).norm()) for y in (pytorch, fused)]
+    assert errors[1] <= 1.02 * errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_changed_scale_counts(dtype):
+    fused = tritonnn.fuse(trained(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), dtype))
+    layer, x = fused.network.get_submodule("0"), image(1, 4, 5, 5, dtype=dtype)
+    before = fused(x)
+    layer.scale.mul_(2)
+    layer.bias.mul_(2)
+    torch.testing.assert_close(fused(x), 2 * before)
+    layer.scale = layer.scale / 2
+    layer.bias = layer.bias / 2
+    torch.testing.assert_close(fused(x), before)
 
 
 def test_training_mode_is_an_error():

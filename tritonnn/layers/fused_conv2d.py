@@ -23,13 +23,13 @@ from .layer import TritonLayer, by_plan, pair, reason_to_fall_back, reason_to_fa
 
 
 class _Fused(TritonLayer, nn.Module):
-    """Holds the weight, in the model's type, and scale and bias, which stay in the type of the sums.
+    """Holds the weight, in the model's type, the bias in the type of the sums, and the scale (see `_scale_type`).
 
-    The scale is folded into a float32 or float64 weight, and then None: rounding a product of it to 16 bits would cost
-    precision that the kernel keeps by scaling the sums.
+    The scale is folded into weights that are packed as float32 or float64. Rounding a product of it to 16 bits would
+    cost precision, and may leave the range of float16: there the kernel scales the sums.
 
-    Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` has changed;
-    the `_recent` ones by what a call knows that has checked nothing: the type of its input and PyTorch's switch.
+    Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` or `scale` has
+    changed; the `_recent` ones by what a call knows that has checked nothing: its input's type and PyTorch's switch.
     `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y" or "into residual".
     """
 
@@ -46,10 +46,8 @@ class _Fused(TritonLayer, nn.Module):
         relu: bool,
     ) -> None:
         super().__init__()
-        if scale is not None and weight.element_size() > 2:
-            weight, scale = _scaled(weight, scale), None
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", None if scale is None else scale.to(_sum_type(weight)))
+        self.register_buffer("scale", None if scale is None else scale.to(_scale_type(weight)))
         self.register_buffer("bias", None if bias is None else bias.to(_sum_type(weight)))
         self.sums, self.relu = sums, relu
         self._packed: dict[tuple, _Packed] = {}
@@ -64,22 +62,25 @@ class _Fused(TritonLayer, nn.Module):
         return self.__dict__ | {"_packed": {}, "_recent": {}}
 
     def _apply(self, fn, recurse: bool = True) -> "_Fused":
-        before = {"scale": self.scale, "bias": self.bias}
+        before = {"scale": (self.scale, _scale_type), "bias": (self.bias, _sum_type)}
         super()._apply(fn, recurse)
-        for name, t in before.items():
-            if t is not None and getattr(self, name).dtype != _sum_type(self.weight):
-                setattr(self, name, t.to(self.weight.device, _sum_type(self.weight)))
+        for name, (t, type_for) in before.items():
+            if t is not None and getattr(self, name).dtype != type_for(self.weight):
+                setattr(self, name, t.to(self.weight.device, type_for(self.weight)))
         self._packed, self._recent = {}, {}
         return self
 
     def _packed_weight(self, dtype: torch.dtype, input_precision: str) -> "_Packed":
-        weight = self.weight
+        weight, scale = self.weight, self.scale
         key = (dtype, input_precision, weight.device)
         kept = self._packed.get(key)
-        if kept is None or not kept.is_of(weight):
+        if kept is None or not kept.is_of(weight, scale):
             filters = weight if weight.dim() == 4 else weight[:, :, None, None]
+            sources = _Source.of(weight), None if scale is None else _Source.of(scale)
+            if scale is not None and dtype.itemsize > 2:
+                filters, scale = _scaled(filters, scale), None
             packed = pack_weight(filters.to(dtype), input_precision)
-            kept = self._packed[key] = _Packed(weight.detach(), _version(weight), packed)
+            kept = self._packed[key] = _Packed(packed, None if scale is None else scale.float(), *sources)
         return kept
 
     def _reason_to_fall_back_types(self, x: torch.Tensor) -> str | None:
@@ -121,15 +122,32 @@ class _Fused(TritonLayer, nn.Module):
         return None
 
 
-class _Packed(NamedTuple):
-    """A packed weight, and the weight that it was made of: its memory is not given to another, at the same address."""
+class _Source(NamedTuple):
+    """A tensor that something was made of: its memory is not given to another, at the same address."""
 
-    source: torch.Tensor
+    tensor: torch.Tensor
     version: int
-    packed: torch.Tensor
 
-    def is_of(self, weight: torch.Tensor) -> bool:
-        return self.source.data_ptr() == weight.data_ptr() and self.version == _version(weight)
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_Source":
+        return cls(tensor.detach(), _version(tensor))
+
+    def is_still(self, tensor: torch.Tensor) -> bool:
+        return self.tensor.data_ptr() == tensor.data_ptr() and self.version == _version(tensor)
+
+
+class _Packed(NamedTuple):
+    """A packed weight, the scale [K] that is not in it, and what they were made of."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor | None
+    weight_source: _Source
+    scale_source: _Source | None
+
+    def is_of(self, weight: torch.Tensor, scale: torch.Tensor | None) -> bool:
+        if not self.weight_source.is_still(weight) or (self.scale_source is None) != (scale is None):
+            return False
+        return scale is None or self.scale_source.is_still(scale)
 
 
 def _version(weight: torch.Tensor) -> int:
@@ -139,9 +157,9 @@ def _version(weight: torch.Tensor) -> int:
 class FusedConv2d(_Fused):
     """y = relu(scale * conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
 
-    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K], float32 or, for a float64
-    weight, float64; residual and y [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type
-    is added by PyTorch, and so are inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
+    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K]; residual and y
+    [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type is added by PyTorch, and so are
+    inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
 
     Where convolutions use TF32, `round_output` rounds y to it, and `rounded_input` says that x has been.
     """
@@ -165,15 +183,14 @@ class FusedConv2d(_Fused):
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         (input,) = autocast(input)
         kept = self._recent.get((input.dtype, convolutions_in_tf32())) if unwatched() else None
-        if kept is None or not kept.is_of(self._buffers["weight"]):
+        if kept is None or not kept.is_of(self._buffers["weight"], self._buffers["scale"]):
             return self._compute(input, residual)
-        return self._compute_again(input, residual, kept.packed)
+        return self._compute_again(input, residual, kept.packed, kept.scale)
 
     @by_plan(
         lambda self: (
             self._buffers["weight"].shape,
             self._buffers["weight"].dtype,
-            self._buffers["scale"],
             self._buffers["bias"],
             self.stride,
             self.padding,
@@ -186,8 +203,10 @@ class FusedConv2d(_Fused):
         ),
         convolution_state,
     )
-    def _compute_again(self, x: torch.Tensor, residual: torch.Tensor | None, packed: torch.Tensor) -> torch.Tensor:
-        """With the weight packed before, which `_compute` finds for itself."""
+    def _compute_again(
+        self, x: torch.Tensor, residual: torch.Tensor | None, packed: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """With the weight packed before, and its scale, which `_compute` finds for itself."""
         return self._compute(x, residual)
 
     def _compute(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -204,7 +223,7 @@ class FusedConv2d(_Fused):
         y = conv2d_fused(
             _images(x),
             kept.packed,
-            self.scale,
+            kept.scale,
             self.bias,
             None if added is None else _images(added),
             self.relu and apart is None,
@@ -261,14 +280,15 @@ class FusedSum(TritonLayer, nn.Module):
         if not self._in_one_kernel(main, a, shortcut, b):
             return self.last(x, self.other(z))
         precisions = [convolution_input_precision(t, layer.weight[0].numel()) for layer, t in operands]
+        kept, shortcut_kept = (layer._packed_weight(t.dtype, p) for (layer, t), p in zip(operands, precisions))
         return conv2d_with_shortcut(
             a,
-            main._packed_weight(a.dtype, precisions[0]).packed,
-            main.scale,
+            kept.packed,
+            kept.scale,
             main.bias,
             b,
-            shortcut._packed_weight(b.dtype, precisions[1]).packed,
-            shortcut.scale,
+            shortcut_kept.packed,
+            shortcut_kept.scale,
             shortcut.bias,
             self.last.relu,
             tuple(main.weight.shape[2:]),
@@ -319,10 +339,11 @@ class FusedLinear(_Fused):
         K, rows = self.weight.shape[0], torch.Size(leading).numel()
         apart = self._reason_to_add_apart(x, (*leading, K), residual)
         input_precision = matmul_input_precision(x, C)
+        kept = self._packed_weight(x.dtype, input_precision)
         y = conv2d_fused(
             x.reshape(rows, C, 1, 1),
-            self._packed_weight(x.dtype, input_precision).packed,
-            self.scale,
+            kept.packed,
+            kept.scale,
             self.bias,
             None if self.sums is None or apart else residual.reshape(rows, K, 1, 1),
             self.relu and apart is None,
@@ -378,6 +399,11 @@ def _images(x: torch.Tensor) -> torch.Tensor:
 
 def _sum_type(weight: torch.Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _scale_type(weight: torch.Tensor) -> torch.dtype:
+    """That of the sums where the kernel scales them, else what folds without a rounding of its own."""
+    return torch.float32 if weight.element_size() <= 2 else torch.float64
 
 
 def _scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
