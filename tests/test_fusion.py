@@ -616,11 +616,35 @@ def test_average_pool_apart_from_the_linear_layer(code):
 
 def test_what_only_convolutions_read_is_rounded_once_in_tf32():
     """Not what is read elsewhere too, or only added: the last result, and the summands of the shortcuts."""
-    network = tritonnn.fuse(trained(ResNet18(width=2))).network
+    network = tritonnn.fuse(trained(ResNet18(width=64))).network
     convolutions = {name: m for name, m in network.named_modules() if isinstance(m, FusedConv2d)}
     exact = {name for name, m in convolutions.items() if not m.round_output}
     assert exact == {"stages.3.1.conv2", *(f"stages.{i}.0.shortcut.conv.other" for i in (1, 2, 3))}
     assert [name for name, m in convolutions.items() if not m.rounded_input] == ["stem.conv"]
+
+
+def test_what_a_convolution_without_tf32_reads_is_not_rounded(monkeypatch):
+    """Of the readers of a, b, whose sums are short, uses TF32 for many images only; c always does."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    monkeypatch.setattr("tritonnn.precision._on_tensor_cores", lambda x: True)
+    layers = {"a": nn.Conv2d(64, 64, 3, padding=1), "b": nn.Conv2d(64, 64, 1), "c": nn.Conv2d(64, 64, 3, padding=1)}
+    layers["pool"] = nn.MaxPool2d(2)
+
+    def rounded(code, N: int) -> dict[str, bool]:
+        """Whether a rounds its result, and whether the others take theirs for rounded."""
+        network, x = tritonnn.fuse(Net(code, **layers).eval()).network, torch.empty(N, 64, 32, 32, device="meta")
+        convolutions = {name: layer for name, layer in network.named_modules() if isinstance(layer, FusedConv2d)}
+        return {name: m.rounds_output_for(x) if name == "a" else m.has_rounded(x) for name, m in convolutions.items()}
+
+    def both(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x)
+        return net.b(y) * net.c(y)
+
+    assert rounded(both, N=1) == {"a": False, "b": False, "c": False}
+    assert rounded(both, N=1024) == {"a": True, "b": True, "c": True}
+    for N in (1, 1024):  # behind a pool b sees another size than a
+        assert rounded(lambda net, x: net.b(net.pool(net.a(x))), N) == {"a": False, "b": False}
+        assert rounded(lambda net, x: net.c(net.pool(net.a(x))), N) == {"a": True, "c": True}
 
 
 def test_a_convolution_whose_result_leaves_the_network_is_not_rounded():

@@ -77,7 +77,7 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
 
 def launch_unpacked(x, weight, y, channels_last_y, window, groups, precision_of, epilogue) -> None:
     """Runs the product of x and a weight [K, C / groups, R, S], which is packed first where its form needs that."""
-    input_precision = precision_of(x, weight[0].numel())
+    input_precision = precision_of(x, weight)
     packed = weight.permute(0, 2, 3, 1)
     round_x = input_precision == "tf32"
     product = Product(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)

@@ -1,5 +1,6 @@
 """A convolution or linear layer and what follows it, batch norm, residual sum, ReLU, in one kernel: for inference."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from ..precision import (
     autocast,
     autocast_type,
     convolution_allows_tf32,
+    convolution_in_tf32,
     convolution_input_precision,
     convolution_state,
     convolutions_in_tf32,
@@ -154,6 +156,20 @@ def _version(weight: torch.Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
+class Filters(NamedTuple):
+    """What decides, with the number of pixels, whether a convolution of a channels_last image uses TF32."""
+
+    weight_shape: torch.Size
+    groups: int
+
+    def in_tf32(self, pixels: int) -> bool:
+        return convolution_in_tf32(pixels, *self, channels_last=True)
+
+
+def _all_in_tf32(readers: tuple[Filters, ...], pixels: int) -> bool:
+    return all(filters.in_tf32(pixels) for filters in readers)
+
+
 class FusedConv2d(_Fused):
     """y = relu(scale * conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
 
@@ -161,7 +177,8 @@ class FusedConv2d(_Fused):
     [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type is added by PyTorch, and so are
     inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
 
-    Where convolutions use TF32, `round_output` rounds y to it, and `rounded_input` says that x has been.
+    Where convolutions use TF32, `round_output` rounds y to it, if all `readers` of y will use it for its size;
+    `rounded_input` says that x has been rounded so, if all of `fellow_readers`, which read x too, use TF32.
     """
 
     def __init__(
@@ -179,6 +196,8 @@ class FusedConv2d(_Fused):
         super().__init__(weight, scale, bias, sums, relu)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.rounded_input = self.round_output = False
+        self.readers: tuple[Filters, ...] = ()
+        self.fellow_readers: tuple[Filters, ...] = ()
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         (input,) = autocast(input)
@@ -200,6 +219,8 @@ class FusedConv2d(_Fused):
             self.relu,
             self.rounded_input,
             self.round_output,
+            self.readers,
+            self.fellow_readers,
         ),
         convolution_state,
     )
@@ -213,9 +234,9 @@ class FusedConv2d(_Fused):
         reason = self._reason_to_fall_back(x)
         if reason is not None:
             return self._fall_back(reason, self._with_pytorch, x, residual)
-        _, channels, R, S = self.weight.shape
+        R, S = self.weight.shape[2:]
         apart = self._reason_to_add_apart(x, (*x.shape[:-3], *self.output_shape(x)), residual)
-        input_precision = convolution_input_precision(x, channels * R * S)
+        input_precision = convolution_input_precision(x, self.weight)
         kept = self._packed_weight(x.dtype, input_precision)
         if unwatched():
             self._recent[x.dtype, convolutions_in_tf32()] = kept
@@ -233,10 +254,25 @@ class FusedConv2d(_Fused):
             self.dilation,
             self.groups,
             input_precision,
-            self.rounded_input,
-            self.round_output and apart is None and convolution_allows_tf32(x),
+            self.has_rounded(x),
+            apart is None and self.rounds_output_for(x),
         )
         return self._added_apart(y if x.dim() == 4 else y.squeeze(0), residual, apart)
+
+    @property
+    def filters(self) -> "Filters":
+        return Filters(self.weight.shape, self.groups)
+
+    def has_rounded(self, x: torch.Tensor) -> bool:
+        """Whether x [(N,) C, H, W] has been rounded to TF32, if this convolution of it is one in TF32."""
+        return self.rounded_input and _all_in_tf32(self.fellow_readers, x.numel() // x.shape[-3])
+
+    def rounds_output_for(self, x: torch.Tensor) -> bool:
+        """Whether y is to be rounded to TF32 for its readers."""
+        if not self.round_output or not convolution_allows_tf32(x):
+            return False
+        images = x.shape[0] if x.dim() == 4 else 1
+        return _all_in_tf32(self.readers, images * math.prod(self.output_shape(x)[1:]))
 
     @property
     def is_shortcut(self) -> bool:
@@ -279,7 +315,7 @@ class FusedSum(TritonLayer, nn.Module):
         (main, a), (shortcut, b) = operands
         if not self._in_one_kernel(main, a, shortcut, b):
             return self.last(x, self.other(z))
-        precisions = [convolution_input_precision(t, layer.weight[0].numel()) for layer, t in operands]
+        precisions = [convolution_input_precision(t, layer.weight) for layer, t in operands]
         kept, shortcut_kept = (layer._packed_weight(t.dtype, p) for (layer, t), p in zip(operands, precisions))
         return conv2d_with_shortcut(
             a,
@@ -297,10 +333,10 @@ class FusedSum(TritonLayer, nn.Module):
             main.dilation,
             shortcut.stride,
             precisions[0],
-            main.rounded_input,
+            main.has_rounded(a),
             precisions[1],
-            shortcut.rounded_input,
-            self.last.round_output and convolution_allows_tf32(a),
+            shortcut.has_rounded(b),
+            self.last.rounds_output_for(a if self.last is main else b),
         )
 
     @staticmethod
@@ -338,7 +374,7 @@ class FusedLinear(_Fused):
         *leading, C = x.shape
         K, rows = self.weight.shape[0], torch.Size(leading).numel()
         apart = self._reason_to_add_apart(x, (*leading, K), residual)
-        input_precision = matmul_input_precision(x, C)
+        input_precision = matmul_input_precision(x, self.weight)
         kept = self._packed_weight(x.dtype, input_precision)
         y = conv2d_fused(
             x.reshape(rows, C, 1, 1),
