@@ -44,10 +44,15 @@ class TritonReLU(TritonLayer, nn.ReLU):
         if torch.compiler.is_compiling() or not _is_dense(input):  # a compiler makes do without the copy
             return input.copy_(relu(input))
         if recorded(input):
-            in_place = unwatched() and type(input) in PLAIN and not (input.is_leaf or input._is_view())
-            return RecordedInPlace.apply(input) if in_place else input.copy_(relu(input))
+            return RecordedInPlace.apply(input) if unwatched() and _is_result(input) else input.copy_(relu(input))
         relu_(input)
         return None
+
+
+def _is_result(x: torch.Tensor) -> bool:
+    """Whether x is a plain tensor that an operation made, neither a leaf nor, as far as one can know, a view."""
+    is_view = getattr(x, "_is_view", None)
+    return type(x) in PLAIN and not x.is_leaf and is_view is not None and not is_view()
 
 
 def _is_dense(x: torch.Tensor) -> bool:
