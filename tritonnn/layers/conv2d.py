@@ -13,7 +13,7 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
     """`torch.nn.Conv2d` with a Triton kernel: the same arguments, state_dict, results and errors.
 
     Shapes: [N, C, H, W] or [C, H, W] to [N, K, P, Q] or [K, P, Q]; float16, bfloat16, float32 (TF32 where
-    `torch.backends.cudnn` allows it) or float64. Falls back to PyTorch for other types.
+    `torch.backends.cudnn` allows it and it saves time) or float64. Falls back to PyTorch for other types.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
     """
 
