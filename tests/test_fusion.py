@@ -627,7 +627,7 @@ def test_what_a_convolution_without_tf32_reads_is_not_rounded(monkeypatch):
     """Of the readers of a, b, whose sums are short, uses TF32 for many images only; c always does."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     monkeypatch.setattr("tritonnn.precision._on_tensor_cores", lambda x: True)
-    layers = {"a": nn.Conv2d(64, 64, 3, padding=1), "b": nn.Conv2d(64, 64, 1), "c": nn.Conv2d(64, 64, 3, padding=1)}
+    layers = {"a": nn.Conv2d(64, 48, 3, padding=1), "b": nn.Conv2d(48, 64, 1), "c": nn.Conv2d(48, 64, 3, padding=1)}
     layers["pool"] = nn.MaxPool2d(2)
 
     def rounded(code, N: int) -> dict[str, bool]:

@@ -214,6 +214,11 @@ FLOAT32_IN_CUDNN = {
     "64 to 3, 3x3": ((64, 3, 3), {"padding": 1}, (32, 28)),
     "24 to 20, 5x5": ((24, 20, 5), {"padding": 2}, (2, 9)),
     "in 2 groups": ((8, 32, 3), {"padding": 1, "groups": 2}, (32, 28)),
+    "16 to 32, 1x1": ((16, 32, 1), {}, (128, 32)),
+    "4 to 4, 3x3": ((4, 4, 3), {"padding": 1}, (128, 32)),
+    "4 to 48, 3x3/2": ((4, 48, 3), {"padding": 1, "stride": 2}, (16, 112)),
+    "3 to 32, 7x7/2": ((3, 32, 7), {"padding": 3, "stride": 2}, (16, 112)),
+    "in 2 groups of 6 channels": ((12, 64, 3), {"padding": 1, "groups": 2}, (128, 32)),
     "in 4 groups, 1x1": ((256, 256, 1), {"groups": 4}, (32, 28)),
     "in 10 groups": ((40, 30, 3), {"padding": 1, "groups": 10}, (2, 9)),
     "in 10 groups of 64 filters": ((40, 640, 3), {"padding": 1, "groups": 10}, (32, 28)),
@@ -222,8 +227,10 @@ FLOAT32_IN_CUDNN = {
 TF32_IN_CUDNN = {
     "64 to 64, 3x3": ((64, 64, 3), {"padding": 1}, (1, 32)),
     "512 to 512, 3x3": ((512, 512, 3), {"padding": 1}, (1, 4)),
-    "3 to 64, 3x3": ((3, 64, 3), {"padding": 1}, (1024, 32)),
-    "64 to 256, 1x1": ((64, 256, 1), {}, (64, 56)),
+    "3 to 64, 3x3": ((3, 64, 3), {"padding": 1}, (64, 32)),
+    "3 to 32, 3x3/2": ((3, 32, 3), {"padding": 1, "stride": 2}, (32, 224)),
+    "64 to 64, 1x1": ((64, 64, 1), {}, (2, 9)),
+    "64 to 128, 1x1/2": ((64, 128, 1), {"stride": 2}, (16, 56)),
     "1024 to 256, 1x1": ((1024, 256, 1), {}, (16, 14)),
     "in 4 groups": ((256, 256, 3), {"padding": 1, "groups": 4}, (32, 28)),
 }
@@ -256,10 +263,11 @@ class OnGpu:
 def chosen(case: tuple, channels_last: bool) -> str:
     """The precision of the convolution of such a case on a GPU."""
     (C, K, R), keywords, (N, H) = case
+    P = (H + 2 * keywords.get("padding", 0) - R) // keywords.get("stride", 1) + 1
     x = torch.empty(N, C, H, H, device="meta")
     weight = torch.empty(K, C // keywords.get("groups", 1), R, R, device="meta")
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    return precision.convolution_input_precision(OnGpu(x), weight)
+    return precision.convolution_input_precision(OnGpu(x), weight, N * P * P)
 
 
 @pytest.fixture
@@ -294,10 +302,10 @@ def test_switches_for_convolution_and_matmul_are_two(flag, ampere):
     cuda = OnGpu(image(2, 64, 4, 4))
     torch.backends.cudnn.conv.fp32_precision = flag
     expected = "tf32" if flag == "tf32" else "tf32x3"
-    assert precision.convolution_input_precision(cuda, weight(64)) == expected
-    assert precision.convolution_input_precision(cuda, weight(8)) == "tf32x3"
-    assert precision.convolution_input_precision(cuda, weight(3)) == "ieee"
-    assert precision.convolution_input_precision(torch.empty(2, 64, 4, 4, device="meta"), weight(64)) == "ieee"
+    assert precision.convolution_input_precision(cuda, weight(64), 32) == expected
+    assert precision.convolution_input_precision(cuda, weight(8), 32) == "tf32x3"
+    assert precision.convolution_input_precision(cuda, weight(3), 32) == "ieee"
+    assert precision.convolution_input_precision(torch.empty(2, 64, 4, 4, device="meta"), weight(64), 32) == "ieee"
     assert precision.convolution_allows_tf32(cuda) == (flag == "tf32")
     long, short = (torch.empty(64, C, device="meta") for C in (576, 64))
     assert precision.matmul_input_precision(cuda, long) == "tf32x3"

@@ -316,7 +316,7 @@ def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
 def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Marks convolutions that only convolutions read: in TF32 they round their result, so that readers need not.
 
-    A result that is only added, as a residual, needs no rounding. Where a reader uses TF32 for large images only, the
+    A result that is only added, as a residual, needs no rounding. Where a reader uses TF32 for large outputs only, the
     convolution knows it, and its readers each other: it is read directly, so that all see the size of its result.
     """
 
@@ -336,7 +336,7 @@ def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     def readers(node: fx.Node) -> tuple[Filters, ...]:
         """Of those that read a node directly, the ones that do not always use TF32."""
         convolutions = [conv for user in node.users for conv, x in fused(user) if x is node]
-        return tuple(conv.filters for conv in convolutions if not conv.filters.in_tf32(pixels=0))
+        return tuple(conv.filters for conv in convolutions if not conv.filters.always_in_tf32)
 
     only_convolved: set[fx.Node] = set()
     for node in reversed(graph.nodes):

@@ -12,9 +12,8 @@ from .kernels.memory_format import is_channels_last
 
 CONVOLUTION, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 TINY_REDUCTION, SHORT_REDUCTION = 32, 256
-FEW_CHANNELS, FEW_FILTERS = 40, 15
-"""The most channels and filters of a group for which cuDNN computes small convolutions in float32."""
-FEW_PRODUCTS = 1 << 30
+FEW_CHANNELS, FEW_FILTERS, FEW_PIXELS = 40, 15, 1 << 16
+"""Of a group, and of the output: what cuDNN computes in float32 has no more of one of them, or short sums."""
 
 
 def _on_tensor_cores(x: torch.Tensor) -> bool:
@@ -51,27 +50,32 @@ def matmuls_in_tf32() -> bool:
 
 
 def convolution_in_tf32(pixels: int, weight_shape: Sequence[int], groups: int, channels_last: bool) -> bool:
-    """Whether a convolution of images of so many pixels together uses TF32 where that is allowed.
+    """Whether a convolution with so many pixels in its output, of all images, uses TF32 where that is allowed.
 
     Its result is to be no less precise than cuDNN's, which computes many convolutions in float32 although TF32 is
-    allowed. Which ones depends on all sizes, in no simple way; of 5,000 tried on an H100 all those are small, or short
-    sums that wait for memory rather than for the tensor cores, so that strict float32 costs little there.
+    allowed. Which ones depends on all sizes, in no simple way; of 6,600 tried on an H100 all those are small, or wait
+    for memory rather than for the tensor cores, so that strict float32 costs little there.
     """
     K, C, R, S = weight_shape
-    reduction = C * R * S
-    if C == 1 or reduction <= 8 or (groups > 1 and R * S == 1):
+    filters, reduction = K // groups, C * R * S
+    if (
+        C == 1
+        or filters < 8
+        or (R * S == 1 and (C <= 16 or groups > 1))
+        or (groups > 1 and reduction <= SHORT_REDUCTION)
+    ):
         return False
-    if reduction > SHORT_REDUCTION and C > FEW_CHANNELS and K // groups > FEW_FILTERS:
+    if reduction > SHORT_REDUCTION and C > FEW_CHANNELS and filters > FEW_FILTERS:
         return True
-    return pixels * K * reduction >= FEW_PRODUCTS and (channels_last or reduction > SHORT_REDUCTION)
+    if channels_last and C >= 64 and C % 4 == 0 and filters >= 64:
+        return True
+    return pixels >= FEW_PIXELS and (channels_last or reduction > SHORT_REDUCTION)
 
 
-def convolution_input_precision(x: torch.Tensor, weight: torch.Tensor) -> str:
-    """For a convolution of x [(N,) C, H, W] with a weight [K, C / groups, R, S]."""
-    channels = x.shape[-3]
-    in_tf32 = convolutions_in_tf32() and convolution_in_tf32(
-        x.numel() // max(channels, 1), weight.shape, channels // weight.shape[1], is_channels_last(x)
-    )
+def convolution_input_precision(x: torch.Tensor, weight: torch.Tensor, pixels: int) -> str:
+    """For a convolution of x [(N,) C, H, W] with a weight [K, C / groups, R, S] and `pixels` N * P * Q."""
+    groups = x.shape[-3] // weight.shape[1]
+    in_tf32 = convolutions_in_tf32() and convolution_in_tf32(pixels, weight.shape, groups, is_channels_last(x))
     return _input_precision(x, weight[0].numel(), in_tf32)
 
 

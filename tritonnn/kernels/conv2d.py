@@ -71,13 +71,13 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     if weight.shape[1] == 1 and groups > 1:
         depthwise_conv2d(x, weight.contiguous(), y, channels_last_y, *window, epilogue)
         return y
-    launch_unpacked(x, weight, y, channels_last_y, window, groups, convolution_input_precision, epilogue)
+    input_precision = convolution_input_precision(x, weight, y.numel() // y.shape[1])
+    launch_unpacked(x, weight, y, channels_last_y, window, groups, input_precision, epilogue)
     return y
 
 
-def launch_unpacked(x, weight, y, channels_last_y, window, groups, precision_of, epilogue) -> None:
+def launch_unpacked(x, weight, y, channels_last_y, window, groups, input_precision, epilogue) -> None:
     """Runs the product of x and a weight [K, C / groups, R, S], which is packed first where its form needs that."""
-    input_precision = precision_of(x, weight)
     packed = weight.permute(0, 2, 3, 1)
     round_x = input_precision == "tf32"
     product = Product(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)

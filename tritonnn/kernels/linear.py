@@ -22,7 +22,8 @@ def _launch(x, weight, bias) -> torch.Tensor:
         return y
     epilogue = Epilogue(bias=None if bias is None else bias.contiguous())
     x, weight, rows = (t[:, :, None, None] for t in (x, weight, y))
-    launch_unpacked(x, weight, rows, True, ((1, 1), (0, 0), (1, 1)), 1, matmul_input_precision, epilogue)
+    input_precision = matmul_input_precision(x, weight)
+    launch_unpacked(x, weight, rows, True, ((1, 1), (0, 0), (1, 1)), 1, input_precision, epilogue)
     return y
 
 

@@ -1,6 +1,7 @@
 """A convolution or linear layer and what follows it, batch norm, residual sum, ReLU, in one kernel: for inference."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -157,17 +158,31 @@ def _version(weight: torch.Tensor) -> int:
 
 
 class Filters(NamedTuple):
-    """What decides, with the number of pixels, whether a convolution of a channels_last image uses TF32."""
+    """What the size of a convolution's output depends on besides the image, and whether it uses TF32."""
 
     weight_shape: torch.Size
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
     groups: int
 
-    def in_tf32(self, pixels: int) -> bool:
-        return convolution_in_tf32(pixels, *self, channels_last=True)
+    def output_shape(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
+        """[K, P, Q] for an image [(N,) C, H, W]."""
+        windows = zip(image_shape[-2:], self.weight_shape[2:], self.stride, self.padding, self.dilation)
+        return self.weight_shape[0], *(output_size(*window) for window in windows)
 
+    def pixels(self, image_shape: Sequence[int]) -> int:
+        """In the outputs of all images."""
+        return math.prod(image_shape[:-3]) * math.prod(self.output_shape(image_shape)[1:])
 
-def _all_in_tf32(readers: tuple[Filters, ...], pixels: int) -> bool:
-    return all(filters.in_tf32(pixels) for filters in readers)
+    @property
+    def always_in_tf32(self) -> bool:
+        """Whether it uses TF32 for images of any size, where that is allowed."""
+        return convolution_in_tf32(0, self.weight_shape, self.groups, channels_last=True)
+
+    def in_tf32(self, image_shape: Sequence[int]) -> bool:
+        """The same for channels_last images [(N,) C, H, W]."""
+        return convolution_in_tf32(self.pixels(image_shape), self.weight_shape, self.groups, channels_last=True)
 
 
 class FusedConv2d(_Fused):
@@ -236,7 +251,7 @@ class FusedConv2d(_Fused):
             return self._fall_back(reason, self._with_pytorch, x, residual)
         R, S = self.weight.shape[2:]
         apart = self._reason_to_add_apart(x, (*x.shape[:-3], *self.output_shape(x)), residual)
-        input_precision = convolution_input_precision(x, self.weight)
+        input_precision = self.input_precision(x)
         kept = self._packed_weight(x.dtype, input_precision)
         if unwatched():
             self._recent[x.dtype, convolutions_in_tf32()] = kept
@@ -261,18 +276,21 @@ class FusedConv2d(_Fused):
 
     @property
     def filters(self) -> "Filters":
-        return Filters(self.weight.shape, self.groups)
+        return Filters(self.weight.shape, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_precision(self, x: torch.Tensor) -> str:
+        return convolution_input_precision(x, self.weight, self.filters.pixels(x.shape))
 
     def has_rounded(self, x: torch.Tensor) -> bool:
         """Whether x [(N,) C, H, W] has been rounded to TF32, if this convolution of it is one in TF32."""
-        return self.rounded_input and _all_in_tf32(self.fellow_readers, x.numel() // x.shape[-3])
+        return self.rounded_input and all(reader.in_tf32(x.shape) for reader in self.fellow_readers)
 
     def rounds_output_for(self, x: torch.Tensor) -> bool:
         """Whether y is to be rounded to TF32 for its readers."""
         if not self.round_output or not convolution_allows_tf32(x):
             return False
-        images = x.shape[0] if x.dim() == 4 else 1
-        return _all_in_tf32(self.readers, images * math.prod(self.output_shape(x)[1:]))
+        y_shape = *x.shape[:-3], *self.output_shape(x)
+        return all(reader.in_tf32(y_shape) for reader in self.readers)
 
     @property
     def is_shortcut(self) -> bool:
@@ -281,8 +299,7 @@ class FusedConv2d(_Fused):
 
     def output_shape(self, x: torch.Tensor) -> tuple[int, int, int]:
         """[K, P, Q] for x [(N,) C, H, W]."""
-        windows = zip(x.shape[-2:], self.weight.shape[2:], self.stride, self.padding, self.dilation)
-        return self.weight.shape[0], *(output_size(*window) for window in windows)
+        return self.filters.output_shape(x.shape)
 
     def _reason_to_fall_back(self, x: torch.Tensor) -> str | None:
         reason = reason_to_fall_back_image(x, self.weight) or self._reason_to_fall_back_types(x)
@@ -315,7 +332,7 @@ class FusedSum(TritonLayer, nn.Module):
         (main, a), (shortcut, b) = operands
         if not self._in_one_kernel(main, a, shortcut, b):
             return self.last(x, self.other(z))
-        precisions = [convolution_input_precision(t, layer.weight) for layer, t in operands]
+        precisions = [layer.input_precision(t) for layer, t in operands]
         kept, shortcut_kept = (layer._packed_weight(t.dtype, p) for (layer, t), p in zip(operands, precisions))
         return conv2d_with_shortcut(
             a,
