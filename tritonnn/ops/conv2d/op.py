@@ -7,8 +7,6 @@ x: [N, C, H, W], any strides; weight: [K, C / groups, R, S]; y: [N, K, P, Q], ch
 computed by one of several forms (forms/), which dispatch.py picks.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from ...runtime import hardware
@@ -46,7 +44,8 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     y = _empty(x, weight.shape[0], weight.shape[2:], *window, channels_last_y)
     if y.numel() > 0:
         epilogue = Epilogue(bias=None if bias is None else bias.contiguous())
-        launch_unpacked(x, weight, y, channels_last_y, window, groups, convolution_input_precision, epilogue)
+        input_precision = convolution_input_precision(x, weight, y.numel() // y.shape[1])
+        launch_unpacked(x, weight, y, channels_last_y, window, groups, input_precision, epilogue)
     return y
 
 
@@ -57,11 +56,10 @@ def launch_unpacked(
     channels_last_y: bool,
     window: tuple,
     groups: int,
-    precision_of: Callable[[torch.Tensor, int], str],
+    input_precision: str,
     epilogue: Epilogue,
 ) -> None:
     """Runs the product of x and a weight [K, C / groups, R, S], which is packed first where its form needs that."""
-    input_precision = precision_of(x, weight[0].numel())
     packed = weight.permute(0, 2, 3, 1)
     round_x = input_precision == "tf32"
     product = Product(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
