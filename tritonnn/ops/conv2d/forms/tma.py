@@ -5,7 +5,8 @@
 
 A program owns a box of TILE_N images x TILE_P rows x TILE_Q columns of the output. For each filter tap and block of
 channels TMA loads the box of x that lies under it; what lies outside the image it fills with zeros, so padding takes
-neither masks nor addresses. For stride 2, x [N, H, W, C] is seen as [N, H/2, 2, W/2, 2*C]: a tap picks the parity.
+neither masks nor addresses, and neither does a number of channels that no block divides. For stride 2, x [N, H, W, C]
+is seen as [N, H/2, 2, W/2, 2*C]: a tap picks the parity. A filter of one tap sees only the pixels that it reads.
 """
 
 import functools
@@ -23,7 +24,7 @@ from ....device.arithmetic import FLUSH_STEPS, add_rounded_dot, add_split_dot, r
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
 from ....runtime import hardware
-from ....runtime.blocks import ceil_div
+from ....runtime.blocks import ceil_div, power_of_2
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
@@ -47,6 +48,8 @@ ROUNDING_TILES = [(64, 64, 4, 4), (128, 128, 8, 3)]
 """The same where x is rounded in shared memory."""
 NATURAL_TILES = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3)]
 """The same with operands in their natural order."""
+LEAST_CHANNELS = 16
+"""A block of the reduction has at least so many; with fewer most of it would be zeros."""
 PAIRED = 128, 4, 3
 """BLOCK_N, warps and stages of which two programs run on a multiprocessor. One alone loads too late.
 
@@ -86,6 +89,16 @@ def load_box(x_desc, n, p, q, r, s, c, C: tl.constexpr, STRIDE: tl.constexpr):
     else:
         x = x_desc.load([n, p + (r >> 1), r & 1, q + (s >> 1), (s & 1) * C + c])
     return x
+
+
+@triton.jit
+def load_weight(weight_desc, k, tap, c, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K]: the filters from k on, of one tap the channels from c on."""
+    if C % BLOCK_K == 0:
+        weight = weight_desc.load([k, tap * C + c])
+    else:
+        weight = tl.reshape(weight_desc.load([k, tap, c]), (BLOCK_N, BLOCK_K))
+    return weight
 
 
 @triton.jit
@@ -134,11 +147,12 @@ def conv2d_tma_forward_kernel(
     back. Else acc [pixels, channels] = x @ weight.T, with x in registers, where it is rounded to TF32 or,
     "tf32x3", split; then weight_desc holds the weights rounded to TF32 and, K rows below, what that left of them, and
     the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. y_desc is a pointer
-    unless y is CHANNELS_LAST.
+    unless y is CHANNELS_LAST. Where BLOCK_K does not divide C, weight_desc is [K, R * S, C], so that the last block of
+    a tap ends with zeros.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    BLOCKS_C: tl.constexpr = C // BLOCK_K
+    BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = R * S * BLOCKS_C
 
     tile = tl.program_id(0)
@@ -160,13 +174,13 @@ def conv2d_tma_forward_kernel(
         r = tap // S * DILATION_H - PADDING_H
         s = tap % S * DILATION_W - PADDING_W
         x = tl.reshape(load_box(x_desc, n, p, q, r, s, c, C, STRIDE), (BLOCK_M, BLOCK_K))
-        weight = weight_desc.load([k, tap * C + c])  # [BLOCK_N, BLOCK_K]
+        weight = load_weight(weight_desc, k, tap, c, C, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
         if SWAP_AB:
             if ROUND_X:
                 x = round_to_tf32(x)
             acc = tl.dot(weight, x.T, acc, input_precision=INPUT_PRECISION)
         elif INPUT_PRECISION == "tf32x3":
-            rest = weight_desc.load([K + k, tap * C + c])
+            rest = load_weight(weight_desc, K + k, tap, c, C, BLOCK_N, BLOCK_K)
             part = add_split_dot(x, weight.T, rest.T, part)
             if (step + 1) % FLUSH == 0:
                 acc += part
@@ -208,7 +222,10 @@ class TmaForm(Form):
     kernels = (conv2d_tma_forward_kernel,)
 
     def fits(self, product: Product) -> bool:
-        """A pixel's channels are a multiple of 128 bytes; for stride 2 the image has even sides. Verified on Hopper."""
+        """A pixel's channels are a multiple of 16 bytes; for stride 2, unless the filter has one tap, of 128.
+
+        The image then has even sides. Verified on Hopper.
+        """
         x, stride = product.x, product.stride
         if triton.knobs.runtime.interpret or x.dtype == torch.float64 or product.groups > 1:
             return False
@@ -216,15 +233,16 @@ class TmaForm(Form):
             return False
         if not hardware.gpu(x.device).is_hopper:
             return False
-        _, C, H, W = x.shape
-        size = x.element_size()
-        even = H % 2 == 0 and W % 2 == 0
-        strided = stride[0] == stride[1] and (stride[0] == 1 or (stride[0] == 2 and even))
-        return strided and C * size % 128 == 0 and product.y.shape[1] * size % 16 == 0
+        C, size = x.shape[1], x.element_size()
+        if C * size % 16 != 0 or C < LEAST_CHANNELS or product.y.shape[1] * size % 16 != 0:
+            return False
+        return tuple(stride) == (1, 1) or _has_one_tap(product) or _fits_by_parity(product)
 
     def takes(self, product: Product, choice: Choice) -> bool:
         orders = {"tf32x3": [False], "tf32": [False, True]}.get(product.input_precision, [True])
-        fits = choice.config.SWAP_AB in orders and product.x.shape[1] % choice.config.BLOCK_K == 0
+        C, block_k = product.x.shape[1], choice.config.BLOCK_K
+        ends_with_zeros = product.stride[0] == 1 or not _fits_by_parity(product)
+        fits = choice.config.SWAP_AB in orders and (C % block_k == 0 or ends_with_zeros)
         return fits and (choice.copies_x or product.is_aligned)
 
     def default(self, product: Product) -> Choice | None:
@@ -236,12 +254,13 @@ class TmaForm(Form):
         swap_ab = product.input_precision != "tf32x3" and (copies_x or not product.round_x)
         N, K, P, Q = product.y.shape
         reduction, gpu = product.packed[0].numel(), hardware.gpu(product.x.device)
-        config = default_config(N, P, Q, K, reduction, product.x.element_size(), swap_ab, gpu)
+        block_k = block_k_of(product.x.shape[1], product.x.element_size())
+        config = default_config(N, P, Q, K, reduction, block_k, product.x.element_size(), swap_ab, gpu)
         return Choice(config, copies_x)
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
         """Both orders of the operands; TF32's x is to be rounded on the way to the product, or by a copy before it."""
-        size = problem.dtype.itemsize
+        size, block_k = problem.dtype.itemsize, block_k_of(problem.c, problem.dtype.itemsize)
         swap_ab = problem.input_precision != "tf32x3"
         orders = [(SWAP_AB_TILES, True, problem.round_x)] if swap_ab else [(NATURAL_TILES, False, False)]
         if swap_ab and problem.round_x and problem.channels_last_x:
@@ -249,9 +268,9 @@ class TmaForm(Form):
         for tiles, swap_ab, rounds in orders:
             for block_m, block_n, num_warps, num_stages in by_waves(problem, tiles, gpu):
                 rows = block_m + (block_n if swap_ab or problem.input_precision == "tf32" else 2 * block_n)
-                if max(num_stages * rows * 128, block_m * block_n * size) <= gpu.shared_memory:
+                if max(num_stages * rows * block_k * size, block_m * block_n * size) <= gpu.shared_memory:
                     box = best_box(problem.n, *problem.output, block_m)
-                    config = config_of(box, block_n, size, swap_ab, num_warps, num_stages)
+                    config = config_of(box, block_n, block_k, swap_ab, num_warps, num_stages)
                     yield Choice(config, copies_x=rounds or not problem.channels_last_x)
 
     def run(self, product: Product, config: TmaConfig) -> None:
@@ -266,12 +285,17 @@ class TmaForm(Form):
             config.BLOCK_N,
             config.BLOCK_K,
         )
-        if product.stride[0] == 1:
-            x_desc = TensorDescriptor.from_tensor(_pixels(x), [tile_n, tile_p, tile_q, block_k])
-        else:
+        by_parity = product.stride[0] > 1 and _fits_by_parity(product)
+        if by_parity:
             x = _pixels(x).view(N, H // 2, 2, W // 2, 2 * C)
             x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k])
-        weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
+        else:  # of one tap, or of stride 1
+            x = _pixels(x)[:, :: product.stride[0], :: product.stride[1]]
+            x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, tile_q, block_k])
+        if C % block_k == 0:
+            weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
+        else:
+            weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S, C), [block_n, 1, block_k])
         y_box = [tile_n, tile_p, tile_q, block_n]
         y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if product.channels_last_y else y
         residual_desc = y_desc
@@ -297,7 +321,7 @@ class TmaForm(Form):
             K,
             R,
             S,
-            product.stride[0],
+            2 if by_parity else 1,
             *product.padding,
             *product.dilation,
             **epilogue.flags,
@@ -308,6 +332,23 @@ class TmaForm(Form):
             FLUSH=FLUSH_STEPS,
             **config.constants,
         )
+
+
+def _has_one_tap(product: Product) -> bool:
+    """Whether a pixel of y sees one pixel of x."""
+    return product.taps == 1 and tuple(product.padding) == (0, 0)
+
+
+def _fits_by_parity(product: Product) -> bool:
+    """Whether a stride of 2 can be seen as the choice of a parity: of even sides and whole lines of 128 bytes."""
+    _, C, H, W = product.x.shape
+    even = H % 2 == 0 and W % 2 == 0
+    return tuple(product.stride) == (2, 2) and even and C * product.x.element_size() % 128 == 0
+
+
+def block_k_of(c: int, element_size: int) -> int:
+    """Channels of a block: a line of 128 bytes, or fewer where there are fewer."""
+    return power_of_2(c, 16, 128 // element_size)
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
@@ -329,16 +370,15 @@ def best_box(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
 
 
 def config_of(
-    box: tuple[int, int, int], block_n: int, element_size: int, swap_ab: bool, num_warps: int, num_stages: int
+    box: tuple[int, int, int], block_n: int, block_k: int, swap_ab: bool, num_warps: int, num_stages: int
 ) -> TmaConfig:
-    """With lines of 128 bytes of channels."""
     tile_n, tile_p, tile_q = box
     return TmaConfig(
         TILE_N=tile_n,
         TILE_P=tile_p,
         TILE_Q=tile_q,
         BLOCK_N=block_n,
-        BLOCK_K=128 // element_size,
+        BLOCK_K=block_k,
         SWAP_AB=swap_ab,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -346,7 +386,7 @@ def config_of(
 
 
 def default_config(
-    n: int, p: int, q: int, k: int, reduction: int, element_size: int, swap_ab: bool, gpu: Gpu
+    n: int, p: int, q: int, k: int, reduction: int, block_k: int, element_size: int, swap_ab: bool, gpu: Gpu
 ) -> TmaConfig:
     """For y [n, p, q, k] as sums of `reduction` products.
 
@@ -366,4 +406,4 @@ def default_config(
         least = gpu.multiprocessors + 1 if (block_n, num_warps, num_stages) == PAIRED else gpu.enough_programs
         if ceil_div(n * p * q, block_m) * ceil_div(k, block_n) >= least:
             break
-    return config_of(best_box(n, p, q, block_m), block_n, element_size, swap_ab, num_warps, num_stages)
+    return config_of(best_box(n, p, q, block_m), block_n, block_k, swap_ab, num_warps, num_stages)
