@@ -5,8 +5,8 @@
 
 A program owns a box of TILE_N images x TILE_P rows x TILE_Q columns of the output. For each filter tap and block of
 channels TMA loads the box of x that lies under it; what lies outside the image it fills with zeros, so padding takes
-neither masks nor addresses, and neither does a number of channels that no block divides. For stride 2, x [N, H, W, C]
-is seen as [N, H/2, 2, W/2, 2*C]: a tap picks the parity. A filter of one tap sees only the pixels that it reads.
+neither masks nor addresses. For stride 2, x [N, H, W, C] is seen as [N, H/2, 2, W/2, 2*C]: a tap picks the parity. A
+filter of one tap sees only the pixels that it reads, and any number of channels: the last block ends with zeros.
 """
 
 import functools
@@ -92,16 +92,6 @@ def load_box(x_desc, n, p, q, r, s, c, C: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight_desc, k, tap, c, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N, BLOCK_K]: the filters from k on, of one tap the channels from c on."""
-    if C % BLOCK_K == 0:
-        weight = weight_desc.load([k, tap * C + c])
-    else:
-        weight = tl.reshape(weight_desc.load([k, tap, c]), (BLOCK_N, BLOCK_K))
-    return weight
-
-
-@triton.jit
 def conv2d_tma_forward_kernel(
     x_desc,
     weight_desc,
@@ -147,8 +137,8 @@ def conv2d_tma_forward_kernel(
     back. Else acc [pixels, channels] = x @ weight.T, with x in registers, where it is rounded to TF32 or,
     "tf32x3", split; then weight_desc holds the weights rounded to TF32 and, K rows below, what that left of them, and
     the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. y_desc is a pointer
-    unless y is CHANNELS_LAST. Where BLOCK_K does not divide C, weight_desc is [K, R * S, C], so that the last block of
-    a tap ends with zeros.
+    unless y is CHANNELS_LAST. Where BLOCK_K does not divide C, a filter has one tap, and its last block ends with
+    zeros.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -174,13 +164,13 @@ def conv2d_tma_forward_kernel(
         r = tap // S * DILATION_H - PADDING_H
         s = tap % S * DILATION_W - PADDING_W
         x = tl.reshape(load_box(x_desc, n, p, q, r, s, c, C, STRIDE), (BLOCK_M, BLOCK_K))
-        weight = load_weight(weight_desc, k, tap, c, C, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        weight = weight_desc.load([k, tap * C + c])  # [BLOCK_N, BLOCK_K]
         if SWAP_AB:
             if ROUND_X:
                 x = round_to_tf32(x)
             acc = tl.dot(weight, x.T, acc, input_precision=INPUT_PRECISION)
         elif INPUT_PRECISION == "tf32x3":
-            rest = load_weight(weight_desc, K + k, tap, c, C, BLOCK_N, BLOCK_K)
+            rest = weight_desc.load([K + k, tap * C + c])
             part = add_split_dot(x, weight.T, rest.T, part)
             if (step + 1) % FLUSH == 0:
                 acc += part
@@ -222,9 +212,9 @@ class TmaForm(Form):
     kernels = (conv2d_tma_forward_kernel,)
 
     def fits(self, product: Product) -> bool:
-        """A pixel's channels are a multiple of 16 bytes; for stride 2, unless the filter has one tap, of 128.
+        """A pixel's channels are a multiple of 16 bytes under a filter of one tap, else of 128.
 
-        The image then has even sides. Verified on Hopper.
+        For stride 2 the image then has even sides. Verified on Hopper.
         """
         x, stride = product.x, product.stride
         if triton.knobs.runtime.interpret or x.dtype == torch.float64 or product.groups > 1:
@@ -234,22 +224,25 @@ class TmaForm(Form):
         if not hardware.gpu(x.device).is_hopper:
             return False
         C, size = x.shape[1], x.element_size()
-        if C * size % 16 != 0 or C < LEAST_CHANNELS or product.y.shape[1] * size % 16 != 0:
+        if product.y.shape[1] * size % 16 != 0:
             return False
-        return tuple(stride) == (1, 1) or _has_one_tap(product) or _fits_by_parity(product)
+        if _has_one_tap(product):
+            return C * size % 16 == 0 and C >= LEAST_CHANNELS
+        return C * size % 128 == 0 and (tuple(stride) == (1, 1) or _fits_by_parity(product))
 
     def takes(self, product: Product, choice: Choice) -> bool:
         orders = {"tf32x3": [False], "tf32": [False, True]}.get(product.input_precision, [True])
-        C, block_k = product.x.shape[1], choice.config.BLOCK_K
-        ends_with_zeros = product.stride[0] == 1 or not _fits_by_parity(product)
-        fits = choice.config.SWAP_AB in orders and (C % block_k == 0 or ends_with_zeros)
+        config, C = choice.config, product.x.shape[1]
+        # Blocks that end with zeros were verified with four warps.
+        blocks = C % config.BLOCK_K == 0 or (_has_one_tap(product) and config.num_warps == 4)
+        fits = config.SWAP_AB in orders and blocks
         return fits and (choice.copies_x or product.is_aligned)
 
     def default(self, product: Product) -> Choice | None:
         if not self.fits(product) or not (product.x.stride(1) == 1 or product.taps > 1):
             return None
         copies_x = product.reads_apart or product.rounds_often
-        if not (copies_x or product.is_aligned):
+        if not (copies_x or product.is_aligned) or _is_narrow(product):
             return None
         swap_ab = product.input_precision != "tf32x3" and (copies_x or not product.round_x)
         N, K, P, Q = product.y.shape
@@ -292,10 +285,7 @@ class TmaForm(Form):
         else:  # of one tap, or of stride 1
             x = _pixels(x)[:, :: product.stride[0], :: product.stride[1]]
             x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, tile_q, block_k])
-        if C % block_k == 0:
-            weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
-        else:
-            weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S, C), [block_n, 1, block_k])
+        weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
         y_box = [tile_n, tile_p, tile_q, block_n]
         y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if product.channels_last_y else y
         residual_desc = y_desc
@@ -337,6 +327,17 @@ class TmaForm(Form):
 def _has_one_tap(product: Product) -> bool:
     """Whether a pixel of y sees one pixel of x."""
     return product.taps == 1 and tuple(product.padding) == (0, 0)
+
+
+def _is_narrow(product: Product) -> bool:
+    """Whether blocks of 64 output channels would be mostly empty, and loads by pointers take 16 bytes as well.
+
+    On an H100, 64 images: 48 to 48 channels of 56x56 13.4 us by pointers, 17.8 by TMA; 32 to 16 of 112x112 27 and 34;
+    144 to 32 of 28x28 5.9 and 7.1.
+    """
+    C, K = product.x.shape[1], product.y.shape[1]
+    lines = C * product.x.element_size() % 128 == 0
+    return _has_one_tap(product) and K < 64 and not lines and K % 16 == C % 16 == 0
 
 
 def _fits_by_parity(product: Product) -> bool:
@@ -392,18 +393,20 @@ def default_config(
 
     Measured on an H200, and on an H100, over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results).
     """
-    half = element_size == 2
+    half, enough = element_size == 2, gpu.enough_programs
     if not swap_ab:
         tiles = [(64, 64, 4, 3)] if k <= 64 else [(64, 128, 4, 3), (64, 64, 4, 4)]
-    elif k <= 64:
+    elif k <= 64 or reduction * element_size < 128:  # memory bounds it: as many pixels as fit
         tiles = [(256, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)] if half else [(128, 64, 4, 4), (64, 64, 4, 4)]
     elif half and reduction <= 1152:
         tiles = [(128, 128, 4, 3), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
     else:
         tiles = [(256, 128, 8, 3 if half else 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
+    if reduction % block_k != 0:  # of one tap, with four warps
+        tiles, enough = [tile for tile in tiles if tile[2] == 4], 2 * gpu.multiprocessors // 3
     # The largest tiles that keep most multiprocessors busy, those of pairs all of them.
     for block_m, block_n, num_warps, num_stages in tiles:
-        least = gpu.multiprocessors + 1 if (block_n, num_warps, num_stages) == PAIRED else gpu.enough_programs
+        least = gpu.multiprocessors + 1 if (block_n, num_warps, num_stages) == PAIRED else enough
         if ceil_div(n * p * q, block_m) * ceil_div(k, block_n) >= least:
             break
     return config_of(best_box(n, p, q, block_m), block_n, block_k, swap_ab, num_warps, num_stages)
