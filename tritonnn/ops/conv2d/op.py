@@ -17,7 +17,6 @@ from ..window import output_size
 from .dispatch import choose, default_choice, form_of, run
 from .epilogue import Epilogue
 from .forms import sliced_k
-from .pack import channels_last, pack_weight
 from .problem import Product, Shortcut
 
 
@@ -64,9 +63,7 @@ def launch_unpacked(
     round_x = input_precision == "tf32"
     product = Product(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
     choice = choose(product)
-    packs = form_of(choice).packs_weight
-    packed = pack_weight(weight, input_precision) if packs else channels_last(weight)
-    run(product._replace(packed=packed), choice)
+    run(product._replace(packed=form_of(choice).pack(weight, input_precision)), choice)
 
 
 def _setup_context(ctx, inputs, output) -> None:
