@@ -174,8 +174,11 @@ def train(cli: TrainingCLI, resumed: Path | None = None) -> None:
 
 
 def test(cli: TrainingCLI) -> None:
-    """Tests the best checkpoint, with `TritonEvaluation` unless --evaluation is null. Raises Interrupted on Ctrl-C."""
-    if cli.config_init.evaluation:
+    """Tests the best checkpoint with --evaluation, unless that is null or another is among the trainer's callbacks.
+
+    Raises Interrupted on Ctrl-C.
+    """
+    if cli.config_init.evaluation and not any(isinstance(c, TritonEvaluation) for c in cli.trainer.callbacks):
         cli.trainer.callbacks.append(cli.config_init.evaluation)
     kept = cli.kept
     rank_zero_info(f"Testing {_short(kept) if kept else 'the network as it is in the end: no checkpoint was kept'}")
@@ -207,7 +210,7 @@ def main(args: ArgsType = None) -> None:
             known = ", ".join(module.__name__ for module in ImageData.__subclasses__())
             message = f"data must be one of {known}, or the import path of another ImageData ({message})"
         raise UserError(message) from error
-    except (MisconfigurationException, OSError) as error:
+    except (MisconfigurationException, ModuleNotFoundError, OSError) as error:
         raise UserError(error) from error
 
 
