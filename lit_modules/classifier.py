@@ -141,7 +141,7 @@ class ImageClassifier(LightningModule):
         self.steps = self.trainer.estimated_stepping_batches
         if math.isinf(self.steps):
             raise MisconfigurationException("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        scheduler = LambdaLR(optimizer, lambda step: hparams.lr * one_cycle(step, int(self.steps), hparams.warmup))
+        scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, int(self.steps), hparams.warmup, hparams.lr))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -165,20 +165,21 @@ class ImageClassifier(LightningModule):
             )
 
 
-def one_cycle(step: int, steps: int, warmup: float) -> float:
-    """The learning rate's share of its peak: a cosine from 1/25 to 1 over `warmup` of the steps, then one to zero.
+def one_cycle(step: int, steps: int, warmup: float, lr: float = 1.0) -> float:
+    """The learning rate: a cosine from `lr` / 25 to `lr` over `warmup` of the steps, then one to `lr` / 250,000.
 
-    As `torch.optim.lr_scheduler.OneCycleLR` with its defaults, which divides by zero where a phase has no step.
+    That is `torch.optim.lr_scheduler.OneCycleLR`, which divides by zero where a phase has no step.
     """
-    peak, last = max(warmup * steps - 1, 0.0), max(steps - 1, 1)
+    peak, last, least = max(warmup * steps - 1, 0.0), steps - 1, lr / 25 / 1e4
     if step < peak:
-        return 1 - (1 - 1 / 25) * _half_cosine(1 - step / peak)
-    return 1 - _half_cosine((step - peak) / (last - peak)) if step < last else float(last == peak)
+        return _cosine(lr / 25, lr, step / peak)
+    if peak < last:
+        return _cosine(lr, least, min((step - peak) / (last - peak), 1.0))
+    return lr
 
 
-def _half_cosine(x: float) -> float:
-    """Rises from 0 to 1 as x does."""
-    return (1 - math.cos(math.pi * x)) / 2
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (math.cos(math.pi * share) + 1)
 
 
 def _check(name: str, value: float, holds: bool, may_be: str) -> None:
