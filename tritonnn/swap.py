@@ -7,6 +7,7 @@ that checkpoints, optimizers and other references to it do not notice.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -112,7 +113,7 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
     return report
 
 
-def _swapped_before(model: nn.Module, requested: set[str]) -> list[TritonLayer]:
+def _swapped_before(model: nn.Module, requested: set[str]) -> list[Any]:
     """The layers of these kinds that a swap has turned, also where their class has since been derived from."""
     swapped = [module for module in model.modules() if "_swapped" in module.__dict__]
     return [module for module in swapped if any(_KIND.get(cls) in requested for cls in type(module).__mro__)]
