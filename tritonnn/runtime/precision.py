@@ -12,7 +12,7 @@ from . import hardware
 from .memory_format import is_channels_last
 
 CONVOLUTION, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-TINY_REDUCTION, SHORT_REDUCTION = 32, 256
+TINY_REDUCTION, SHORT_REDUCTION = 48, 256
 FEW_CHANNELS, FEW_FILTERS, FEW_PIXELS = 40, 15, 1 << 16
 """Of a group, and of the output: what cuDNN computes in float32 has no more of one of them, or short sums."""
 
@@ -22,12 +22,12 @@ def _on_tensor_cores(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and hardware.gpu(x.device).capability >= (8, 0)
 
 
-def _input_precision(x: torch.Tensor, reduction: int, in_tf32: bool) -> str:
+def _input_precision(x: torch.Tensor, reduction: int, filters: int, in_tf32: bool) -> str:
     """`tl.dot`'s input_precision for operands like x and sums of `reduction` products; it matters to float32 only.
 
     Strict float32 on NVIDIA's tensor cores is three TF32 products (of the leading and the trailing bits): on an H200
-    half the time of cuDNN's float32 and mostly a third of its error. Tiny sums, over an image's three channels, are
-    computed in plain float32, whose error is smaller still.
+    half the time of cuDNN's float32 and mostly a third of its error. Short sums, over an image's few channels or of few
+    filters, are computed in plain float32, whose error is smaller still.
 
     Infinities, NaN and huge operands come out as in float32; an operand below 2^-126 may count as zero.
     """
@@ -35,7 +35,8 @@ def _input_precision(x: torch.Tensor, reduction: int, in_tf32: bool) -> str:
         return "ieee"
     if in_tf32:
         return "tf32"
-    return "ieee" if reduction <= TINY_REDUCTION else "tf32x3"
+    plain = reduction <= TINY_REDUCTION or (filters < 8 and reduction <= SHORT_REDUCTION)
+    return "ieee" if plain else "tf32x3"
 
 
 def convolutions_in_tf32() -> bool:
@@ -75,7 +76,7 @@ def convolution_input_precision(x: torch.Tensor, weight: torch.Tensor, pixels: i
     """For a convolution of x [(N,) C, H, W] with a weight [K, C / groups, R, S] and `pixels` N * P * Q."""
     groups = x.shape[-3] // weight.shape[1]
     in_tf32 = convolutions_in_tf32() and convolution_in_tf32(pixels, weight.shape, groups, is_channels_last(x))
-    return _input_precision(x, weight[0].numel(), in_tf32)
+    return _input_precision(x, weight[0].numel(), weight.shape[0] // groups, in_tf32)
 
 
 def convolution_allows_tf32(x: torch.Tensor) -> bool:
@@ -86,7 +87,7 @@ def convolution_allows_tf32(x: torch.Tensor) -> bool:
 def matmul_input_precision(x: torch.Tensor, weight: torch.Tensor) -> str:
     """For a product of x [M, C], or images [M, C, 1, 1], with the rows of a weight [K, C] or [K, C, 1, 1]."""
     reduction = weight.shape[1]
-    return _input_precision(x, reduction, matmuls_in_tf32() and reduction > SHORT_REDUCTION)
+    return _input_precision(x, reduction, weight.shape[0], matmuls_in_tf32() and reduction > SHORT_REDUCTION)
 
 
 def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
