@@ -25,7 +25,11 @@ class Hopper:
 def run(file: str, *arguments: str) -> dict:
     """What a file prints in such a process."""
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
     result = subprocess.run(
         [sys.executable, file, *arguments], env=environment, cwd=root, capture_output=True, text=True
     )

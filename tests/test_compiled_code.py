@@ -58,7 +58,12 @@ BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C
 LAST, FIRST = "channels_last", "contiguous"
 
 KERNELS = {
-    "conv2d, bfloat16": ("ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel", "bf16", LAST, GEMM | dict(BLOCK_K=64)),
+    "conv2d, bfloat16": (
+        "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
+        "bf16",
+        LAST,
+        GEMM | dict(BLOCK_K=64),
+    ),
     "conv2d, TF32": (
         "ops.conv2d.forms.pointers:conv2d_pointers_forward_kernel",
         "fp32",
@@ -108,7 +113,12 @@ KERNELS = {
         FIRST,
         dict(C=3, PADDING=3, ROUND_TO_TF32=True, BLOCK_H=4, BLOCK_W=256, BLOCK_C=4, odd=("H", "W", "rows", "columns")),
     ),
-    "conv2d, few pixels": ("ops.conv2d.forms.sliced_k:conv2d_sliced_k_forward_kernel", "bf16", LAST, SPLIT | dict(INPUT_PRECISION="ieee")),
+    "conv2d, few pixels": (
+        "ops.conv2d.forms.sliced_k:conv2d_sliced_k_forward_kernel",
+        "bf16",
+        LAST,
+        SPLIT | dict(INPUT_PRECISION="ieee"),
+    ),
     "conv2d, held": ("ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel", "bf16", LAST, HELD),
     "conv2d, held, 256 channels": (
         "ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel",
@@ -116,8 +126,18 @@ KERNELS = {
         LAST,
         HELD | dict(C=256, K=256, BLOCK_N=8),
     ),
-    "conv2d, held, 1x1": ("ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel", "bf16", LAST, HELD | HELD_1X1),
-    "conv2d, held, float32": ("ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel", "fp32", LAST, HELD | HELD_SPLIT),
+    "conv2d, held, 1x1": (
+        "ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel",
+        "bf16",
+        LAST,
+        HELD | HELD_1X1,
+    ),
+    "conv2d, held, float32": (
+        "ops.conv2d.forms.in_registers:conv2d_in_registers_forward_kernel",
+        "fp32",
+        LAST,
+        HELD | HELD_SPLIT,
+    ),
     "conv2d, descriptors": ("ops.conv2d.forms.tma:conv2d_tma_forward_kernel", "bf16", LAST, DESCRIPTORS),
     "conv2d, descriptors, TF32": (
         "ops.conv2d.forms.tma:conv2d_tma_forward_kernel",
@@ -169,7 +189,12 @@ KERNELS = {
         LAST,
         HALO_4X4 | AHEAD | dict(MASKED=True),
     ),
-    "conv2d, halo, stride 2": ("ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel", "bf16", LAST, HALO_BY_2),
+    "conv2d, halo, stride 2": (
+        "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
+        "bf16",
+        LAST,
+        HALO_BY_2,
+    ),
     "conv2d, halo, stride 2, TF32, rounded": (
         "ops.conv2d.forms.tma_halo.kernel:conv2d_tma_halo_forward_kernel",
         "fp32",
@@ -182,13 +207,23 @@ KERNELS = {
         LAST,
         HALO_4X4 | dict(STRIDE=2, TILE_N=8, BLOCK_N=256, X_SLOTS=2, ROUND_X=True, HAS_RESIDUAL=False),
     ),
-    "conv2d, depthwise": ("ops.conv2d.forms.depthwise:conv2d_depthwise_forward_kernel", "bf16", LAST, DEPTHWISE | BY_CHANNELS),
+    "conv2d, depthwise": (
+        "ops.conv2d.forms.depthwise:conv2d_depthwise_forward_kernel",
+        "bf16",
+        LAST,
+        DEPTHWISE | BY_CHANNELS,
+    ),
     "max_pool2d": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
     "max_pool2d, contiguous": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
     "avg_pool2d": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", LAST, AVG_POOL | BY_CHANNELS),
     "avg_pool2d, contiguous": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", FIRST, AVG_POOL | BY_PIXELS),
     "batch_norm2d": ("ops.batch_norm2d:batch_norm2d_normalize_kernel", "bf16", LAST, NORMALIZE | BY_CHANNELS),
-    "batch_norm2d, contiguous": ("ops.batch_norm2d:batch_norm2d_normalize_kernel", "bf16", FIRST, NORMALIZE | BY_PIXELS),
+    "batch_norm2d, contiguous": (
+        "ops.batch_norm2d:batch_norm2d_normalize_kernel",
+        "bf16",
+        FIRST,
+        NORMALIZE | BY_PIXELS,
+    ),
     "channels_last": (
         "ops.conv2d.pack:channels_last_kernel",
         "fp32",
@@ -374,10 +409,10 @@ def assembled(ptx: str, folder: Path) -> str:
 
 
 def ptxas() -> Path:
-    """The assembler that comes with Triton."""
-    import triton
+    """The assembler that Triton takes for Hopper."""
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    return Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    return Path(get_ptxas(90).path)
 
 
 def disassembler() -> Path:

@@ -5,6 +5,7 @@ Written for 3.6 to 3.9.
 
 import math
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
@@ -21,6 +22,16 @@ SLICES = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 Before, a view that begins at any row is one row, found by its index, and is then taken for several. 3.8 asks that both
 be of one size, by their layouts: the ring has one whose rows reach over all that is ever seen from them on.
 """
+NARROWS = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
+"""Whether LLVM computes with pairs of 16-bit integers where it knows that numbers are small."""
+
+
+@gluon.jit
+def of_any_size(i):
+    """i, a 32-bit integer of whose size LLVM is to know nothing."""
+    if NARROWS:
+        i = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], dtype=gl.int32, is_pure=True, pack=1)
+    return i
 
 
 @gluon.constexpr_function

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from ..ops.window import output_size
+from ..runtime.capabilities import current_level, transforms_are_active
 from ..runtime.launch_plan import Plans, launch_key, plain_eager
 from ..runtime.operator import PLAIN
 
@@ -77,9 +77,9 @@ def reason_to_fall_back(
     x: torch.Tensor, *parameters: torch.Tensor | None, dtypes: Sequence[torch.dtype] = FLOATING_POINT
 ) -> str | None:
     """Why no kernel takes these tensors now, or None: strided tensors of one device, x of a type in `dtypes`."""
-    if forward_ad._current_level >= 0:
+    if current_level() >= 0:
         return "forward-mode differentiation"
-    if torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling():
+    if transforms_are_active() and torch.compiler.is_compiling():
         return "torch.func inside torch.compile"
     for t in (x, *parameters):
         if type(t) not in PLAIN and hasattr(t, "__tensor_flatten__"):  # such as DTensor: made of other tensors

@@ -6,6 +6,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampe
 
 import torch
 
+from .capabilities import any_autocast
 from .memory_format import is_channels_last
 
 CONVOLUTION, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
@@ -61,7 +62,7 @@ def matmul_input_precision(x: torch.Tensor, reduction: int) -> str:
 
 def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers."""
-    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+    if not (torch.compiler.is_compiling() or any_autocast()):
         return x, *others
     return tuple(t if t is None else t.to(autocast_type(t)) for t in (x, *others))
 
@@ -76,7 +77,7 @@ def autocast_type(t: torch.Tensor) -> torch.dtype:
 
 def convolution_state() -> tuple:
     """What the functions above depend on besides their arguments, where it concerns convolutions."""
-    if not torch._C._is_any_autocast_enabled():
+    if not any_autocast():
         return convolutions_in_tf32(), None
     autocast = [(torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in ("cuda", "cpu")]
     return convolutions_in_tf32(), *autocast

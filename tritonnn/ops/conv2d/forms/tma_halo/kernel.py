@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .....device.dependent_launch import wait_for_predecessor
-from .....device.gluon_versions import allocate_ring, barrier, load_box, ring_view
+from .....device.gluon_versions import allocate_ring, barrier, load_box, of_any_size, ring_view
 from .geometry import box_rows, first_row, part
 from .pipeline import fetch_box, fetch_weight, fill_rings, place_of, round_box, round_rows, rows_of
 from .store import store_from_registers, store_staged
@@ -184,7 +184,7 @@ def conv2d_tma_halo_forward_kernel(
                             tiles,
                             tiles_p,
                             tiles_q,
-                            box_next % BOXES,
+                            of_any_size(box_next % BOXES),
                             BLOCKS_N,
                             C,
                             STRIDE,
@@ -201,7 +201,7 @@ def conv2d_tma_halo_forward_kernel(
                             (step + W_SLOTS - 1) % W_SLOTS,
                             tile + step_next // STEPS * programs,
                             tiles,
-                            step_next % STEPS,
+                            of_any_size(step_next % STEPS),
                             BLOCKS_N,
                             C,
                         )
