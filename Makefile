@@ -3,16 +3,19 @@ BIN := .venv/bin
 # Threads that spin while they wait stall each other where the cores are shared.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test venv
+.PHONY: demo lint test venv
 
 # Train on the embedded digits, then put Triton's layers in and prove that nothing changed: no GPU, no download.
 demo: venv
 	$(BIN)/python train.py --config configs/digits.yaml --evaluation null
 	$(BIN)/python evaluate.py --triton-layers all
 
-test: venv
+lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 venv: $(BIN)/.installed

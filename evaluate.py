@@ -103,7 +103,7 @@ def evaluate(args: Namespace) -> bool:
 
 def allow_tf32(switch: str) -> None:
     if switch != "default":
-        torch.backends.cudnn.conv.fp32_precision = "tf32" if switch == "on" else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if switch == "on" else "ieee"  # type: ignore[attr-defined]
         # Both of PyTorch's switches for this one: Lightning asks for the older, which is an error where they differ.
         torch.backends.cuda.matmul.allow_tf32 = switch == "on"
 

@@ -99,7 +99,7 @@ def checkpoint_to_resume(cli: TrainingCLI) -> Path | None:
         return None
     path = Path(cli.config.ckpt_path)
     if path == Path("last"):
-        folder = Path(cli.trainer.checkpoint_callback.dirpath)
+        folder = Path(cli.trainer.checkpoint_callback.dirpath)  # type: ignore[attr-defined]
         lasts = sorted(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
         if not lasts:
             raise UserError(f"there is no last checkpoint in {folder}/ to resume: train without --ckpt-path first")
@@ -118,7 +118,7 @@ def train(cli: TrainingCLI) -> None:
     except SystemExit:
         if not cli.trainer.interrupted:
             raise
-        last = cli.trainer.checkpoint_callback.last_model_path
+        last = cli.trainer.checkpoint_callback.last_model_path  # type: ignore[attr-defined]
         kept = f"{last} is kept, resume with --ckpt-path last" if last else "there is no checkpoint yet"
         raise UserError(f"interrupted: {kept}") from None
 
@@ -126,8 +126,8 @@ def train(cli: TrainingCLI) -> None:
 def test(cli: TrainingCLI) -> None:
     """Tests the best checkpoint, with `TritonEvaluation` unless --evaluation is null."""
     if cli.config_init.evaluation:
-        cli.trainer.callbacks.append(cli.config_init.evaluation)
-    best = cli.trainer.checkpoint_callback.best_model_path
+        cli.trainer.callbacks.append(cli.config_init.evaluation)  # type: ignore[attr-defined]
+    best = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[attr-defined]
     cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=best or None, weights_only=True)
 
 

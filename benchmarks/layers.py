@@ -21,9 +21,10 @@ from benchmarks.measure import Say, checked, prepared, time_right_ones
 from benchmarks.networks import LAYER_LIMITS, MEMORY_FORMATS, Setup, cudnn_benchmark, spread
 from benchmarks.peers import Unavailable
 from benchmarks.results import OK, LayerShape, LayersResult, Measured
-from benchmarks.timing import capture, failure, read_events, repeats_for
+from benchmarks.timing import capture, failure, read_events
 from tritonnn import kind_of
-from tritonnn.latency import LayerCall, Timing, record_calls
+from tritonnn.clocks import Timing, repeats_for
+from tritonnn.latency import LayerCall, record_calls
 
 LAYER_BUDGET_S = 0.25
 GRAPH_MS = 1.0

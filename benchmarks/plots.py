@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator
 from benchmarks.peers import PEERS
 from benchmarks.report import DTYPES, NETWORKS, floor_ms
 from benchmarks.results import LayersResult, NetworkResult, Results
-from tritonnn.latency import Timing
+from tritonnn.clocks import Timing
 
 PALETTE = matplotlib.colormaps["tab20"]  # in pairs, a full colour and a light one
 COLOURS = {

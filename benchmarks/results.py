@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tritonnn.latency import Timing
+from tritonnn.clocks import Timing
 
 OK, WRONG, FAILED, MISSING = "ok", "wrong", "failed", "unavailable"
 

@@ -1,23 +1,21 @@
-"""Timing several callables in turns, and the ceilings of a GPU.
+"""What a benchmark needs besides the clocks of tritonnn: errors that end a run, and the ceilings of a GPU.
 
-A clock is a callable that returns the milliseconds of one call, as the mean over enough calls for the events to
-resolve. One call precedes them untimed: it refills the caches and has the GPU busy when the first event is recorded.
+One call precedes the timed ones: it refills the caches and has the GPU busy when the first event is recorded.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
 
+from tritonnn import clocks
+from tritonnn.clocks import Clock, Timing, captured, event_clock, repeated, repeats_for, wall_clock
 from tritonnn.cuda_graphs import release_workspaces
-from tritonnn.latency import Timing
 
 WARM_UP_CALLS = 5
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
 SAMPLE_MS = 2.0
-MAX_REPEATS = 500
 
 
 class DeviceLost(Exception):
@@ -39,81 +37,44 @@ def first_line(error: Exception) -> str:
     return lines[0][:200] if lines else ""
 
 
-def summarize(samples: list[float]) -> Timing:
-    quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    p10, median, p90 = torch.tensor(samples, dtype=torch.float64).quantile(quantiles)
-    return Timing(median.item(), p10.item(), p90.item(), len(samples))
-
-
 def alternate(
-    clocks: Mapping[str, Callable[[], float]],
+    named: Mapping[str, Clock],
     budget_s: float,
     device: torch.device,
     now: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Reads the clocks in turns, every other round in reverse, until the budget is spent.
+    """The timings of the clocks, read in turns, and by name the errors of those that failed.
 
-    At least MIN_ROUNDS rounds, at most MAX_ROUNDS. A clock that fails is not read again: its error is in the second
-    result, by name.
+    At least MIN_ROUNDS rounds, at most MAX_ROUNDS.
     """
-    samples: dict[str, list[float]] = {name: [] for name in clocks}
-    failures: dict[str, str] = {}
-    start, rounds = now(), 0
-    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and now() - start < budget_s):
-        for name in list(samples) if rounds % 2 == 0 else list(reversed(samples)):
-            try:
-                samples[name].append(clocks[name]())
-            except Exception as error:
-                failures[name] = failure(error, device)
-                del samples[name]
-        rounds += 1
-    return {name: summarize(taken) for name, taken in samples.items()}, failures
+    return clocks.alternate(named, budget_s, (MIN_ROUNDS, MAX_ROUNDS), lambda error: failure(error, device), now)
 
 
-def clock(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+def clock(call: Callable[[], object], device: torch.device) -> Clock:
     """Events around back-to-back calls: the GPU's time, or the host's where launching takes longer than the work.
 
     The wall clock on a CPU.
     """
-    read = read_events if device.type == "cuda" else _wall_clock
+    read = read_events if device.type == "cuda" else wall_clock
     read(call, 1)
     repeats = repeats_for(read(call, 1), SAMPLE_MS)
     return lambda: read(call, repeats)
 
 
-def repeats_for(once_ms: float, target_ms: float) -> int:
-    return min(max(math.ceil(target_ms / max(once_ms, 1e-3)), 1), MAX_REPEATS)
-
-
 def read_events(call: Callable[[], object], repeats: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    """Milliseconds of one of so many back-to-back calls, after one that is not timed."""
     call()
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / repeats
+    return event_clock(repeated(call, repeats), repeats)()
 
 
-def _wall_clock(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) * 1e3 / repeats
-
-
-def capture(call: Callable[[], object]) -> tuple[Callable[[], None], object]:
+def capture(call: Callable[[], object]) -> tuple[Callable[[], object], object]:
     """Warms up, captures the call in a CUDA graph; its replay and the result, which every replay overwrites."""
     for _ in range(WARM_UP_CALLS):
         call()
     torch.cuda.synchronize()
     release_workspaces()
-    graph = torch.cuda.CUDAGraph()
-    # The outer context puts the stream back after a failed capture; `torch.cuda.graph` itself does not.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-        result = call()
-    return graph.replay, result
+    results = []
+    return captured(lambda: results.append(call())), results[0]
 
 
 def ceilings(

@@ -33,7 +33,8 @@ def results_of(junit: Path) -> dict[str, Result]:
     """Results by "file::test[case]"."""
     results = {}
     for case in ElementTree.parse(junit).iter("testcase"):
-        file = case.get("classname", "").removeprefix("tests.").partition(".")[0]
+        names = case.get("classname", "").split(".")  # folders, file, and the class where there is one
+        file = next((name for name in names if name.startswith("test_")), "")
         children = {child.tag: child for child in case}
         if "failure" in children or "error" in children:
             result = Result("failed")
@@ -95,8 +96,9 @@ def page(results: dict[str, Result], where: str) -> str:
     head = [
         "# Compatibility",
         "",
-        "What PyTorch's layers do and whether the Triton layers do the same: yes; by falling back to its own op, which",
-        "the swap's report counts; or no. `python docs/compatibility.py` writes this page from the tests' results.",
+        'What PyTorch\'s layers can do, and whether the Triton layers do the same. "yes" means with a Triton kernel,',
+        '"falls back" means with PyTorch\'s own operation, which the swap\'s report counts, and "no" says what happens',
+        "instead. `python docs/compatibility.py` writes this page from the results of the tests that it names.",
         "",
         f"Run on: {where}.",
     ]
@@ -113,7 +115,8 @@ def where() -> str:
 
 def run_tests(junit: Path) -> None:
     tests = sorted({test.partition("[")[0] for rows in SECTIONS.values() for row in rows for test in row.tests})
-    nodes = [f"tests/{file}.py::{name}" for file, name in (test.split("::") for test in tests)]
+    files = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    nodes = [f"{files[file]}::{name}" for file, name in (test.split("::") for test in tests)]
     subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junit-xml={junit}", *nodes], cwd=ROOT, check=False)
 
 

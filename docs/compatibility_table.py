@@ -1,6 +1,6 @@
 """What compatibility.md says: a section an aspect; a feature, its status and the tests that prove it.
 
-"file::test" stands for all cases of a test in tests/, "file::test[case]" for those whose name has that part.
+"file::test" stands for all cases of a test of tests/**/file.py, "file::test[case]" for those whose name has that part.
 """
 
 from typing import NamedTuple
@@ -312,7 +312,7 @@ SECTIONS: dict[str, list[Row]] = {
             f"{NETWORKS}::test_torchvision_network",
             note="[coverage](coverage.md)",
         ),
-        row("three of them in small", YES, f"{NETWORKS}::test_torchvision_network_in_small"),
+        row("three of them on 32x32 images", YES, f"{NETWORKS}::test_torchvision_network_in_small"),
         row(
             "fallbacks are counted; `strict=True` makes them errors",
             YES,

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from torchvision_networks import NAMES, meta_network  # noqa: E402
+from helpers.torchvision_networks import NAMES, meta_network  # noqa: E402
 
 import tritonnn  # noqa: E402
 
@@ -76,16 +76,16 @@ def page() -> str:
     lines = [
         "# Coverage of torchvision's classification networks",
         "",
-        "One member of every family; `python docs/network_coverage.py` writes this page. A swap turns "
-        f"{swapped_in_all:,} of the {modules_in_all:,} layers",
-        "below into Triton layers, none of which falls back to PyTorch's op in eval mode in float32. Functions that a",
-        "network calls itself are no modules: they stay PyTorch's.",
+        "One network of every family in torchvision; `python docs/network_coverage.py` writes this page. A swap turns "
+        f"{swapped_in_all:,} of the {modules_in_all:,}",
+        "layers below into Triton layers. None of them falls back to PyTorch's operation in eval mode in float32. What",
+        "a network calls as a function, and not as a module, stays PyTorch's.",
         "",
         "| network | layers swapped | by kind | layers that stay | functions that stay |",
         "|---|---|---|---|---|",
         *rows,
         "",
-        "## What we do not have",
+        "## Layers that stay PyTorch's",
         "",
         "| layer | why it stays | networks |",
         "|---|---|---|",

@@ -78,6 +78,13 @@ class AgreementMeter(Metric):
     """Collects what `Agreement` holds; `agreement` reduces it over the processes."""
 
     full_state_update = False
+    samples: Tensor
+    non_finite: Tensor
+    logits: Tensor
+    total: Tensor
+    largest: Tensor
+    differing: list[Tensor]
+    margins: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +122,7 @@ class AgreementMeter(Metric):
         samples, margins = int(state["samples"]), state["margins"].reshape(-1)
         order = margins.argsort(descending=True)  # NaN first
         differing = state["differing"].reshape(-1, 4)[order[:EXAMPLES]].tolist()
-        examples = [Difference(*row, margins[i].item()) for row, i in zip(differing, order[:EXAMPLES], strict=True)]
+        examples = [Difference(*row, margins[i].item()) for row, i in zip(differing, order[:EXAMPLES], strict=True)]  # type: ignore[call-arg]
         return Agreement(
             samples=samples,
             differing=len(margins),

@@ -14,7 +14,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     `path` byte by byte.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         part = Path(f"{path}.part")
         try:
             super().save_checkpoint(checkpoint, part, storage_options)

@@ -61,6 +61,6 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(4)
     refused = "carries pickled code or objects, not only weights: it is not loaded"
-    if start == zipfile.stringFileHeader:
+    if start == zipfile.stringFileHeader:  # type: ignore[attr-defined]
         return refused if isinstance(error, pickle.UnpicklingError) else "is damaged or truncated"
     return refused if start.startswith(pickle.PROTO) else "is not a checkpoint"

@@ -51,6 +51,8 @@ class ImageClassifier(LightningModule):
             a CPU, where PyTorch 2.11's backward of a strided 1x1 convolution writes out of bounds in that format.
     """
 
+    hparams: Any  # with the constructor's arguments as attributes
+
     def __init__(
         self,
         stem: Stem = "cifar",
@@ -87,7 +89,7 @@ class ImageClassifier(LightningModule):
 
     def _use(self, memory_format: torch.memory_format) -> None:
         self.memory_format = memory_format
-        self.network.to(memory_format=memory_format)
+        self.network.to(memory_format=memory_format)  # type: ignore[call-overload]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -96,7 +98,7 @@ class ImageClassifier(LightningModule):
         self.train_metrics.update(logits, labels)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
-        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])
+        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -94,7 +94,7 @@ def _write_hyperparameters(
     }
     training = {f"training.{name}": value for name, value in result.parameters.items()}
     for summary in hparams(settings | training, metrics):
-        writer.file_writer.add_summary(summary)
+        writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
 def _write_page(writer: SummaryWriter, result: EvaluationResult) -> None:

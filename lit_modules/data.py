@@ -51,7 +51,7 @@ class Transformed(Dataset):
         self.dataset, self.transform = dataset, transform
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.dataset[index]
@@ -120,11 +120,11 @@ class ImageData(LightningDataModule, ABC):
         """Loads the training set for the stages "fit" and "validate", the test set for "test", both for None."""
         if stage in ("fit", "validate", None):
             dataset = self._kept(self.load(train=True))
-            num_val = max(self._world_size(), round(self.val_fraction * len(dataset)))
-            if num_val >= len(dataset):
+            num_val = max(self._world_size(), round(self.val_fraction * len(dataset)))  # type: ignore[arg-type]
+            if num_val >= len(dataset):  # type: ignore[arg-type]
                 raise UserError("the training set is too small: no image is left after the validation split")
             generator = torch.Generator().manual_seed(0)
-            train, val = random_split(dataset, [len(dataset) - num_val, num_val], generator)
+            train, val = random_split(dataset, [len(dataset) - num_val, num_val], generator)  # type: ignore[arg-type]
             self.train_set, self.val_set = Transformed(train, self.augment), Transformed(val, self.normalize)
         if stage in ("test", None):
             self.test_set = Transformed(self._kept(self.load(train=False)), self.normalize)
@@ -142,7 +142,7 @@ class ImageData(LightningDataModule, ABC):
     def _kept(self, dataset: Dataset) -> Dataset:
         in_memory = self.in_memory
         if in_memory is None:
-            in_memory = len(dataset) * 3 * self.image_size**2 <= MEMORY_LIMIT
+            in_memory = len(dataset) * 3 * self.image_size**2 <= MEMORY_LIMIT  # type: ignore[arg-type]
         if not in_memory or isinstance(dataset, TensorDataset):
             return dataset
         images, labels = zip(*DataLoader(dataset, batch_size=256, num_workers=self._workers()), strict=True)

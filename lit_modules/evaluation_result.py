@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_modules.agreement import Agreement, Quality, Verdict
-from tritonnn.latency import Latency, LayerLatency, Timing
+from tritonnn.clocks import Timing
+from tritonnn.latency import Latency, LayerLatency
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ def _sides(layers: Sequence[LayerLatency], networks: Sequence[Latency]) -> list[
 
 def _layer_row(index: int, layer: LayerLatency, clocks: Sequence[str]) -> LayerRow:
     medians = {
-        clock: Pair.of(_median(layer.pytorch, clock), layer.triton and _median(layer.triton, clock)) for clock in clocks
+        clock: Pair.of(_median(layer.pytorch, clock), _median(layer.triton, clock) if layer.triton else None)
+        for clock in clocks
     }
     call, dtype = layer.call, str(layer.call.dtype).removeprefix("torch.")
     return LayerRow(

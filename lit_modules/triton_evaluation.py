@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ class TritonEvaluation(Callback):
         counted = torch.ones_like(places, dtype=torch.bool)
         if isinstance(sampler, DistributedSampler):  # rank r has the places r, r + R, r + 2R, ...
             places = places * sampler.num_replicas + sampler.rank
-            counted = places < len(sampler.dataset)
+            counted = places < len(sampler.dataset)  # type: ignore[arg-type]
         return places + sum(len(loader.dataset) for loader in loaders[:dataloader_idx]), counted
 
     def _quality(self, name: str, logits: Tensor) -> QualityMeter:
@@ -214,9 +214,9 @@ class TritonEvaluation(Callback):
         """Meters what the pending batches gave."""
         if not self._pending:
             return
-        of_batches, labels, places = zip(*self._pending)
+        of_batches, all_labels, all_places = zip(*self._pending)
         self._pending = []
-        labels, places = torch.cat(labels), torch.cat(places)
+        labels, places = torch.cat(all_labels), torch.cat(all_places)
         logits = {name: torch.cat([batch[name] for batch in of_batches]) for name in of_batches[0]}
         pytorch, float32 = logits["pytorch"], logits.get("float32")
         for name, other in logits.items():
@@ -335,7 +335,7 @@ def check_layers(layers: Sequence[str]) -> None:
         raise ValueError(f"{mixed[0]!r} stands alone, got {' '.join(layers)}")
 
 
-def _variants(layers: Sequence[str], model: nn.Module) -> dict[str, str | list[str]]:
+def _variants(layers: Sequence[str], model: nn.Module) -> Mapping[str, str | list[str]]:
     """What to swap, by name."""
     if layers == ["none"]:
         return {}

@@ -4,8 +4,6 @@ Nothing is timed inside the running network, where hooks and launches would coun
 each layer is replayed alone on random input of the shape, type and strides it saw. Times are milliseconds.
 """
 
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .clocks import Clock, Timing, alternate, captured, event_clock, mend_generator, repeated, repeats_for, wall_clock
 from .swap import kind_of, swap
 
 WARM_UP_CALLS = 3
 MIN_SAMPLES, MAX_SAMPLES = 3, 100
 # Work between two readings of a clock: events resolve 0.5 us, a graph launch or a synchronisation costs some 10 us.
 GRAPH_MS, EAGER_MS = 1.0, 2.0
-MAX_REPEATS = 500
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,6 @@ class LayerCall:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         storage = torch.randn(extent, generator=generator, device=self.device).to(self.dtype)
         return storage.as_strided(self.shape, self.stride)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds a call."""
-
-    median: float
-    p10: float
-    p90: float
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -214,87 +202,40 @@ def time_alternately(
         return [Latency(*latency) for latency in zip(eager, device_times, names, strict=True)]
 
 
-def _sample(clocks: Sequence[Callable[[], float]], budget_s: float) -> list[Timing]:
+def _sample(clocks: Sequence[Clock], budget_s: float) -> list[Timing]:
     """Reads the clocks in turns until the budget is spent."""
-    rounds: list[list[float]] = []
-    deadline = time.perf_counter() + budget_s
-    while len(rounds) < MIN_SAMPLES or (len(rounds) < MAX_SAMPLES and time.perf_counter() < deadline):
-        rounds.append([clock() for clock in clocks])
-    timings = []
-    for samples in zip(*rounds, strict=True):
-        p10, median, p90 = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.1, 0.5, 0.9]).double())
-        timings.append(Timing(median.item(), p10.item(), p90.item(), len(samples)))
-    return timings
+    timings, _ = alternate({str(i): clock for i, clock in enumerate(clocks)}, budget_s, (MIN_SAMPLES, MAX_SAMPLES))
+    return list(timings.values())
 
 
-def _eager_clock(call: Callable[[], object], synchronize: Callable[[], None]) -> Callable[[], float]:
+def _eager_clock(call: Callable[[], object], synchronize: Callable[[], object]) -> Clock:
     """The wall clock of a call, as the mean of back-to-back calls that end with a synchronisation."""
 
     def read(repeats: int) -> float:
         if repeats > 1:  # caches hold what ran in between
-            call()
-            synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        synchronize()
-        return (time.perf_counter() - start) * 1e3 / repeats
+            wall_clock(call, 1, synchronize)
+        return wall_clock(call, repeats, synchronize)
 
     once = read(1)
     if once < 10 * EAGER_MS:  # what takes longer is not called again to be warm
         once = read(1)
-    return partial(read, _repeats(once, EAGER_MS))
+    return partial(read, repeats_for(once, EAGER_MS))
 
 
-def _device_clock(call: Callable[[], object]) -> tuple[Callable[[], float], str]:
+def _device_clock(call: Callable[[], object]) -> tuple[Clock, str]:
     """Events around a CUDA graph of repeated calls, or around the calls themselves if they cannot be captured."""
     name, launcher = "CUDA graph", captured
     try:
         once = event_clock(launcher(call, 1), 1)
-    except RuntimeError:  # the call synchronises, or allocates on the host
-        torch.cuda.synchronize()
-        captured(
-            lambda: torch.zeros(1, device="cuda"), 1
-        )  # mends the random generator, which the failure left captured
-        name, launcher = "CUDA events", _repeated
+    except RuntimeError:
+        mend_generator()
+        name, launcher = "CUDA events", repeated
         once = event_clock(call, 1)
     once()  # the first replay uploads the graph
-    repeats = _repeats(once(), GRAPH_MS)
+    repeats = repeats_for(once(), GRAPH_MS)
     clock = event_clock(launcher(call, repeats), repeats)
     clock()
     return clock, name
-
-
-def event_clock(launch: Callable[[], object], calls: int) -> Callable[[], float]:
-    """Milliseconds of GPU time of one of the calls that `launch` makes."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def read() -> float:
-        start.record()
-        launch()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / calls
-
-    return read
-
-
-def captured(call: Callable[[], object], repeats: int) -> Callable[[], object]:
-    """The replay of a CUDA graph of so many calls, which have been warmed up."""
-    graph = torch.cuda.CUDAGraph()
-    # The outer context puts the stream back after a failed capture; `torch.cuda.graph` itself does not.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-        for _ in range(repeats):
-            call()
-    return graph.replay
-
-
-def _repeated(call: Callable[[], object], repeats: int) -> Callable[[], object]:
-    return lambda: [call() for _ in range(repeats)]
-
-
-def _repeats(once_ms: float, target_ms: float) -> int:
-    return min(max(math.ceil(target_ms / max(once_ms, 1e-3)), 1), MAX_REPEATS)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class SwapReport:
     @property
     def fallbacks(self) -> dict[str, dict[str, int]]:
         """Name to reason to the number of calls, so far, in which a swapped layer ran PyTorch's own op."""
-        return {name: dict(m.fallbacks) for name, m in self.modules.items() if getattr(m, "fallbacks", None)}
+        return {name: dict(counts) for name, m in self.modules.items() if (counts := getattr(m, "fallbacks", None))}
 
     def __str__(self) -> str:
         kinds = list(self.swapped.values())
@@ -102,7 +102,7 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
             # Modules of "torch.nn" are nodes of the graphs of torch.fx, which cannot see through ours.
             module.__dict__.update(_swapped=True, strict=strict, __module__="torch.nn")
             report.modules[name] = module
-            report.swapped[name] = kind_of(module)
+            report.swapped[name] = _KIND[type(module)]
         elif not isinstance(module, (TritonLayer, nn.Sequential)) and (
             not any(module.children()) or isinstance(module, tuple(_TRITON))
         ):
@@ -117,7 +117,7 @@ def _restore(module: nn.Module) -> None:
             module.__dict__.pop(attribute, None)
 
 
-def _torch_class(cls: type[TritonLayer]) -> type[nn.Module]:
+def _torch_class(cls: type) -> type[nn.Module]:
     if cls in _TORCH:
         return _TORCH[cls]
     # Something like torch.nn.utils.parametrize has since derived a class for the module: derive it from PyTorch's.

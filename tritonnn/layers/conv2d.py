@@ -54,7 +54,7 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
         if self.padding == "valid":
             return x, (0, 0)
         if self.padding != "same":
-            return x, pair(self.padding)
+            return x, pair(self.padding)  # type: ignore[arg-type]
         left, right, top, bottom = self._reversed_padding_repeated_twice
         if (top, left) == (bottom, right):
             return x, (top, left)

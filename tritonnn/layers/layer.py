@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from ..runtime.launch_plan import Plans, launch_key, plain_eager
 from ..runtime.operator import PLAIN
 
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+T = TypeVar("T")
 
 
 class TritonLayer:
@@ -26,10 +29,10 @@ class TritonLayer:
     @property
     def fallbacks(self) -> Counter[str]:
         if "_fallbacks" not in self.__dict__:
-            self._fallbacks = Counter()
+            self._fallbacks: Counter[str] = Counter()
         return self._fallbacks
 
-    def _fall_back(self, reason: str, op: Callable, *args) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def _fall_back(self, reason: str, op: Callable[..., T], *args) -> T:
         """op(*args), PyTorch's own, which also raises PyTorch's own error where the input is at fault."""
         y = op(*args)
         if self.strict:
@@ -41,7 +44,7 @@ class TritonLayer:
         return y
 
 
-def by_plan(attributes: Callable[[TritonLayer], tuple], state: Callable[[], object] | None = None) -> Callable:
+def by_plan(attributes: Callable[[Any], tuple], state: Callable[[], object] | None = None) -> Callable:
     """Decorates a layer's method of tensors that hands out what kernels compute, by plan (see launch_plan.py).
 
     `attributes(layer)` are the constants and tensors of the layer that it depends on, `state()` all the rest. In
@@ -49,7 +52,7 @@ def by_plan(attributes: Callable[[TritonLayer], tuple], state: Callable[[], obje
     """
 
     def decorate(method: Callable) -> Callable:
-        plans = Plans(state)
+        plans: Any = Plans(state)
 
         @functools.wraps(method)
         def planned(self: TritonLayer, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
@@ -65,7 +68,7 @@ def by_plan(attributes: Callable[[TritonLayer], tuple], state: Callable[[], obje
     return decorate
 
 
-def parameters(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def parameters(layer: nn.BatchNorm2d | nn.Conv2d | nn.Linear) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Weight and bias; attributes of a module that are parameters are slow to ask for."""
     try:
         return layer._parameters["weight"], layer._parameters["bias"]
@@ -133,8 +136,8 @@ def windows_fit(
     )
 
 
-def batched(op: Callable, x: torch.Tensor, *args) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """op on [N, C, H, W], for x of that shape or [C, H, W]."""
+def batched(op: Callable, x: torch.Tensor, *args) -> Any:
+    """op on [N, C, H, W], for x of that shape or [C, H, W]; op gives a tensor or a tuple of them."""
     if x.dim() == 4:
         return op(x, *args)
     y = op(x.unsqueeze(0), *args)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..clocks import captured, event_clock
 from ..device.activation import ACTIVATIONS
-from ..latency import captured, event_clock
 from ..layers.fused.activation import activate
 from ..ops.conv2d.dispatch import can_run, run
 from ..ops.conv2d.epilogue import Epilogue
