@@ -1,6 +1,8 @@
 """What is private to Triton and PyTorch: an unknown version of a part turns it off, and the numbers stay right."""
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy
@@ -8,6 +10,7 @@ import pytest
 import torch
 import triton
 from helpers.compare import image
+from helpers.gpus import H100
 from torch import nn
 from torch.autograd import forward_ad
 from triton.compiler.compiler import CompiledKernel
@@ -16,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tritonnn
 from tritonnn import cuda_graphs
-from tritonnn.runtime import cache_keys, capabilities, launch_plan
+from tritonnn.runtime import cache_keys, capabilities, hardware, launch_plan
 from tritonnn.tuning import compile_ahead
 
 
@@ -194,3 +197,32 @@ def test_the_interpreter_names_the_numpy_that_it_fails_with(of_triton, of_numpy,
                 capabilities.check_interpreter()
     finally:
         capabilities.check_interpreter.cache_clear()
+
+
+def test_kernels_in_gluon_need_a_version_that_they_were_checked_with(monkeypatch):
+    monkeypatch.setattr(hardware, "gpu", lambda device: H100)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert hardware.gluon_is_verified(torch.device("cuda", 0))
+    monkeypatch.setattr(triton, "__version__", "4.0.0")
+    assert not hardware.gluon_is_verified(torch.device("cuda", 0))
+    assert any("triton 4.0.0" in note for note in capabilities.notes())
+
+
+GONE = {
+    "a name": "from triton.experimental.gluon import language as gl\n"
+    "for name in ('barrier', 'thread_barrier'): vars(gl).pop(name, None)",
+    "a module": "sys.modules['triton.experimental.gluon.language.nvidia.hopper'] = None",
+}
+
+
+@pytest.mark.parametrize("gone", GONE)
+def test_without_a_part_of_gluon_the_other_forms_are_left(gone):
+    """In a process of its own."""
+    code = (
+        f"import os, sys; os.environ['TRITON_INTERPRET'] = '1'; import triton; {GONE[gone]}\n"
+        "import torch, tritonnn; from tritonnn.ops.conv2d.forms import FORMS\n"
+        "print([form.name for form in FORMS], tritonnn.TritonConv2d(2, 3, 3)(torch.ones(1, 2, 4, 4)).shape)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = "['depthwise', 'sliced_k', 'few_channels', 'tma', 'pointers'] torch.Size([1, 3, 2, 2])\n"
+    assert run.stdout == said, run.stderr

@@ -15,6 +15,8 @@ import triton
 from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import hardware
+
 LAUNCHER = ("self", "gridX", "gridY", "gridZ", "stream", "function")
 AND_HOOKS = (*LAUNCHER, "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
 """Parameters of Triton's launchers; in 3.6 those of the hooks are among its `args`."""
@@ -62,10 +64,11 @@ def _knows_launches() -> bool:
 
 def _knows_descriptors() -> bool:
     """What a launcher reads of a descriptor is its fields, and of its base the address."""
-    return all(_is_known_descriptor(cls) for cls in _descriptors())
+    return all(_is_known_descriptor(cls) for cls in descriptors())
 
 
-def _descriptors() -> list[type]:
+def descriptors() -> list[type]:
+    """The classes of tensor descriptors, Triton's and, where it is where it was known, Gluon's."""
     try:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as OfGluon
     except ImportError:
@@ -130,6 +133,8 @@ def notes() -> list[str]:
         if not knows(part):
             of = f"torch {torch.__version__}" if part in _OF_TORCH else f"triton {triton.__version__}"
             found.append(f"{part} of {of} are not as they were known: {instead}")
+    if not triton.__version__.startswith(hardware.GLUON_VERSIONS):
+        found.append(f"kernels in Gluon were not checked with triton {triton.__version__}: slower ones run instead")
     return found
 
 

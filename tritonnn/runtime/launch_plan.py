@@ -16,8 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.experimental.gluon.nvidia import hopper as gluon
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import capabilities
 from .semaphores import semaphores
@@ -37,6 +35,7 @@ UNSEEN = object()
 COMPILATION = triton.knobs.compilation
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 is_capturing = torch.cuda.is_current_stream_capturing
+DESCRIPTORS = tuple(capabilities.descriptors())
 OPTIONS = {} if triton.knobs.runtime.interpret else capabilities.options_of_launches()
 
 
@@ -257,7 +256,7 @@ class _Recording(TorchDispatchMode):
             if isinstance(arg, torch.Tensor):
                 pointers.append((position, *self._source(arg)))
                 arguments[position] = None
-            elif isinstance(arg, TensorDescriptor | gluon.TensorDescriptor):
+            elif isinstance(arg, DESCRIPTORS):
                 fields = {name: value for name, value in vars(arg).items() if name != "base"}
                 descriptors.append(_Descriptor(position, *self._source(arg.base), type(arg), fields))
                 arguments[position] = None
