@@ -10,6 +10,7 @@ from torch import nn
 
 from ..ops.window import output_size
 from ..runtime.capabilities import current_level, transforms_are_active
+from ..runtime.hardware import reason_against
 from ..runtime.launch_plan import Plans, launch_key, plain_eager
 from ..runtime.operator import PLAIN
 
@@ -95,7 +96,7 @@ def reason_to_fall_back(
         return f"dtype {x.dtype}"
     if any(p is not None and p.device != x.device for p in parameters):
         return "tensors on several devices"
-    return None
+    return reason_against(x.device)
 
 
 def reason_to_fall_back_image(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:
