@@ -167,6 +167,22 @@ def any_autocast() -> bool:
     return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
 
+ROUNDS_ON_LOAD = False
+"""Whether descriptors are to round float32 to TF32 as they load, where they can, from triton 3.7 on.
+
+Off until a GPU has shown that they round to nearest: tests/ops/conv2d/test_rounding_on_load.py.
+"""
+
+
+def can_round_on_load() -> bool:
+    return all("round_f32_to_tf32" in {field.name for field in dataclasses.fields(cls)} for cls in descriptors())
+
+
+def rounding_on_load(round_x: bool) -> dict[str, bool]:
+    """Arguments of the descriptors of x, which is to be rounded to TF32 or not; empty where a kernel is to do that."""
+    return {"round_f32_to_tf32": True} if round_x and ROUNDS_ON_LOAD and can_round_on_load() else {}
+
+
 def options_of_launches() -> dict[str, bool]:
     """What every launch tells the compiler: from triton 3.9 on, to fuse products with sums, as before by itself."""
     return {"enable_fp_fusion": True} if hasattr(triton.knobs.language, "fp_fusion_enabled") else {}

@@ -24,6 +24,7 @@ from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div
+from ....runtime.capabilities import rounding_on_load
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
@@ -266,11 +267,12 @@ class TmaForm(Form):
             config.BLOCK_N,
             config.BLOCK_K,
         )
+        rounding = rounding_on_load(product.round_x)
         if product.stride[0] == 1:
-            x_desc = TensorDescriptor.from_tensor(_pixels(x), [tile_n, tile_p, tile_q, block_k])
+            x_desc = TensorDescriptor.from_tensor(_pixels(x), [tile_n, tile_p, tile_q, block_k], **rounding)
         else:
             x = _pixels(x).view(N, H // 2, 2, W // 2, 2 * C)
-            x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k])
+            x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k], **rounding)
         weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
         y_box = [tile_n, tile_p, tile_q, block_n]
         y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if product.channels_last_y else y
@@ -304,7 +306,7 @@ class TmaForm(Form):
             **dependent_launch(x),
             INPUT_PRECISION=product.input_precision,
             CHANNELS_LAST=product.channels_last_y,
-            ROUND_X=product.round_x,
+            ROUND_X=product.round_x and not rounding,
             FLUSH=FLUSH_STEPS,
             **config.constants,
         )
