@@ -30,7 +30,8 @@ class TritonLayer:
     @property
     def fallbacks(self) -> Counter[str]:
         if "_fallbacks" not in self.__dict__:
-            self._fallbacks: Counter[str] = Counter()
+            fallbacks: Counter[str] = Counter()
+            self._fallbacks = fallbacks
         return self._fallbacks
 
     def _fall_back(self, reason: str, op: Callable[..., T], *args) -> T:
