@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from .runtime.capabilities import knows
 from .runtime.launch_plan import current_device
 from .runtime.precision import CONVOLUTION, MATMUL
 
@@ -149,7 +150,7 @@ class CudaGraphs:
 def _can_be_captured(tensors: list[Tensor]) -> bool:
     if not tensors or any(x.device != tensors[0].device or x.layout != torch.strided for x in tensors):
         return False
-    if tensors[0].device.type != "cuda" or torch.compiler.is_compiling():
+    if tensors[0].device.type != "cuda" or torch.compiler.is_compiling() or not knows("workspaces"):
         return False
     return not torch.cuda.is_current_stream_capturing()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .runtime.capabilities import notes
 from .swap import KINDS
 
 
@@ -48,7 +49,7 @@ class FusionReport:
             lines += [f"{title}: {few(same)}: {reason}" for reason, same in names.items()]
         for name, reasons in self.fallbacks.items():
             lines += [f"fell back to PyTorch: {name}: {reason} ({n} calls)" for reason, n in reasons.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + notes())
 
 
 def few(names: list[str]) -> str:

@@ -18,6 +18,7 @@ from .layers.layer import TritonLayer
 from .layers.linear import TritonLinear
 from .layers.max_pool2d import TritonMaxPool2d
 from .layers.relu import TritonReLU
+from .runtime.capabilities import notes
 
 LAYERS: dict[str, dict[type[nn.Module], type[TritonLayer]]] = {
     "avg_pool2d": {nn.AvgPool2d: TritonAvgPool2d, nn.AdaptiveAvgPool2d: TritonAdaptiveAvgPool2d},
@@ -63,7 +64,7 @@ class SwapReport:
             lines += [
                 f"fell back to PyTorch: {name or '(the model)'}: {reason} ({n} calls)" for reason, n in reasons.items()
             ]
-        return "\n".join(lines)
+        return "\n".join(lines + notes())
 
 
 def _requested_kinds(layers: str | Sequence[str]) -> set[str]:

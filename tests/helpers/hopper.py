@@ -28,7 +28,7 @@ def run(file: str, *arguments: str) -> dict:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests"))),
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]),
     }
     result = subprocess.run(
         [sys.executable, file, *arguments], env=environment, cwd=root, capture_output=True, text=True

@@ -10,6 +10,7 @@ import triton
 from helpers.gpus import A100, H100
 
 import tritonnn
+from tritonnn.layers import layer
 from tritonnn.runtime import hardware
 from tritonnn.runtime.hardware import INTERPRETER, Gpu, gluon_is_verified
 
@@ -72,3 +73,19 @@ def test_no_other_file_has_a_number_of_an_h100():
             code = re.sub(r'""".*?"""|#[^\n]*', "", path.read_text(), flags=re.DOTALL)
             found += [f"{path.name}: {match[0]}" for match in number.finditer(code)]
     assert not found
+
+
+@pytest.mark.parametrize(
+    "capability, reason",
+    [((7, 5), "GPU of compute capability 7.5, below 8.0"), ((8, 0), None), ((12, 0), None), ((0, 0), None)],
+)
+def test_layers_fall_back_on_gpus_that_are_too_old(capability, reason, monkeypatch):
+    """(0, 0) is AMD's."""
+    monkeypatch.setattr(hardware, "gpu", lambda device: hardware.Gpu(capability, 40, 64 * 1024))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert hardware.reason_against(torch.device("cuda", 0)) == reason
+    assert hardware.reason_against(torch.device("cpu")) is None
+    monkeypatch.setattr(layer, "reason_against", lambda device: reason)
+    linear = tritonnn.TritonLinear(2, 3)
+    y = linear(torch.ones(1, 2))
+    assert y.shape == (1, 3) and dict(linear.fallbacks) == ({reason: 1} if reason else {})

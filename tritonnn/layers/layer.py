@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from ..ops.window import output_size
+from ..runtime.capabilities import current_level, transforms_are_active
+from ..runtime.hardware import reason_against
 from ..runtime.launch_plan import Plans, launch_key, plain_eager
 from ..runtime.operator import PLAIN
 
@@ -29,7 +30,8 @@ class TritonLayer:
     @property
     def fallbacks(self) -> Counter[str]:
         if "_fallbacks" not in self.__dict__:
-            self._fallbacks: Counter[str] = Counter()
+            fallbacks: Counter[str] = Counter()
+            self._fallbacks = fallbacks
         return self._fallbacks
 
     def _fall_back(self, reason: str, op: Callable[..., T], *args) -> T:
@@ -85,9 +87,9 @@ def reason_to_fall_back(
     x: torch.Tensor, *parameters: torch.Tensor | None, dtypes: Sequence[torch.dtype] = FLOATING_POINT
 ) -> str | None:
     """Why no kernel takes these tensors now, or None: strided tensors of one device, x of a type in `dtypes`."""
-    if forward_ad._current_level >= 0:
+    if current_level() >= 0:
         return "forward-mode differentiation"
-    if torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling():
+    if transforms_are_active() and torch.compiler.is_compiling():
         return "torch.func inside torch.compile"
     if not isinstance(x, torch.Tensor):  # PyTorch asks its __torch_function__, if it has one
         return f"input of type {type(x).__name__}"
@@ -104,7 +106,7 @@ def reason_to_fall_back(
         return f"dtype {x.dtype}"
     if any(p is not None and p.device != x.device for p in parameters):
         return "tensors on several devices"
-    return None
+    return reason_against(x.device)
 
 
 def reason_to_fall_back_image(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:

@@ -3,7 +3,8 @@
 import sys
 
 import triton
-from triton.runtime.jit import JITCallable
+
+from . import capabilities
 
 PACKAGE = __package__.partition(".")[0]
 
@@ -13,8 +14,10 @@ def settle_cache_keys() -> None:
 
     In Triton 3.6 a key depends on the functions whose keys were asked for before: https://github.com/triton-lang/triton/pull/10494.
     """
-    if triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret or not capabilities.knows("cache keys"):
         return
+    from triton.runtime.jit import JITCallable
+
     for name, module in sorted(sys.modules.items()):
         if name.startswith(f"{PACKAGE}."):
             for function in vars(module).values():

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-GLUON_VERSIONS = "3.6."
-"""Of Triton, with which the results of kernels in Gluon were checked."""
+GLUON_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
+"""Of Triton, with which what the compiler makes of the kernels in Gluon was checked."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Gpu:
         return self.capability == (9, 0)
 
 
+LEAST_CAPABILITY = (8, 0)
+"""Of CUDA. Tiles are laid out for what a program may have from there on: 99 KB of shared memory, TF32 and bfloat16."""
 INTERPRETER = Gpu((0, 0), 1, 2**16)
 """The interpreter runs one program after the other."""
 
@@ -45,6 +47,17 @@ def gpu(device: torch.device) -> Gpu:
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
     shared_memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     return Gpu(capability, properties.multi_processor_count, shared_memory)
+
+
+@torch.compiler.assume_constant_result
+def reason_against(device: torch.device) -> str | None:
+    """Why kernels do not run on a device that Triton might compile for, or None."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    capability = gpu(device).capability
+    if (0, 0) < capability < LEAST_CAPABILITY:
+        return f"GPU of compute capability {capability[0]}.{capability[1]}, below 8.0"
+    return None
 
 
 def gluon_is_verified(device: torch.device) -> bool:

@@ -15,11 +15,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.experimental.gluon.nvidia import hopper as gluon
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import capabilities
 from .semaphores import semaphores
 
 MOST_PLANS = 4096
@@ -37,8 +35,8 @@ UNSEEN = object()
 COMPILATION = triton.knobs.compilation
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 is_capturing = torch.cuda.is_current_stream_capturing
-# That of compiled code, which does not ask the dispatcher.
-empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+DESCRIPTORS = tuple(capabilities.descriptors())
+OPTIONS = {} if triton.knobs.runtime.interpret else capabilities.options_of_launches()
 
 
 _generation = 0
@@ -62,10 +60,10 @@ def launch(kernel: Callable, grid: tuple[int, ...], *args, **constants) -> None:
     """kernel[grid](*args, **constants), noted if somebody records."""
     recording = LOCAL.recording
     if recording is None:
-        kernel[grid](*args, **constants)
+        kernel[grid](*args, **constants, **OPTIONS)
         return
     recording.paused = True  # what Triton itself does is no part of the plan
-    compiled = kernel[grid](*args, **constants)
+    compiled = kernel[grid](*args, **constants, **OPTIONS)
     recording.paused = False
     recording.launched(kernel, compiled, grid, args, constants)
 
@@ -123,7 +121,7 @@ class Plans:
 
         `described` is `launch_key(args)`.
         """
-        if LOCAL.recording is not None or COMPILATION.instrumentation_mode:
+        if LOCAL.recording is not None or getattr(COMPILATION, "instrumentation_mode", ""):
             return function(*function_args)
         kind, addresses = described
         state = self.state and self.state()
@@ -146,20 +144,33 @@ class Plans:
         return result
 
 
-class _Box(NamedTuple):
-    """What Triton's launcher reads of a `TensorDescriptor` whose base is at `address`."""
+class _Address:
+    """The base of a descriptor, as far as Triton's launcher asks for it."""
 
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: str
+    __slots__ = ("address",)
 
-    @property
-    def base(self) -> "_Box":
-        return self
+    def __init__(self, address: int) -> None:
+        self.address = address
 
     def data_ptr(self) -> int:
         return self.address
+
+
+class _Descriptor(NamedTuple):
+    """A recorded tensor descriptor without its base: where it goes, what it points into, its class and other fields."""
+
+    position: int
+    source: int
+    offset: int
+    cls: type
+    fields: dict[str, object]
+
+    def at(self, address: int) -> object:
+        """Of the same class, and alike but for the base. Its checks were made when it was recorded."""
+        descriptor = object.__new__(self.cls)
+        descriptor.__dict__.update(self.fields)
+        descriptor.base = _Address(address)
+        return descriptor
 
 
 class _Launch(NamedTuple):
@@ -172,7 +183,7 @@ class _Launch(NamedTuple):
     packed_metadata: tuple
     arguments: list
     pointers: list[tuple[int, int, int]]
-    boxes: list[tuple[int, int, int, tuple, tuple, str]]
+    descriptors: list[_Descriptor]
 
 
 class _Plan:
@@ -181,7 +192,7 @@ class _Plan:
     def __init__(self, device: torch.device, allocations: list, launches: list[_Launch], results: object) -> None:
         self.allocations, self.launches, self.results = allocations, launches, results
         self.device, self.torch_device = device.index, device
-        self.empty = empty_strided_cuda if device.type == "cuda" else None
+        self.empty = capabilities.empty_strided() if device.type == "cuda" else None
         if self.empty is None:
             self.empty = lambda *of: torch.empty_strided(*of[:2], dtype=of[2], device=device)
 
@@ -197,12 +208,12 @@ class _Plan:
             addresses.append(y.data_ptr())
         stream = current_stream(self.device)
         hooks = _launch_hooks()
-        for compiled, run, grid, function, packed_metadata, arguments, pointers, boxes in self.launches:
+        for compiled, run, grid, function, packed_metadata, arguments, pointers, descriptors in self.launches:
             arguments = arguments.copy()
             for position, source, offset in pointers:
                 arguments[position] = addresses[source] + offset
-            for position, source, offset, *box in boxes:
-                arguments[position] = _Box(addresses[source] + offset, *box)
+            for descriptor in descriptors:
+                arguments[descriptor.position] = descriptor.at(addresses[descriptor.source] + descriptor.offset)
             if hooks is None:
                 run(*grid, stream, function, packed_metadata, None, None, None, *arguments)
             else:
@@ -240,15 +251,16 @@ class _Recording(TorchDispatchMode):
     def launched(self, kernel, compiled, grid, args, constants) -> None:
         named = dict(zip(kernel.arg_names, args)) | constants
         arguments = [named.get(name, self) for name in kernel.arg_names]
-        pointers, boxes = [], []
+        pointers, descriptors = [], []
         for position, arg in enumerate(arguments):
             if isinstance(arg, torch.Tensor):
                 pointers.append((position, *self._source(arg)))
                 arguments[position] = None
-            elif isinstance(arg, TensorDescriptor | gluon.TensorDescriptor):
-                box = tuple(arg.shape), tuple(arg.strides), arg.padding
-                boxes.append((position, *self._source(arg.base), *box))
+            elif isinstance(arg, DESCRIPTORS):
+                fields = {name: value for name, value in vars(arg).items() if name != "base"}
+                descriptors.append(_Descriptor(position, *self._source(arg.base), type(arg), fields))
                 arguments[position] = None
+                self.complete = self.complete and capabilities.knows("descriptors")
             elif type(arg) not in CONSTANTS and not isinstance(arg, tl.dtype):
                 self.complete = False
         grid = (*grid, 1, 1)[:3]
@@ -257,7 +269,7 @@ class _Recording(TorchDispatchMode):
         except AttributeError:  # another Triton
             self.complete = False
         else:
-            self.launches.append(_Launch(compiled, *handles, arguments, pointers, boxes))
+            self.launches.append(_Launch(compiled, *handles, arguments, pointers, descriptors))
         if getattr(kernel, "pre_run_hooks", None):
             self.complete = False
 
@@ -310,7 +322,7 @@ def _form(t: torch.Tensor) -> tuple:
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _memory(t: torch.Tensor) -> range:
@@ -329,18 +341,20 @@ def _overlap(tensors: list[torch.Tensor]) -> bool:
 
 def plain_eager() -> bool:
     """Whether nobody wants to see which operators run: compilers, tracers, transforms, forward mode, modes."""
-    return not (
+    return capabilities.knows("watchers") and not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_function_stack()
         or (torch._C._len_torch_dispatch_stack() and LOCAL.recording is None)
         or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
+        or capabilities.current_level() >= 0
     )
 
 
 def _can_record(tensors: list[torch.Tensor]) -> bool:
     """On a GPU, where kernels are compiled; modes and transforms may not expect another mode."""
+    if not (capabilities.knows("launches") and capabilities.knows("watchers")):
+        return False
     watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
     return bool(tensors) and tensors[0].is_cuda and not (triton.knobs.runtime.interpret or watched)
 

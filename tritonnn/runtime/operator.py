@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import triton
 
+from .capabilities import check_interpreter, transforms_are_active
 from .launch_plan import TENSORS, Plans, launch_key, plain_eager
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
@@ -37,6 +38,7 @@ def _in_interpreter(launch: Callable) -> Callable:
                 "tritonnn: CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before tritonnn is imported, "
                 "or move the module and its input to a GPU"
             )
+        check_interpreter()
         with INTERPRETER:
             return launch(x, *args)
 
@@ -88,7 +90,7 @@ def _shortest_way(plans: Plans, on_gpu: Callable, on_cpu: Callable, op: Callable
                     return plans.run(described, args, on_gpu, *args)
                 if x.is_cpu:
                     return plans.run(described, args, on_cpu, *args)
-        elif torch._C._are_functorch_transforms_active():
+        elif transforms_are_active():
             return transformed(*args)
         return op(*args)
 

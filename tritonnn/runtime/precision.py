@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from . import hardware
+from .capabilities import any_autocast
 from .memory_format import is_channels_last
 
 CONVOLUTION, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
@@ -95,7 +96,7 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tenso
 
     Where x is no tensor, they are left as they are, for its `__torch_function__`.
     """
-    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()) or not isinstance(x, torch.Tensor):
+    if not (torch.compiler.is_compiling() or any_autocast()) or not isinstance(x, torch.Tensor):
         return x, *others
     return tuple(t if t is None else t.to(autocast_type(t)) for t in (x, *others))
 
@@ -110,7 +111,7 @@ def autocast_type(t: torch.Tensor) -> torch.dtype:
 
 def convolution_state() -> tuple:
     """What the functions above depend on besides their arguments, where it concerns convolutions."""
-    if not torch._C._is_any_autocast_enabled():
+    if not any_autocast():
         return convolutions_in_tf32(), None
     autocast = [(torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in ("cuda", "cpu")]
     return convolutions_in_tf32(), *autocast

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..ops.conv2d.forms import FORMS
+from ..runtime.capabilities import knows
 from ..runtime.launch_plan import forget_plans
 
 PACKAGE = __package__.partition(".")[0]
@@ -31,6 +32,8 @@ def compile_ahead(calls: Iterable[Callable[[], object]], advance: Callable[[int]
 
     An error of the compiler is met again at the launch.
     """
+    if not knows("preloading"):
+        return
     device = torch.cuda.current_device()
 
     def compile(kernel: Kernel) -> None:

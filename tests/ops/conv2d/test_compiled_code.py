@@ -470,10 +470,10 @@ def assembled(ptx: str, folder: Path) -> str:
 
 
 def ptxas() -> Path:
-    """The assembler that comes with Triton."""
-    import triton
+    """The assembler that Triton takes for Hopper."""
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    return Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    return Path(get_ptxas(90).path)
 
 
 def disassembler() -> Path:

@@ -152,6 +152,14 @@ class TestTables:
         assert tables.tuned_choices(0).maps[0] == {OTHER: SLICED}
         assert tables.tuned_choices(1) == {problem(): SLICED, OTHER: COPIED, problem(n=7): SLICED}
 
+    def test_a_table_of_another_version_of_triton_comes_last(self, tables_folder, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+        shipped, users = tables.SHIPPED, tables_folder
+        tables.add(shipped / tables.file_name("GPU", "3.0.0"), {problem(): SLICED_ENTRY, OTHER: SLICED_ENTRY})
+        tables.add(users / tables.file_name("GPU"), {OTHER: COPIED_ENTRY})
+        tables.add(users / tables.file_name("GPU", "3.0.0"), {problem(n=7): SLICED_ENTRY})  # the user can tune again
+        assert tables.tuned_choices(0) == {problem(): SLICED, OTHER: COPIED}
+
     def test_the_users_table_precedes_the_shipped_one(self, tables_folder, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
         name = tables.file_name("GPU 0")

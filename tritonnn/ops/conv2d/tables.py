@@ -61,7 +61,10 @@ def tuned_choice(product: Product) -> Choice | None:
 
 
 def tuned_choices(device: int) -> ChainMap[Problem, Choice]:
-    """By the index of a GPU: first what was tuned on such a GPU, then what was on another; -1, the CPU, has none."""
+    """By the index of a GPU: what was tuned on such a GPU, before what was with another Triton or on another GPU.
+
+    -1, the CPU, has none.
+    """
     choices = _tables.get(device)
     if choices is None:
         _tables[device] = choices = ChainMap({}, {})
@@ -70,8 +73,9 @@ def tuned_choices(device: int) -> ChainMap[Problem, Choice]:
             own, others = choices.maps
             for folder in (SHIPPED, cache_folder()):
                 own.update(_choices(folder / file_name(gpu)))
-            if gpu in SAME_CHIP:
-                others.update(_choices(SHIPPED / file_name(SAME_CHIP[gpu])))
+            for name in (SAME_CHIP.get(gpu), gpu):
+                for path in sorted(SHIPPED.glob(file_name(name, "*"))) if name else ():  # of every version of Triton
+                    others.update(_choices(path))
     return choices
 
 
@@ -104,8 +108,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritonnn"
 
 
-def file_name(gpu: str) -> str:
-    return f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}-triton-{triton.__version__}.json"
+def file_name(gpu: str, version: str | None = None) -> str:
+    """Of a GPU's table for a version of Triton, the one that runs unless it is given."""
+    return f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}-triton-{version or triton.__version__}.json"
 
 
 def read(path: Path) -> dict[Problem, Entry]:

@@ -310,4 +310,7 @@ def default_config(
             num_warps, num_stages = 4, 3
             while block_m > 16 and ceil_div(m, block_m) * ceil_div(n, block_n) < gpu.enough_programs:
                 block_m //= 2
+        rows = block_m + block_n * (2 if input_precision == "tf32x3" else 1)
+        while num_stages > 1 and num_stages * rows * block_k * element_size > gpu.shared_memory:
+            num_stages -= 1
     return PointersConfig(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages)

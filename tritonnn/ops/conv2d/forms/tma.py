@@ -25,6 +25,7 @@ from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div, power_of_2
+from ....runtime.capabilities import rounding_on_load
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
@@ -278,13 +279,14 @@ class TmaForm(Form):
             config.BLOCK_N,
             config.BLOCK_K,
         )
+        rounding = rounding_on_load(product.round_x)
         by_parity = product.stride[0] > 1 and _fits_by_parity(product)
         if by_parity:
             x = _pixels(x).view(N, H // 2, 2, W // 2, 2 * C)
-            x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k])
+            x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k], **rounding)
         else:  # of one tap, or of stride 1
             x = _pixels(x)[:, :: product.stride[0], :: product.stride[1]]
-            x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, tile_q, block_k])
+            x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, tile_q, block_k], **rounding)
         weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
         y_box = [tile_n, tile_p, tile_q, block_n]
         y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if product.channels_last_y else y
@@ -318,7 +320,7 @@ class TmaForm(Form):
             **dependent_launch(x),
             INPUT_PRECISION=product.input_precision,
             CHANNELS_LAST=product.channels_last_y,
-            ROUND_X=product.round_x,
+            ROUND_X=product.round_x and not rounding,
             FLUSH=FLUSH_STEPS,
             **config.constants,
         )

@@ -21,6 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .....runtime import hardware
 from .....runtime.blocks import ceil_div
+from .....runtime.capabilities import rounding_on_load
 from .....runtime.dependent_launch import dependent_launch
 from .....runtime.hardware import Gpu
 from .....runtime.launch_plan import launch
@@ -111,6 +112,8 @@ class TmaHaloForm(Form):
         block_n, block_k = config.BLOCK_N, config.BLOCK_K
         stride = product.stride[0]
         rows = _rows(x, stride)
+        rounding = rounding_on_load(round_x)
+        round_x = round_x and not rounding
         y_desc, residual_desc = y, epilogue.residual
         if config.STAGED:
             y_box = [tile_p, tile_n, tile_q, block_n]
@@ -126,8 +129,8 @@ class TmaHaloForm(Form):
         launch(
             conv2d_tma_halo_forward_kernel,
             (programs,),
-            _descriptor(rows, [tile_p, 1, tile_n, tile_q, block_k]),
-            _descriptor(rows, [edge_rows(stride), 1, tile_n, tile_q, block_k]),
+            _descriptor(rows, [tile_p, 1, tile_n, tile_q, block_k], **rounding),
+            _descriptor(rows, [edge_rows(stride), 1, tile_n, tile_q, block_k], **rounding),
             _descriptor(weight.view(K, -1), [block_n, block_k]),
             epilogue.scale,
             epilogue.bias,
@@ -177,5 +180,5 @@ def _layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(128, bits, rank)
 
 
-def _descriptor(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, box, _layout(8 * x.element_size(), len(box)))
+def _descriptor(x: torch.Tensor, box: list[int], **rounding: bool) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, box, _layout(8 * x.element_size(), len(box)), **rounding)

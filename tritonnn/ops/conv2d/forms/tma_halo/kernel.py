@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .....device.dependent_launch import wait_for_predecessor
+from .....device.gluon_versions import allocate_ring, barrier, load_box, of_any_size, ring_view
 from .geometry import box_rows, first_row, part
 from .pipeline import fetch_box, fetch_weight, fill_rings, place_of, round_box, round_rows, rows_of
 from .store import store_from_registers, store_staged
@@ -90,7 +91,7 @@ def conv2d_tma_halo_forward_kernel(
         version=[3, 0], warps_per_cta=[WARPS_M, WARPS_N], instr_shape=[16, INSTRUCTION_N, 256 // BITS]
     )
 
-    x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS * BOX_ROWS, TILE_N * TILE_Q, BLOCK_K], LINES)
+    x_ring = allocate_ring(DTYPE, X_SLOTS, BOX_ROWS, TILE_N * TILE_Q, BLOCK_K, LINES)
     w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS, BLOCK_N, BLOCK_K], LINES)
     x_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
     w_bars = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], mbarrier.MBarrierLayout())
@@ -103,7 +104,7 @@ def conv2d_tma_halo_forward_kernel(
         mbarrier.init(w_bars.index(i), count=1)
     mbarrier.init(residual_bar, count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     wait_for_predecessor(DEPENDENT)
     first = gl.program_id(0)
@@ -143,9 +144,9 @@ def conv2d_tma_halo_forward_kernel(
         k = block * BLOCK_N
         if HAS_RESIDUAL and STAGED and not IN_SLOT:
             tma.store_wait(0)
-            gl.thread_barrier()
+            barrier()
             mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(residual_desc, [p, n, q, k], residual_bar, y_stage)
+            load_box(residual_desc, [p, n, q, k], residual_bar, y_stage)
 
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
         for block_c in range(C // BLOCK_K):
@@ -168,7 +169,7 @@ def conv2d_tma_halo_forward_kernel(
                         acc = warpgroup_mma_wait(1, deps=[acc])
                         if IN_SLOT and s + r == 0:
                             tma.store_wait(0)
-                        gl.thread_barrier()
+                        barrier()
                     elif r == 2:
                         acc = warpgroup_mma_wait(3, deps=[acc])  # waits for nothing: a loop carries only tensors
                     if r == 0:
@@ -183,7 +184,7 @@ def conv2d_tma_halo_forward_kernel(
                             tiles,
                             tiles_p,
                             tiles_q,
-                            box_next % BOXES,
+                            of_any_size(box_next % BOXES),
                             BLOCKS_N,
                             C,
                             STRIDE,
@@ -200,7 +201,7 @@ def conv2d_tma_halo_forward_kernel(
                             (step + W_SLOTS - 1) % W_SLOTS,
                             tile + step_next // STEPS * programs,
                             tiles,
-                            step_next % STEPS,
+                            of_any_size(step_next % STEPS),
                             BLOCKS_N,
                             C,
                         )
@@ -212,7 +213,7 @@ def conv2d_tma_halo_forward_kernel(
                         round_rows(x_ring, slot_next, part(r, TILE_P, STRIDE), BOX_ROWS, LINES, num_warps)
                         if r == 2:
                             fence_async_shared()
-                            gl.thread_barrier()
+                            barrier()
                     step += 1
                 box += 1
                 if ROUND_X and not ROUND_AHEAD:
@@ -231,18 +232,18 @@ def conv2d_tma_halo_forward_kernel(
             acc += gl.expand_dims(gl.load(bias_ptr + offs_n), 1).to(gl.float32)
         if STAGED:
             if IN_SLOT:
-                gl.thread_barrier()  # every warp has read the last box
-                y_box = x_ring.index((box + X_SLOTS - 1) % X_SLOTS * BOX_ROWS)._reinterpret(
-                    DTYPE, [TILE_P, TILE_N, TILE_Q, BLOCK_N], y_desc.layout
-                )
+                barrier()  # every warp has read the last box
+                Y_BOX: gl.constexpr = [TILE_P, TILE_N, TILE_Q, BLOCK_N]
+                Y_LAYOUT: gl.constexpr = y_desc.layout
+                y_box = ring_view(x_ring, (box + X_SLOTS - 1) % X_SLOTS, 0, BOX_ROWS, Y_BOX, Y_LAYOUT)
                 if HAS_RESIDUAL:
                     mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(residual_desc, [p, n, q, k], residual_bar, y_box)
+                    load_box(residual_desc, [p, n, q, k], residual_bar, y_box)
             else:
                 y_box = y_stage
                 if not HAS_RESIDUAL:
                     tma.store_wait(0)
-                    gl.thread_barrier()
+                    barrier()
             store_staged(
                 acc,
                 y_box,

@@ -2,9 +2,10 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .....device.arithmetic import round_to_tf32
+from .....device.gluon_versions import barrier, load_box, ring_view
 from .geometry import box_rows, edge_rows
 
 
@@ -29,8 +30,7 @@ def rows_of(x_ring, slot, FIRST: gl.constexpr, ROWS: gl.constexpr, BOX_ROWS: gl.
     """[ROWS * TILE_N * TILE_Q, BLOCK_K]: the rows of a box from FIRST on."""
     ROW: gl.constexpr = x_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
-    row = x_ring.index(slot * BOX_ROWS + FIRST)
-    return row._reinterpret(x_ring.dtype, [ROWS * ROW, BLOCK_K], LAYOUT)
+    return ring_view(x_ring, slot, FIRST, BOX_ROWS, [ROWS * ROW, BLOCK_K], LAYOUT)
 
 
 @gluon.jit
@@ -54,7 +54,6 @@ def fetch_box(
 ):
     """Starts to load a tile's box of that number into a slot, unless there is no such tile."""
     BLOCK_K: gl.constexpr = x_ring.shape[2]
-    EDGE: gl.constexpr = edge_rows(STRIDE)
     n, p, q, _ = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_N, TILE_P, TILE_Q)
     # The filter's column s lies STRIDE * q + s - 1 columns right of x's first.
     column = box % 3 + STRIDE - 1
@@ -62,16 +61,19 @@ def fetch_box(
     c = column % STRIDE * C + box // 3 * BLOCK_K
     pred = tile < tiles
     bar = x_bars.index(slot)
-    row = slot * box_rows(TILE_P, STRIDE)
-    rows = x_ring.index(row)._reinterpret(x_ring.dtype, [TILE_P, 1, TILE_N, TILE_Q, BLOCK_K], x_desc.layout)
-    edge = x_ring.index(row + TILE_P)._reinterpret(x_ring.dtype, [EDGE, 1, TILE_N, TILE_Q, BLOCK_K], edge_desc.layout)
+    BOX_ROWS: gl.constexpr = box_rows(TILE_P, STRIDE)
+    BOX: gl.constexpr = [TILE_P, 1, TILE_N, TILE_Q, BLOCK_K]
+    EDGE: gl.constexpr = [edge_rows(STRIDE), 1, TILE_N, TILE_Q, BLOCK_K]
+    BOX_LAYOUT: gl.constexpr = x_desc.layout
+    EDGE_LAYOUT: gl.constexpr = edge_desc.layout
+    rows = ring_view(x_ring, slot, 0, BOX_ROWS, BOX, BOX_LAYOUT)
+    edge = ring_view(x_ring, slot, TILE_P, BOX_ROWS, EDGE, EDGE_LAYOUT)
     mbarrier.expect(bar, STRIDE * x_desc.block_type.nbytes + edge_desc.block_type.nbytes, pred=pred)
-    tma.async_copy_global_to_shared(x_desc, [p - 1, STRIDE - 1, n, q, c], bar, rows, pred=pred)
-    tma.async_copy_global_to_shared(edge_desc, [p - 1 + TILE_P, STRIDE - 1, n, q, c], bar, edge, pred=pred)
+    load_box(x_desc, [p - 1, STRIDE - 1, n, q, c], bar, rows, pred=pred)
+    load_box(edge_desc, [p - 1 + TILE_P, STRIDE - 1, n, q, c], bar, edge, pred=pred)
     if STRIDE == 2:
-        even = x_ring.index(row + TILE_P + 1)
-        even = even._reinterpret(x_ring.dtype, [TILE_P, 1, TILE_N, TILE_Q, BLOCK_K], x_desc.layout)
-        tma.async_copy_global_to_shared(x_desc, [p, 0, n, q, c], bar, even, pred=pred)
+        even = ring_view(x_ring, slot, TILE_P + 1, BOX_ROWS, BOX, BOX_LAYOUT)
+        load_box(x_desc, [p, 0, n, q, c], bar, even, pred=pred)
 
 
 @gluon.jit
@@ -83,7 +85,7 @@ def fetch_weight(weight_desc, w_ring, w_bars, slot, tile, tiles, step, BLOCKS_N:
     pred = tile < tiles
     bar = w_bars.index(slot)
     mbarrier.expect(bar, weight_desc.block_type.nbytes, pred=pred)
-    tma.async_copy_global_to_shared(weight_desc, [tile % BLOCKS_N * BLOCK_N, c], bar, w_ring.index(slot), pred=pred)
+    load_box(weight_desc, [tile % BLOCKS_N * BLOCK_N, c], bar, w_ring.index(slot), pred=pred)
 
 
 @gluon.jit
@@ -102,7 +104,7 @@ def round_box(x_ring, slot, STRIDE: gl.constexpr, TILE_P: gl.constexpr, LAYOUT: 
         even = rows_of(x_ring, slot, TILE_P + 1, TILE_P, BOX_ROWS, LAYOUT)
         even.store(round_to_tf32(even.load(spread)))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit

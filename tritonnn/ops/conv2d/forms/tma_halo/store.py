@@ -2,9 +2,10 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .....device.epilogue import finish
+from .....device.gluon_versions import barrier, store_box
 
 
 @gluon.jit
@@ -156,5 +157,5 @@ def store_staged(
     acc = finish(acc, ACTIVATION, SLOPE, ROUND_Y)
     y_lines.store(acc.to(y_box.dtype))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(y_desc, [p, n, q, k], y_box)
+    barrier()
+    store_box(y_desc, [p, n, q, k], y_box)
