@@ -279,12 +279,10 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", FLOAT32_IN_CUDNN)
 def test_float32_where_cudnn_does_without_tf32(case, channels_last, tf32, ampere):
-    C, R, groups = (
-        FLOAT32_IN_CUDNN[case][0][0],
-        FLOAT32_IN_CUDNN[case][0][2],
-        FLOAT32_IN_CUDNN[case][1].get("groups", 1),
-    )
-    strict = "ieee" if C // groups * R * R <= 32 else "tf32x3"
+    (C, K, R), keywords, _ = FLOAT32_IN_CUDNN[case]
+    groups = keywords.get("groups", 1)
+    products, filters = C // groups * R * R, K // groups
+    strict = "ieee" if products <= 48 or (filters < 8 and products <= 256) else "tf32x3"
     assert chosen(FLOAT32_IN_CUDNN[case], channels_last) == strict
 
 
