@@ -18,13 +18,13 @@ from tritonnn.layers.fused_conv2d import FusedConv2d, FusedSum
 
 
 def assert_same(model: nn.Module, x: Tensor, *others: Tensor) -> tritonnn.FusedNetwork:
-    """The fused network gives the model's output, and leaves its input alone where the model does."""
+    """The fused network gives the model's output, in its layout, and leaves its input alone where the model does."""
     fused = tritonnn.fuse(model)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(*(t.double().clone() for t in (x, *others)))
         inputs = [x.clone(memory_format=torch.preserve_format), x.clone(memory_format=torch.preserve_format)]
         expected, actual = model(inputs[0], *others), fused(inputs[1], *others)
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape and actual.stride() == expected.stride()
     tolerance = TOLERANCE[x.dtype]
     torch.testing.assert_close(actual.double(), exact, rtol=10 * tolerance, atol=10 * tolerance)
     torch.testing.assert_close(inputs[1], inputs[0])
@@ -166,7 +166,7 @@ def test_types_and_memory_formats(dtype, channels_last):
     model = trained(Net(lambda n, x: n.relu(n.norm(n.a(x)) + x)), dtype)
     fused = assert_same(model, image(2, 4, 5, 6, dtype=dtype, channels_last=channels_last))
     assert fused.network.a.weight.dtype == dtype and fused.network.a.bias.dtype == torch.float32
-    y = fused(image(2, 4, 5, 6, dtype=dtype, channels_last=channels_last))
+    y = fused.network.a(*[image(2, 4, 5, 6, dtype=dtype, channels_last=channels_last)] * 2)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 

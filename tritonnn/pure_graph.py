@@ -1,74 +1,45 @@
-"""A network as a torch.fx graph whose additions and ReLUs overwrite nothing, so that they may be moved and merged.
+"""A network's graph in which additions and ReLUs overwrite nothing, so that they may be moved and merged.
 
-Modules that cannot be traced stay single nodes. An operation in place is made one that is not where nothing else can
-see the difference; where something might, it stays and is a barrier: nothing is moved across it.
+An operation in place is made one that is not where nothing else can see the difference; where something might, it
+stays and is a barrier: nothing is moved across it. So does code that is not known. `graph_formats` then sees to it
+that whatever can tell how a tensor lies in memory gets it as PyTorch would have it.
 """
 
 import inspect
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .kernels.memory_format import is_channels_last
-from .layers.layer import TritonLayer
-from .swap import LAYERS, kind_of
+from .known_functions import ELEMENTWISE, FRESH, LIBRARIES, LOOKS, POOLS, VIEWS, argument, is_elementwise, name_of
+from .swap import kind_of
+from .tracing import in_place, is_changed, is_layer, trace
 
-LAYER_TYPES = tuple(torch_class for pairs in LAYERS.values() for torch_class in pairs)
 ADD = (operator.add, torch.add, "add", "add_")
 RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
-# Their results share no memory with their arguments.
-FRESH = (
-    operator.add,
-    operator.mul,
-    operator.sub,
-    torch.add,
-    torch.cat,
-    torch.mean,
-    torch.mul,
-    torch.relu,
-    torch.sub,
-    F.adaptive_avg_pool2d,
-    F.avg_pool2d,
-    F.batch_norm,
-    F.conv2d,
-    F.linear,
-    F.max_pool2d,
-    F.relu,
-    "add",
-    "dim",
-    "mean",
-    "mul",
-    "relu",
-    "size",
-    "sub",
-)
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-IN_PLACE = ("iadd", "iand", "ifloordiv", "imatmul", "imod", "imul", "ior", "ipow", "isub", "itruediv", "ixor")
-LIBRARIES = ("torch", "_operator", "operator", "builtins", "math")
-
-
-def in_place(x: object, other: object, name: str) -> object:
-    """x += other, for the name "iadd", and the like."""
-    return getattr(operator, name)(x, other)
 
 
 @dataclass
 class PureGraph:
     """`pure` are the nodes that compute a sum or a ReLU beside their input; `stage` counts the barriers before a node.
 
-    `opaque` names the modules that stayed whole, with the reason; `overwriting` are the operations left in place.
+    `opaque` names the modules that stayed whole, with the reason; `overwriting` are the operations left in place;
+    `numbers` are nodes that are no tensors. `families` has for each node those that may share memory with it, and
+    `shared` are nodes whose memory unknown code may have overwritten, or something through another name than theirs.
     """
 
     graph: fx.Graph
     modules: dict[str, nn.Module]
-    pure: set[fx.Node]
-    stage: dict[fx.Node, int]
     opaque: dict[str, str]
-    overwriting: set[fx.Node]
+    pure: set[fx.Node] = field(default_factory=set)
+    stage: dict[fx.Node, int] = field(default_factory=dict)
+    overwriting: set[fx.Node] = field(default_factory=set)
+    numbers: set[fx.Node] = field(default_factory=set)
+    families: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
+    shared: set[fx.Node] = field(default_factory=set)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.modules[node.target] if node.op == "call_module" else None
@@ -80,102 +51,14 @@ class PureGraph:
 
     def is_relu(self, node: fx.Node) -> bool:
         return kind_of(self.module(node)) == "relu" or (
-            node.op in ("call_function", "call_method") and node.target in RELU
+            node.op in ("call_function", "call_method") and node.target in RELU and "out" not in node.kwargs
         )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def is_layer(module: nn.Module) -> bool:
-    """A module of torch.nn or a subclass of a Triton layer, as against one that is made of modules."""
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return False
-    return isinstance(module, TritonLayer) or type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
-
-
-class _Proxy(fx.Proxy):
-    """Records x += y as such; fx.Proxy takes it for x = x + y, which whoever else holds x does not see."""
-
-
-def _recorder(name: str) -> Callable:
-    def record(self: _Proxy, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", in_place, (self, other, name), {})
-
-    return record
-
-
-for _name in IN_PLACE:
-    setattr(_Proxy, f"__{_name}__", _recorder(_name))
-
-
-class _Tracer(fx.Tracer):
-    """Layers are single nodes, and so are modules with hooks and those whose code fails under tracing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.opaque: dict[str, str] = {}
-        self.autocast = _autocast_state()
-
-    def create_node(self, *args, **kwargs) -> fx.Node:
-        if _autocast_state() != self.autocast:  # a graph would not say so
-            raise RuntimeError("it sets autocast itself")
-        return super().create_node(*args, **kwargs)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_layer(m) or isinstance(m, LAYER_TYPES) or module_qualified_name in self.opaque
-
-    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
-        name = self.path_of_module(m)
-        if self.is_leaf_module(m, name):
-            return super().call_module(m, forward, args, kwargs)
-        if has_hooks(m):
-            self.opaque[name] = "it has hooks"
-            return super().call_module(m, forward, args, kwargs)
-        traced = set(self.graph.nodes)
-        stack = list(self.module_stack)
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception as error:
-            for node in reversed(self.graph.nodes):
-                if node not in traced:
-                    self.graph.erase_node(node)
-            while len(self.module_stack) > len(stack):
-                self.module_stack.popitem()
-            self.opaque[name] = describe(error)
-        return super().call_module(m, forward, args, kwargs)
-
-
-def _autocast_state() -> list[tuple[bool, torch.dtype]]:
-    return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
-
-
-def describe(error: Exception) -> str:
-    first_line, *_ = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {first_line}"
-
-
-def optional_arguments(module: nn.Module) -> dict[str, object]:
-    """The arguments of its forward that have defaults."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
-
-def trace(root: nn.Module) -> PureGraph:
-    """Arguments of root's forward that have defaults are fixed at these.
-
-    Raises:
-        Exception: whatever root's own code raises under torch.fx's symbolic tracing.
-    """
-    tracer = _Tracer()
-    graph = tracer.trace(root, concrete_args=optional_arguments(root) or None)
-    called = {node.target for node in graph.nodes if node.op == "call_module"}
-    opaque = {name: reason for name, reason in tracer.opaque.items() if name in called}
-    traced = PureGraph(graph, dict(root.named_modules(remove_duplicate=False)), set(), {}, opaque, set())
+def pure_graph(root: nn.Module) -> PureGraph:
+    """Raises whatever root's own code raises under torch.fx's symbolic tracing, TraceError where a graph would lie."""
+    graph, opaque = trace(root)
+    traced = PureGraph(graph, dict(root.named_modules(remove_duplicate=False)), opaque)
     _remove_identities(traced)
     _make_pure(traced)
     return traced
@@ -185,106 +68,164 @@ def _remove_identities(traced: PureGraph) -> None:
     """In eval mode they hand on the very tensor they get."""
     for node in traced.graph.nodes:
         module = traced.module(node)
-        if type(module) in IDENTITIES and not has_hooks(module) and len(node.args) == 1 and not node.kwargs:
+        one_argument = len(node.args) == 1 and not node.kwargs
+        identity = type(module) in IDENTITIES and not is_changed(module) and one_argument
+        if (identity or _is_stochastic_depth(node)) and isinstance(node.args[0], fx.Node):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
 
 
+def _is_stochastic_depth(node: fx.Node) -> bool:
+    """torchvision's, which does nothing in eval mode."""
+    if getattr(node.target, "__module__", None) != "torchvision.ops.stochastic_depth" or not node.args:
+        return False
+    return argument(node, 3, "training", True) is False
+
+
 def _make_pure(traced: PureGraph) -> None:
-    """One sweep in the order of running; `family` is the set of earlier nodes that may share memory with a node."""
+    """One sweep in the order of running."""
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
-    family: dict[fx.Node, set[fx.Node]] = {}
-    stage = 0
-    viewed: set[fx.Node] = set()
+    family, stage = traced.families, 0
+    exposed: set[fx.Node] = set()
     for node in traced.graph.nodes:
-        x = _overwritten(node, traced)
-        summand_or_relu = traced.is_add(node) or traced.is_relu(node)
-        if x is not None and summand_or_relu and _is_private(x, node, family[x], order):
+        if _is_number(node, traced):
+            traced.numbers.add(node)
+        targets = [] if node in traced.numbers else _overwritten(node, traced)
+        summand_or_relu = (traced.is_add(node) or traced.is_relu(node)) and not _is_changed(node, traced)
+        private = len(targets) == 1 and _is_private(targets[0], node, family[targets[0]] - {node}, order, exposed)
+        if private:
+            x = targets[0]
             x.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
-            x = None
-        elif x is not None:
+            if summand_or_relu:
+                targets = []
+        if targets:
+            _refuse_parameters(targets, family)
             traced.overwriting.add(node)
-        if x is None and summand_or_relu:
+        if not targets and summand_or_relu:
             traced.pure.add(node)
+        unknown = _is_unknown(node, traced)
         family[node] = {node}
-        if x is not None or not _is_fresh(node, traced):
+        if node.op != "output" and (targets or not is_fresh(node, traced)):
             for source in node.all_input_nodes:
                 family[node] |= family[source]
             for member in family[node]:
                 family[member] = family[node]
-        if x is not None:
-            viewed |= {m for m in family[node] if _is_fresh(m, traced)} if _has_views(family[node], traced) else set()
-        if x is not None or _may_overwrite(node, traced):
+        if unknown or (targets and not (private and _is_elementwise_in_place(node, traced))):
+            for source in node.all_input_nodes:
+                traced.shared |= family[source]
+        if unknown and not _is_of_pytorch(node, traced):
+            for source in node.all_input_nodes:
+                exposed |= family[source]
+        if unknown or targets:
             stage += 1
         traced.stage[node] = stage
-    for node in viewed:
-        with traced.graph.inserting_after(node):
-            contiguous = traced.graph.call_function(as_contiguous, (node,))
-        node.replace_all_uses_with(contiguous, lambda user, contiguous=contiguous: user is not contiguous)
-        traced.stage[contiguous] = traced.stage[node]
+    for node in list(traced.shared):
+        traced.shared |= family[node]
 
 
-def as_contiguous(x: object) -> object:
-    """Images contiguous, anything else as it is: for code that counts on the memory format of a plain network."""
-    return x.contiguous() if isinstance(x, torch.Tensor) and is_channels_last(x) else x
-
-
-def _has_views(family: set[fx.Node], traced: PureGraph) -> bool:
-    """Whether a tensor that is overwritten may have views, which in another memory format would be copies."""
-    return any(not _is_fresh(node, traced) and _overwritten(node, traced) is None for node in family)
-
-
-def _is_private(x: fx.Node, node: fx.Node, family: set[fx.Node], order: dict[fx.Node, int]) -> bool:
+def _is_private(
+    x: fx.Node, node: fx.Node, family: set[fx.Node], order: dict[fx.Node, int], exposed: set[fx.Node]
+) -> bool:
     """Whether nobody but the users of x sees that `node` overwrites x."""
-    if any(member.op in ("placeholder", "get_attr") for member in family):
+    if any(member.op in ("placeholder", "get_attr") or member in exposed for member in family):
         return False
     others = (member for member in family if member is not x)
     return all(order[user] <= order[node] for member in others for user in member.users)
 
 
-def _overwritten(node: fx.Node, traced: PureGraph) -> fx.Node | None:
+def _refuse_parameters(targets: list[fx.Node], family: dict[fx.Node, set[fx.Node]]) -> None:
+    """Fused layers hold copies of them."""
+    for member in (member for target in targets for member in family[target]):
+        if member.op == "get_attr":
+            raise fx.proxy.TraceError(f"it overwrites {member.target}")
+
+
+def _overwritten(node: fx.Node, traced: PureGraph) -> list[fx.Node]:
     """What an operation in place writes to: its first argument, or `out`."""
     if node.op == "call_module":
-        overwrites = getattr(traced.module(node), "inplace", False) is True
-    elif node.op == "call_method":
-        overwrites = node.target.endswith("_") and not node.target.endswith("__")
-    elif node.op == "call_function":
-        if isinstance(node.kwargs.get("out"), fx.Node):
-            return node.kwargs["out"]
-        name = getattr(node.target, "__name__", "")
-        of_torch = getattr(node.target, "__module__", "") != operator.add.__module__
-        overwrites = (
-            node.target is in_place
-            or (of_torch and name.endswith("_") and not name.endswith("__"))
-            or _argument(node, "inplace") is True
-        )
+        overwrites = getattr(traced.module(node), "inplace", False) is True and _is_of_pytorch(node, traced)
+    elif node.op in ("call_method", "call_function"):
+        if node.kwargs.get("out") is not None:
+            return _nodes_in(node.kwargs["out"])
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        overwrites = node.target is in_place or _ends_in_place(name) or _named_argument(node, "inplace") is True
+        overwrites = overwrites and (node.target is in_place or _is_of_pytorch(node, traced))
     else:
-        return None
-    sources = node.all_input_nodes
-    return sources[0] if overwrites and sources else None
+        return []
+    return _nodes_in([*node.args, *node.kwargs.values()][:1]) if overwrites else []
 
 
-def _argument(node: fx.Node, name: str) -> object:
+def _ends_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _nodes_in(x: object) -> list[fx.Node]:
+    nodes: list[fx.Node] = []
+    fx.node.map_arg(x, nodes.append)
+    return nodes
+
+
+def _named_argument(node: fx.Node, name: str) -> object:
+    if node.op == "call_method":
+        return node.kwargs.get(name)
     try:
         return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get(name)
     except (TypeError, ValueError):  # a built-in function
         return node.kwargs.get(name)
 
 
-def _is_fresh(node: fx.Node, traced: PureGraph) -> bool:
-    if node in traced.pure:
+def _is_elementwise_in_place(node: fx.Node, traced: PureGraph) -> bool:
+    """Whether the layout of the tensor does not matter."""
+    if node.target is in_place or is_elementwise(node, traced.module(node)):
         return True
-    if node.op == "call_module":
-        return kind_of(traced.module(node)) is not None
+    name = name_of(node) or ""
+    return _ends_in_place(name) and (name[:-1] in ELEMENTWISE or name in ("fill_", "zero_"))
+
+
+def _is_number(node: fx.Node, traced: PureGraph) -> bool:
+    """Whether a value is known to be no tensor, such as a size."""
     if node.target is getattr:
-        return node.args[1] in ("shape", "dtype", "device", "ndim")
-    return node.op in ("call_function", "call_method") and node.target in FRESH
+        return node.args[1] in LOOKS
+    name = name_of(node)
+    if name in ("size", "dim", "numel"):
+        return True
+    inputs = node.all_input_nodes
+    computed = name == "getitem" or name in ELEMENTWISE or node.target is in_place
+    return computed and bool(inputs) and all(source in traced.numbers for source in inputs)
 
 
-def _may_overwrite(node: fx.Node, traced: PureGraph) -> bool:
-    """Code that is not known."""
-    if node.op == "call_module":
-        return node.target in traced.opaque or not is_layer(traced.module(node))
-    if node.op != "call_function" or node.target is in_place:
+def is_fresh(node: fx.Node, traced: PureGraph) -> bool:
+    """Whether a result shares no memory with the arguments, as far as it is not computed in place."""
+    if node in traced.pure or node in traced.numbers or node.target in POOLS:
+        return True
+    module = traced.module(node)
+    if module is not None:
+        return not is_changed(module) and (kind_of(module) is not None or is_elementwise(node, module))
+    name = name_of(node)
+    return name in ELEMENTWISE or name in FRESH
+
+
+def _is_unknown(node: fx.Node, traced: PureGraph) -> bool:
+    """Code that may overwrite its arguments."""
+    if node.op in ("placeholder", "get_attr", "output"):
         return False
-    return not (getattr(node.target, "__module__", "") or "torch").startswith(LIBRARIES)
+    if is_fresh(node, traced) or node in traced.overwriting:
+        return False
+    module = traced.module(node)
+    if module is not None:
+        return is_changed(module) or type(module) not in (*IDENTITIES, nn.Flatten)
+    return node.target is not getattr and name_of(node) not in VIEWS
+
+
+def _is_changed(node: fx.Node, traced: PureGraph) -> bool:
+    module = traced.module(node)
+    return module is not None and is_changed(module)
+
+
+def _is_of_pytorch(node: fx.Node, traced: PureGraph) -> bool:
+    """Code of PyTorch, which keeps nothing that it was given for later."""
+    module = traced.module(node)
+    if module is not None:
+        return node.target not in traced.opaque and is_layer(module) and not is_changed(module)
+    module_name = getattr(node.target, "__module__", "") or "torch"
+    return node.op == "call_method" or module_name.partition(".")[0] in LIBRARIES

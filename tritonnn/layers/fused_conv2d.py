@@ -22,7 +22,7 @@ from ..precision import (
 from .layer import TritonLayer, by_plan, pair, reason_to_fall_back, reason_to_fall_back_image, windows_fit
 
 
-class _Fused(TritonLayer, nn.Module):
+class FusedLayer(TritonLayer, nn.Module):
     """Holds the weight, in the model's type, and scale and bias, which stay in the type of the sums.
 
     The scale is folded into a float32 or float64 weight, and then None: rounding a product of it to 16 bits would cost
@@ -63,14 +63,17 @@ class _Fused(TritonLayer, nn.Module):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_packed": {}, "_recent": {}}
 
-    def _apply(self, fn, recurse: bool = True) -> "_Fused":
+    def _apply(self, fn, recurse: bool = True) -> "FusedLayer":
         before = {"scale": self.scale, "bias": self.bias}
         super()._apply(fn, recurse)
         for name, t in before.items():
             if t is not None and getattr(self, name).dtype != _sum_type(self.weight):
                 setattr(self, name, t.to(self.weight.device, _sum_type(self.weight)))
-        self._packed, self._recent = {}, {}
+        self.forget_packed_weights()
         return self
+
+    def forget_packed_weights(self) -> None:
+        self._packed, self._recent = {}, {}
 
     def _packed_weight(self, dtype: torch.dtype, input_precision: str) -> "_Packed":
         weight = self.weight
@@ -136,7 +139,7 @@ def _version(weight: torch.Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-class FusedConv2d(_Fused):
+class FusedConv2d(FusedLayer):
     """y = relu(scale * conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
 
     Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K], float32 or, for a float64
@@ -301,7 +304,7 @@ class FusedSum(TritonLayer, nn.Module):
         )
 
 
-class FusedLinear(_Fused):
+class FusedLinear(FusedLayer):
     """y = relu(linear(x, weight) + bias + residual): a 1x1 convolution of images of one pixel.
 
     Shapes: x [*, C], weight [K, C], bias [K], float32 or, for a float64 weight, float64; residual and y [*, K].
