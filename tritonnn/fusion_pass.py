@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .fused_graph import FusedGraph
 from .fusion_report import FusionReport, join
 from .graph_formats import as_pytorch_puts_it, keep_formats
+from .known_functions import flattens_images
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
 from .layers.fused_conv2d import FusedConv2d, FusedLinear, FusedPooledLinear, FusedSum, batch_norm_as_affine
 from .layers.layer import FLOATING_POINT, pair
@@ -175,20 +176,14 @@ def _chains(traced: PureGraph) -> list[_Chain]:
 def _pool_before(node: fx.Node, traced: PureGraph) -> fx.Node | None:
     """The average pool whose result a linear layer gets, flattened, if nothing else does."""
     flatten = _input(node)
-    if kind_of(traced.module(node)) != "linear" or not _flattens(flatten, traced):
+    if flatten is None or kind_of(traced.module(node)) != "linear" or _hooked(flatten, traced):
+        return None
+    if not flattens_images(flatten, traced.module(flatten)):
         return None
     pool = flatten.all_input_nodes[0]
     if kind_of(traced.module(pool)) != "avg_pool2d" or _hooked(pool, traced) or _input(pool) is None:
         return None
     return pool if _only_user(pool, traced) is flatten and _only_user(flatten, traced) is node else None
-
-
-def _flattens(node: fx.Node, traced: PureGraph) -> bool:
-    """Whether the node makes [N, *] of an image."""
-    module = traced.module(node)
-    if type(module) is nn.Flatten:
-        return (module.start_dim, module.end_dim) == (1, -1) and not is_changed(module) and _input(node) is not None
-    return node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
 
 
 def _only_user(node: fx.Node, traced: PureGraph) -> fx.Node | None:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from .kernels.memory_format import is_channels_last
-from .known_functions import LAYOUT_FREE_VIEWS, PARTS, POOLS, argument, is_elementwise, name_of
+from .known_functions import LAYOUT_FREE_VIEWS, PARTS, POOLS, argument, flattens_images, is_elementwise, name_of
 from .layers.layer import pair
 from .pure_graph import PureGraph
 from .swap import kind_of
@@ -131,7 +131,7 @@ class _Formats:
             return self._elementwise(node)
         if name in ("cat", "concat"):
             return self._merged(node.all_input_nodes, pixels=True)
-        if _flattens_images(node, module) or (name == "mean" and _is_over_pixels(node)):
+        if flattens_images(node, module) or (name == "mean" and _is_over_pixels(node)):
             pixel = name == "mean" and argument(node, 2, "keepdim", False) is True
             return _Value(True, Format(frozenset(), pixel=pixel) if pixel else Format(frozenset([node])))
         if name in LAYOUT_FREE_VIEWS and not first.exact:
@@ -228,13 +228,6 @@ def _pools_whole_images(node: fx.Node, module: nn.Module | None) -> bool:
     if node.target is F.adaptive_avg_pool2d:
         return argument(node, 1, "output_size") in (1, (1, 1), [1, 1])
     return isinstance(module, nn.AdaptiveAvgPool2d) and pair(module.output_size) == (1, 1)
-
-
-def _flattens_images(node: fx.Node, module: nn.Module | None) -> bool:
-    """To [N, *], contiguous."""
-    if type(module) is nn.Flatten:
-        return (module.start_dim, module.end_dim) == (1, -1)
-    return name_of(node) == "flatten" and node.args[1:] == (1,) and not node.kwargs
 
 
 def _is_over_pixels(node: fx.Node) -> bool:

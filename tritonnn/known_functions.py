@@ -13,7 +13,8 @@ LIBRARIES = ("torch", "_operator", "operator", "builtins", "math")
 ELEMENTWISE = frozenset(
     """abs add ceil celu clamp clamp_max clamp_min cos div elu eq exp floor floordiv ge gelu gt hardshrink hardsigmoid
     hardswish hardtanh le leaky_relu log log1p logsigmoid lt maximum minimum mish mod mul ne neg pow prelu
-    relu relu6 round rsqrt selu sigmoid silu sin softplus softsign sqrt square sub tanh true_divide truediv where""".split()
+    relu relu6 round rsqrt selu sigmoid silu sin softplus softsign sqrt square sub tanh true_divide truediv
+    where""".split()
 )
 """Their results are tensors of their own in the memory format of the arguments, or numbers of numbers."""
 
@@ -64,6 +65,13 @@ def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         return type(module) in ELEMENTWISE_MODULES or kind_of(module) == "relu"
     return name_of(node) in ELEMENTWISE
+
+
+def flattens_images(node: fx.Node, module: nn.Module | None) -> bool:
+    """To [N, *], contiguous."""
+    if type(module) is nn.Flatten:
+        return (module.start_dim, module.end_dim) == (1, -1)
+    return name_of(node) == "flatten" and (node.args[1:], node.kwargs) in (((1,), {}), ((), {"start_dim": 1}))
 
 
 def argument(node: fx.Node, position: int, name: str, default: object = None) -> object:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .known_functions import ELEMENTWISE, FRESH, LIBRARIES, LOOKS, POOLS, VIEWS, argument, is_elementwise, name_of
 from .swap import kind_of
-from .tracing import in_place, is_changed, is_layer, trace
+from .tracing import ends_in_place, in_place, is_changed, is_layer, is_parameter, trace
 
 ADD = (operator.add, torch.add, "add", "add_")
 RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -136,7 +136,7 @@ def _is_private(
 def _refuse_parameters(targets: list[fx.Node], family: dict[fx.Node, set[fx.Node]]) -> None:
     """Fused layers hold copies of them."""
     for member in (member for target in targets for member in family[target]):
-        if member.op == "get_attr":
+        if is_parameter(member):
             raise fx.proxy.TraceError(f"it overwrites {member.target}")
 
 
@@ -148,15 +148,11 @@ def _overwritten(node: fx.Node, traced: PureGraph) -> list[fx.Node]:
         if node.kwargs.get("out") is not None:
             return _nodes_in(node.kwargs["out"])
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        overwrites = node.target is in_place or _ends_in_place(name) or _named_argument(node, "inplace") is True
+        overwrites = node.target is in_place or ends_in_place(name) or _named_argument(node, "inplace") is True
         overwrites = overwrites and (node.target is in_place or _is_of_pytorch(node, traced))
     else:
         return []
     return _nodes_in([*node.args, *node.kwargs.values()][:1]) if overwrites else []
-
-
-def _ends_in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
 
 
 def _nodes_in(x: object) -> list[fx.Node]:
@@ -179,7 +175,7 @@ def _is_elementwise_in_place(node: fx.Node, traced: PureGraph) -> bool:
     if node.target is in_place or is_elementwise(node, traced.module(node)):
         return True
     name = name_of(node) or ""
-    return _ends_in_place(name) and (name[:-1] in ELEMENTWISE or name in ("fill_", "zero_"))
+    return ends_in_place(name) and (name[:-1] in ELEMENTWISE or name in ("fill_", "zero_"))
 
 
 def _is_number(node: fx.Node, traced: PureGraph) -> bool:

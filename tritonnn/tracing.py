@@ -33,6 +33,15 @@ def in_place(x: object, other: object, name: str) -> object:
     return getattr(operator, name)(x, other)
 
 
+def ends_in_place(function: str) -> bool:
+    """Whether a function or method of PyTorch of that name overwrites its first argument."""
+    return function.endswith("_") and not function.endswith("__")
+
+
+def is_parameter(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
 def is_changed(module: nn.Module) -> bool:
     """Whether a call of the module does something else than its class says."""
     return has_hooks(module) or "forward" in vars(module)
@@ -130,6 +139,8 @@ class _Tracer(fx.Tracer):
             function = target if kind == "call_method" else getattr(target, "__name__", "")
             if function in CHANGES_SHAPE:
                 raise TraceError(f"it changes a tensor's shape or memory in place: {function}")
+            if (target is in_place or ends_in_place(function)) and args and is_parameter(args[0]):
+                raise TraceError(f"it overwrites {args[0].target}")
         return super().create_node(kind, target, args, kwargs, name, type_expr)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -180,7 +191,7 @@ def trace(root: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
         Exception: whatever root's own code raises under torch.fx's symbolic tracing.
     """
     opaque: dict[str, str] = {}
-    found: set[str] = set()
+    whole: set[str] = set()
     while True:
         before = _attributes(root)
         tracer = _Tracer(opaque)
@@ -191,10 +202,13 @@ def trace(root: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
             changed = _restore(root, before)
         if not changed:
             break
-        if "" in changed or found.issuperset(changed):
-            raise TraceError("it changes attributes of modules")
-        found.update(changed)
-        opaque.update(dict.fromkeys(changed, "it changes its own attributes"))
+        for name in changed:
+            while name and name in whole:  # not its own code did, then
+                name = name.rpartition(".")[0]
+            if not name:
+                raise TraceError("it changes attributes of modules")
+            whole.add(name)
+            opaque[name] = "it changes attributes of modules"
     called = {node.target for node in graph.nodes if node.op == "call_module"}
     return graph, {name: reason for name, reason in opaque.items() if name in called}
 

@@ -1,5 +1,6 @@
 """A convolution or linear layer and what follows it, batch norm, residual sum, ReLU, in one kernel: for inference."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ from torch.nn import functional as F
 
 from ..kernels.conv2d import conv2d_fused, conv2d_with_shortcut, pack_weight, takes_shortcut
 from ..kernels.launch_plan import unwatched
+from ..kernels.memory_format import empty_image
+from ..kernels.operator import register
 from ..kernels.pooled_linear import MOST_IMAGES, MOST_OUTPUTS, pooled_linear
 from ..kernels.window import output_size
 from ..precision import (
@@ -18,6 +21,7 @@ from ..precision import (
     convolution_state,
     convolutions_in_tf32,
     matmul_input_precision,
+    matmuls_in_tf32,
 )
 from .layer import TritonLayer, by_plan, pair, reason_to_fall_back, reason_to_fall_back_image, windows_fit
 
@@ -124,6 +128,38 @@ class FusedLayer(TritonLayer, nn.Module):
         return None
 
 
+def _launch_layer(x, weight, scale, bias, residual, relu, *window_and_rounding) -> torch.Tensor:
+    *window, rounded_x, round_y = window_and_rounding
+    if weight.dim() == 2:
+        weight, input_precision = weight[:, :, None, None], matmul_input_precision(x, weight.shape[1])
+    else:
+        input_precision = convolution_input_precision(x, weight[0].numel())
+    packed = pack_weight(weight.to(x.dtype), input_precision)
+    rounding = rounded_x, round_y and convolution_allows_tf32(x)
+    return conv2d_fused(x, packed, scale, bias, residual, relu, weight.shape[2:], *window, input_precision, *rounding)
+
+
+def _layer_output(x, weight, scale, bias, residual, relu, stride, padding, dilation, *others) -> torch.Tensor:
+    windows = zip(x.shape[2:], weight.shape[2:] or (1, 1), stride, padding, dilation)
+    shape = (x.shape[0], weight.shape[0], *(output_size(*window) for window in windows))
+    return empty_image(shape, x, channels_last=True)
+
+
+def _precisions() -> tuple[bool, bool]:
+    return convolutions_in_tf32(), matmuls_in_tf32()
+
+
+fused_layer = register(
+    "fused_layer(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups, bool rounded_x, bool round_y) -> Tensor",
+    _launch_layer,
+    _layer_output,
+    state=_precisions,
+)
+"""For compiled and exported networks: `conv2d_fused` that packs the weight [K, C / groups, R, S] or, of a linear layer,
+[K, C] at every call, as precise as PyTorch's switches say then."""
+
+
 class _Packed(NamedTuple):
     """A packed weight, and the weight that it was made of: its memory is not given to another, at the same address."""
 
@@ -199,6 +235,9 @@ class FusedConv2d(FusedLayer):
             return self._fall_back(reason, self._with_pytorch, x, residual)
         _, channels, R, S = self.weight.shape
         apart = self._reason_to_add_apart(x, (*x.shape[:-3], *self.output_shape(x)), residual)
+        if torch.compiler.is_compiling():
+            y = self._compiled(_images(x), None if self.sums is None or apart else _images(residual), apart)
+            return self._added_apart(y if x.dim() == 4 else y.squeeze(0), residual, apart)
         input_precision = convolution_input_precision(x, channels * R * S)
         kept = self._packed_weight(x.dtype, input_precision)
         if unwatched():
@@ -239,6 +278,12 @@ class FusedConv2d(FusedLayer):
         if reason is None and not windows_fit(x, self.weight.shape[2:], self.stride, self.padding, self.dilation):
             reason = "no output, or arguments that PyTorch refuses"
         return reason
+
+    def _compiled(self, x: torch.Tensor, residual: torch.Tensor | None, apart: str | None) -> torch.Tensor:
+        window = self.stride, self.padding, self.dilation, self.groups
+        rounding = self.rounded_input, self.round_output and apart is None
+        parameters = self.weight, self.scale, self.bias
+        return fused_layer(x, *parameters, residual, self.relu and apart is None, *window, *rounding)
 
     def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
         y = F.conv2d(x, *self._pytorch_parameters(), self.stride, self.padding, self.dilation, self.groups)
@@ -288,6 +333,8 @@ class FusedSum(TritonLayer, nn.Module):
 
     @staticmethod
     def _in_one_kernel(main: FusedConv2d, a: torch.Tensor, shortcut: FusedConv2d, b: torch.Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return False
         if (
             a.dim() != 4
             or b.dim() != 4
@@ -319,16 +366,22 @@ class FusedLinear(FusedLayer):
         if reason is not None:
             return self._fall_back(reason, self._with_pytorch, input, residual)
         *leading, C = x.shape
-        K, rows = self.weight.shape[0], torch.Size(leading).numel()
+        K, rows = self.weight.shape[0], math.prod(leading)
         apart = self._reason_to_add_apart(x, (*leading, K), residual)
+        added = None if self.sums is None or apart else residual.reshape(rows, K, 1, 1)
+        relu = self.relu and apart is None
+        if torch.compiler.is_compiling():
+            parameters, window = (self.weight, self.scale, self.bias), ((1, 1), (0, 0), (1, 1), 1)
+            y = fused_layer(x.reshape(rows, C, 1, 1), *parameters, added, relu, *window, False, False)
+            return self._added_apart(y.view(*leading, K), residual, apart)
         input_precision = matmul_input_precision(x, C)
         y = conv2d_fused(
             x.reshape(rows, C, 1, 1),
             self._packed_weight(x.dtype, input_precision).packed,
             self.scale,
             self.bias,
-            None if self.sums is None or apart else residual.reshape(rows, K, 1, 1),
-            self.relu and apart is None,
+            added,
+            relu,
             (1, 1),
             (1, 1),
             (0, 0),
@@ -361,7 +414,9 @@ class FusedPooledLinear(FusedLinear):
         return pooled_linear(x, self.weight.to(x.dtype), self.bias)
 
     def _pools_whole_images(self, x: torch.Tensor) -> bool:
-        """Whether the kernel takes x and does all that there is to do."""
+        """Whether the kernel takes x and does all that there is to do; compiled code would ask that of each batch."""
+        if torch.compiler.is_compiling():
+            return False
         if x.dim() != 4 or self.sums is not None or self.relu or self.weight.shape[0] > MOST_OUTPUTS:
             return False
         if x.shape[1] != self.weight.shape[1] or not 0 < x.shape[0] <= MOST_IMAGES or x.numel() == 0:
