@@ -1,4 +1,4 @@
-"""tritonnn.fuse on code that torch.fx misunderstands: as PyTorch runs it, at every call, or by the module's own code."""
+"""tritonnn.fuse on code that torch.fx misunderstands: as PyTorch runs it, or by the module's own code."""
 
 import copy
 import pickle

@@ -230,7 +230,7 @@ def _swap_rest(fused: FusedNetwork, parts: dict[str, FusedGraph]) -> None:
             report.modules[name_of(name)] = module
             report.swapped[name_of(name)] = kind_of(module)
     for name, reason in swapped.stayed.items():
-        if id(fused.get_submodule(name)) in runs:
+        if id(fused.get_submodule(name)) in runs and not isinstance(fused.get_submodule(name), FusedGraph):
             report.stayed[name_of(name)] = reason
 
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from .kernels.memory_format import is_channels_last
-from .known_functions import LAYOUT_FREE_VIEWS, PARTS, POOLS, argument, flattens_images, is_elementwise, name_of
+from .known_functions import BINARY, LAYOUT_FREE_VIEWS, PARTS, POOLS, argument, flattens_images, is_elementwise, name_of
 from .layers.layer import pair
 from .pure_graph import PureGraph
 from .swap import kind_of
@@ -20,16 +20,28 @@ from .tracing import in_place, is_changed
 SPATIAL = ((2, 3), (-2, -1), (-1, -2), (3, 2))
 
 
+KEEPS_STRIDES = (nn.Hardtanh, nn.PReLU, nn.ReLU6, "hardtanh", "prelu", "relu6")
+"""Elementwise, but where a tensor fits both formats, of one channel or one pixel, with the strides of the argument."""
+
+
 @dataclass(frozen=True)
 class Format:
     """PyTorch's memory format of an image: channels_last if `always` or one of `sources` is, else contiguous.
 
-    `pixel`: an image of one pixel, which decides nothing where it meets a larger one.
+    `pixel`: an image of one pixel, which decides nothing where it meets a larger one. `settled`: what fits both formats
+    is contiguous. `single`: it may have one channel. `part`: a part of a larger image, not dense.
     """
 
     sources: frozenset[fx.Node] = frozenset()
     always: bool = False
     pixel: bool = False
+    settled: bool = False
+    single: bool = False
+    part: bool = False
+
+    @property
+    def channels_last(self) -> tuple[frozenset[fx.Node], bool]:
+        return self.sources, self.always
 
 
 @dataclass(frozen=True)
@@ -49,10 +61,13 @@ def keep_formats(traced: PureGraph) -> None:
     _Formats(traced).run()
 
 
-def as_pytorch_puts_it(x: object, always: bool, *sources: object) -> object:
-    """The image x [(N,) C, H, W] in channels_last if `always` or one of the sources is, else contiguous."""
+def as_pytorch_puts_it(x: object, always: bool, settled: bool, *sources: object) -> object:
+    """The image x [(N,) C, H, W] in channels_last if `always` or one of the sources is, else contiguous.
+
+    What fits both formats is contiguous if `settled`.
+    """
     if isinstance(x, (tuple, list)):
-        return tuple(as_pytorch_puts_it(part, always, *sources) for part in x)
+        return tuple(as_pytorch_puts_it(part, always, settled, *sources) for part in x)
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.dim() not in (3, 4):
         return x
     channels_last = x.dim() == 4 and (
@@ -84,13 +99,20 @@ class _Formats:
             if value is None:
                 for x in node.all_input_nodes:
                     node.replace_input_with(x, self._exact(x))
-                value = _Value(True, Format(frozenset([node])))
-                if _makes_pixels(node):
-                    value = replace(value, format=replace(value.format, pixel=True))
+                value = self._as_it_is(node)
             self.values[node] = value
             if not value.exact and node in self.traced.shared:
                 exact = self._exact(node)
                 node.replace_all_uses_with(exact, lambda user, exact=exact: user is not exact)
+
+    def _as_it_is(self, node: fx.Node) -> _Value:
+        """Of a node whose inputs lie in memory as PyTorch's: so does its result."""
+        formats = [self.values[x].format for x in node.all_input_nodes if self.values[x].format]
+        module = self.traced.module(node)
+        pixel = _makes_pixels(node, module)
+        if is_elementwise(node, module) or kind_of(module) in ("batch_norm2d", "conv2d"):
+            pixel = bool(formats) and all(format.pixel for format in formats)
+        return _Value(True, Format(frozenset([node]), pixel=pixel))
 
     def _exact(self, node: fx.Node) -> fx.Node:
         """The node, or one with the same value as PyTorch puts it."""
@@ -102,7 +124,7 @@ class _Formats:
                 with self.graph.inserting_after(node):
                     copy = self.graph.node_copy(node, self._exact)
             else:
-                arguments = (node, value.format.always, *sorted(value.format.sources, key=str))
+                arguments = (node, value.format.always, value.format.settled, *sorted(value.format.sources, key=str))
                 with self.graph.inserting_after(node):
                     copy = self.graph.call_function(as_pytorch_puts_it, arguments)
             self.copies[node] = copy
@@ -112,43 +134,31 @@ class _Formats:
 
     def _known(self, node: fx.Node) -> _Value | None:
         """What is known of a node that takes its inputs in any format; None for any other."""
-        inputs = [self.values[x] for x in node.all_input_nodes]
         if node.op == "get_attr" or node in self.traced.numbers:
             return _Value(True, None)
-        if not inputs or node.op == "output":
-            return None
         module, name = self.traced.module(node), name_of(node)
-        if module is not None and is_changed(module):
+        inputs = [self.values[x] for x in node.all_input_nodes]
+        if not inputs or node.op == "output" or (module is not None and is_changed(module)):
             return None
         first, kind = inputs[0], kind_of(module)
         if kind == "conv2d":
             return self._convolved(node, module)
+        if all(x.exact for x in inputs):
+            return None
         if node in self.traced.overwriting or _adds_in_place(node, self.traced):
             return self._in_place(node)
-        if kind in ("max_pool2d", "avg_pool2d", "batch_norm2d") or node.target in POOLS or _is_upsampling(node, module):
-            return self._preserved(node, first, module)
+        if kind == "batch_norm2d":
+            return self._elementwise([node.all_input_nodes[0]], settles=True)
+        if kind in ("max_pool2d", "avg_pool2d") or node.target in POOLS or _is_upsampling(node, module):
+            return self._resized(node, first, module)
         if node in self.traced.pure or is_elementwise(node, module):
-            return self._elementwise(node)
+            operands = [x for x in node.all_input_nodes if x not in self.traced.numbers and not self._is_vector(x)]
+            return self._elementwise(operands, _settles(node, module, operands))
         if name in ("cat", "concat"):
-            return self._merged(node.all_input_nodes, pixels=True)
+            return self._concatenated(node.all_input_nodes)
         if flattens_images(node, module) or (name == "mean" and _is_over_pixels(node)):
-            pixel = name == "mean" and argument(node, 2, "keepdim", False) is True
-            return _Value(True, Format(frozenset(), pixel=pixel) if pixel else Format(frozenset([node])))
-        if name in LAYOUT_FREE_VIEWS and not first.exact:
-            return self._viewed(node, first, name)
-        if name == "getitem" and first.parts:
-            return replace(first, parts=False)
-        if name in PARTS:
-            return replace(first, parts=name != "narrow")
-        return None
-
-    @staticmethod
-    def _preserved(node: fx.Node, x: _Value, module: nn.Module | None) -> _Value | None:
-        if x.format is None:
-            return None
-        indices = getattr(module, "return_indices", False) or argument(node, 6, "return_indices", False) is True
-        pixel = x.format.pixel or _pools_whole_images(node, module)
-        return _Value(x.exact, replace(x.format, pixel=pixel), bool(indices))
+            return self._as_it_is(node)
+        return self._viewed(node, first, name) if name in LAYOUT_FREE_VIEWS else None
 
     def _convolved(self, node: fx.Node, layer: nn.Module) -> _Value:
         """Whatever its input, it is not put where PyTorch puts it."""
@@ -157,41 +167,62 @@ class _Formats:
             node.replace_input_with(x, self._exact(x))
             x = self._exact(x)
         format = self.values[x].format or Format(frozenset([x]))
+        if layer.in_channels == 1 and format.settled:
+            format = replace(format, sources=frozenset(), always=False)
         one_tap = tuple(layer.kernel_size) == (1, 1) and layer.padding in ("valid", "same", 0, (0, 0))
         always = format.always or is_channels_last(layer.weight)
-        return _Value(False, Format(format.sources, always, format.pixel and one_tap))
+        single = layer.out_channels == 1
+        return _Value(False, Format(format.sources, always, pixel=format.pixel and one_tap, single=single))
+
+    @staticmethod
+    def _resized(node: fx.Node, x: _Value, module: nn.Module | None) -> _Value | None:
+        if x.format is None:
+            return None
+        format, upsampling = replace(x.format, settled=False, part=False), _is_upsampling(node, module)
+        if x.format.settled and (x.format.single or (x.format.pixel and upsampling)):
+            format = replace(format, sources=frozenset(), always=False)
+        indices = getattr(module, "return_indices", False) or argument(node, 6, "return_indices", False) is True
+        pixel = not upsampling and (format.pixel or _makes_pixels(node, module))
+        return _Value(False, replace(format, pixel=pixel), bool(indices))
 
     def _in_place(self, node: fx.Node) -> _Value | None:
         """The result is the first operand, wherever the others are."""
-        first, *others = [self.values[x] for x in node.all_input_nodes]
+        first = self.values[node.all_input_nodes[0]]
         if node in self.traced.overwriting:
             return first if node not in self.traced.shared else None
-        exact = first.exact and all(x.exact for x in others)
-        return None if first.format is None and not exact else replace(first, exact=exact)
+        return None if first.format is None else replace(first, exact=False)
 
-    def _elementwise(self, node: fx.Node) -> _Value | None:
-        operands = [x for x in node.all_input_nodes if x not in self.traced.numbers and not self._is_vector(x)]
-        return self._merged(operands, pixels=False, exact_as=node)
+    def _elementwise(self, operands: list[fx.Node], settles: bool) -> _Value | None:
+        formats = [self.values[x].format for x in operands]
+        if None in formats or not formats:
+            return None
+        deciding = [format for format in formats if not format.pixel] or formats
+        if len({format.channels_last for format in deciding}) > 1:
+            return None
+        settled = settles and not any(format.part for format in formats)
+        settled = settled or all(format.settled for format in deciding)
+        single = all(format.single for format in formats)
+        return _Value(False, replace(deciding[0], settled=settled, single=single, part=False))
 
-    def _merged(self, operands: list[fx.Node], pixels: bool, exact_as: fx.Node | None = None) -> _Value | None:
-        """Of tensors in one format; `pixels` says that those of one pixel count."""
-        values = [self.values[x] for x in operands]
-        exact = all(value.exact for value in values)
-        formats = [value.format for value in values]
-        if None not in formats and formats:
-            deciding = [f for f in formats if not f.pixel] or formats
-            if len(set(formats if pixels else deciding)) == 1:
-                return _Value(exact, deciding[0])
-        return _Value(True, Format(frozenset([exact_as]))) if exact and exact_as else None
+    def _concatenated(self, operands: list[fx.Node]) -> _Value | None:
+        formats = [self.values[x].format for x in operands]
+        if None in formats or len({(format.channels_last, format.pixel) for format in formats}) > 1:
+            return None
+        if len({format.settled for format in formats}) > 1 and any(format.single or format.pixel for format in formats):
+            return None
+        settled = all(format.settled and (format.single or format.pixel) for format in formats)
+        format = replace(formats[0], single=False, settled=False, part=False)
+        return _Value(False, replace(format, sources=frozenset(), always=False) if settled else format)
 
-    def _viewed(self, node: fx.Node, x: _Value, name: str) -> _Value:
+    @staticmethod
+    def _viewed(node: fx.Node, x: _Value, name: str) -> _Value:
+        part = x.format and replace(x.format, part=True, single=True)
         if name in PARTS:
-            return replace(x, parts=name != "narrow")
-        if name == "getitem":
-            if x.parts and isinstance(node.args[1], int):
-                return replace(x, parts=False)
-            keeps = not x.parts and isinstance(node.args[1], tuple) and all(isinstance(i, slice) for i in node.args[1])
-            return x if keeps else _Value(False, None)
+            return replace(x, format=part, parts=name != "narrow")
+        if name == "getitem" and x.parts:
+            return replace(x, parts=False) if isinstance(node.args[1], int) else _Value(False, None)
+        if name == "getitem" and isinstance(node.args[1], tuple) and all(isinstance(i, slice) for i in node.args[1]):
+            return replace(x, format=part)
         converts = name in ("bfloat16", "double", "float", "half", "to", "type_as") and not node.kwargs
         return x if converts else _Value(False, None)
 
@@ -209,9 +240,22 @@ def _adds_in_place(node: fx.Node, traced: PureGraph) -> bool:
     return node in traced.pure and node.target in (in_place, "add_")
 
 
-def _makes_pixels(node: fx.Node) -> bool:
-    """Such as view(n, c, 1, 1)."""
+def _settles(node: fx.Node, module: nn.Module | None, operands: list[fx.Node]) -> bool:
+    """Whether an elementwise result that fits both formats is contiguous: where all operands are of one shape."""
+    if type(module) in KEEPS_STRIDES or name_of(node) in KEEPS_STRIDES:
+        return False
+    return module is not None or name_of(node) not in BINARY or all(x in operands for x in node.args[:2])
+
+
+def _makes_pixels(node: fx.Node, module: nn.Module | None) -> bool:
+    """Images of one pixel, such as view(n, c, 1, 1)."""
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return pair(module.output_size) == (1, 1)
+    if node.target is F.adaptive_avg_pool2d:
+        return argument(node, 1, "output_size") in (1, (1, 1), [1, 1])
     name = name_of(node)
+    if name == "mean":
+        return _is_over_pixels(node) and argument(node, 2, "keepdim", False) is True
     if name == "getitem":
         return isinstance(node.args[1], tuple) and node.args[1][-2:] == (None, None)
     sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
@@ -222,12 +266,6 @@ def _is_upsampling(node: fx.Node, module: nn.Module | None) -> bool:
     if type(module) is nn.Upsample:
         return module.mode in ("nearest", "bilinear")
     return node.target is F.interpolate and argument(node, 3, "mode", "nearest") in ("nearest", "bilinear")
-
-
-def _pools_whole_images(node: fx.Node, module: nn.Module | None) -> bool:
-    if node.target is F.adaptive_avg_pool2d:
-        return argument(node, 1, "output_size") in (1, (1, 1), [1, 1])
-    return isinstance(module, nn.AdaptiveAvgPool2d) and pair(module.output_size) == (1, 1)
 
 
 def _is_over_pixels(node: fx.Node) -> bool:

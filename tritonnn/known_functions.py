@@ -18,6 +18,9 @@ ELEMENTWISE = frozenset(
 )
 """Their results are tensors of their own in the memory format of the arguments, or numbers of numbers."""
 
+BINARY = frozenset("add div eq ge gt le lt maximum minimum mul ne pow sub true_divide truediv".split())
+"""Those of them that take two operands."""
+
 ELEMENTWISE_MODULES = (
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU),
     *(nn.LogSigmoid, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softsign),
