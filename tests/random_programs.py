@@ -1,6 +1,6 @@
 """Random small networks, for `tritonnn.fuse` and `tritonnn.swap` to run as PyTorch does.
 
-    python tests/random_programs.py --seeds 10000 [--first 0] [--cuda] [--cuda-graph] [--show SEED]
+    python tests/random_programs.py --seeds 10000 [--first 0] [--without-kernels] [--cuda [--cuda-graph]] [--show SEED]
 
 A program is the source of a module's forward: statements that PyTorch has run one by one as they were drawn, so that
 it can run them all. Without a GPU, Triton's interpreter runs the kernels.
@@ -26,6 +26,7 @@ if __name__ == "__main__":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 import tritonnn  # noqa: E402
+from tritonnn.layers.fused_conv2d import FusedConv2d  # noqa: E402
 
 CHANNELS = (1, 2, 4, 6)
 LARGEST = 1e4
@@ -48,6 +49,16 @@ LAYERS: dict[str, Callable[[random.Random, int], nn.Module]] = {
 # Of images; {v} and {w} are values, {v} an image; {c} its channels, {layer} a layer made for it.
 IMAGE_STATEMENTS = """
 {n} = self.{conv}({v})
+{n} = self.{norm}(self.{conv}({v}))
+{n} = self.{act}(self.{norm}(self.{conv}({v})))
+{n} = self.{norm}(self.{same}({v})); {n} += {v}; {n} = self.{act}({n})
+{n} = self.{act}(self.{same}({v}) + {v})
+{n} = self.{same}({v}); {m} = self.{conv1}({v}).relu_()
+{n} = self.{same}({v}); {n} = {n} + self.{conv1}({n})[:, :1]
+{n} = self.{same}({v}).add_({w}).relu_()
+{n} = torch.add({w}, self.{same}({v}))
+{n} = {w} + self.{norm}(self.{same}({v}))
+{w} += self.{same}({v})
 {n} = self.{act}({v})
 {n} = self.{act}({v})
 {n} = self.{norm}({v})
@@ -307,14 +318,17 @@ def _statement(
                 names[kind] = r.random() < 0.3 and _reused(r, made, kind) or f"{kind}{attempt}"
                 if not hasattr(made, names[kind]):
                     made.add_module(names[kind], LAYERS[kind](r, x.shape[1]).double().eval())
-    if "{linear}" in template:
+    if "{linear}" in template and x.dim() > 1:
         features = x[0].numel() if "flatten" in template else x.shape[-1]
         names["linear"] = f"linear{features}"
         if not hasattr(made, names["linear"]):
             made.add_module(
                 names["linear"], nn.Linear(features, features if x.dim() == 4 else r.choice(CHANNELS)).double()
             )
-    line = template.format_map(names)
+    try:
+        line = template.format_map(names)
+    except KeyError:
+        return None, []
     new = [names[key] for key in ("n", "m") if f"{{{key}}}" in template]
     trial = dict(scope)
     try:
@@ -342,7 +356,7 @@ def random_program(seed: int) -> nn.Module:
     """In eval mode, float64, with batch norms that change something; every fifth has channels_last weights."""
     r = random.Random(seed)
     torch.manual_seed(seed)
-    model = program(r, r.choice(CHANNELS), 2, r.randint(1, 12))
+    model = program(r, r.choice(CHANNELS), 2, r.randint(2, 14))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)
@@ -438,18 +452,37 @@ def _strides(x: Tensor) -> tuple[int | None, ...]:
     return tuple(stride if size > 1 else None for size, stride in zip(x.shape, x.stride()))
 
 
+def without_kernels() -> None:
+    """Layers run PyTorch's operations, fused ones as they lay out their results: what is tried is `fuse`, fast."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tritonnn.layers."):
+            for function in ("reason_to_fall_back", "reason_to_fall_back_image"):
+                if hasattr(module, function):
+                    setattr(module, function, lambda *args, **kwargs: "without kernels")
+    computed = FusedConv2d._with_pytorch
+
+    def channels_last(self: FusedConv2d, x: Tensor, residual: object) -> Tensor:
+        y = computed(self, x, residual)
+        return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y[None].contiguous()[0]
+
+    FusedConv2d._with_pytorch = channels_last
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=1000, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--cuda", action="store_true", help="on a GPU")
     parser.add_argument("--cuda-graph", action="store_true", help="CUDA graphs too; needs --cuda")
+    parser.add_argument("--without-kernels", action="store_true", help="PyTorch's operations instead: fast")
     parser.add_argument("--show", type=int, metavar="SEED", help="print one program and what fuse made of it")
     args = parser.parse_args()
     if args.cuda_graph and not args.cuda:
         parser.error("--cuda-graph needs --cuda")
     if args.cuda and not torch.cuda.is_available():
         parser.error("--cuda: there is no CUDA GPU")
+    if args.without_kernels:
+        without_kernels()
     device = torch.device("cuda" if args.cuda else "cpu")
     if args.show is not None:
         model = random_program(args.show).to(device)

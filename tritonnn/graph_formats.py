@@ -29,14 +29,14 @@ class Format:
     """PyTorch's memory format of an image: channels_last if `always` or one of `sources` is, else contiguous.
 
     `pixel`: an image of one pixel, which decides nothing where it meets a larger one. `settled`: what fits both formats
-    is contiguous. `single`: it may have one channel. `part`: a part of a larger image, not dense.
+    is contiguous. `single`: it has one channel, None where that is not known. `part`: of a larger image, not dense.
     """
 
     sources: frozenset[fx.Node] = frozenset()
     always: bool = False
     pixel: bool = False
     settled: bool = False
-    single: bool = False
+    single: bool | None = None
     part: bool = False
 
     @property
@@ -70,9 +70,11 @@ def as_pytorch_puts_it(x: object, always: bool, settled: bool, *sources: object)
         return tuple(as_pytorch_puts_it(part, always, settled, *sources) for part in x)
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.dim() not in (3, 4):
         return x
-    channels_last = x.dim() == 4 and (
-        always or any(isinstance(s, torch.Tensor) and is_channels_last(s) for s in sources)
-    )
+    channels_last = always or any(isinstance(source, torch.Tensor) and is_channels_last(source) for source in sources)
+    if x.dim() == 3 or (settled and 1 in (x.shape[1], x.shape[2] * x.shape[3])):
+        channels_last = False
+    if x.is_cuda and x.dtype == torch.float64:  # of which PyTorch's convolutions make contiguous images
+        channels_last = False
     strides = _strides(x.shape, channels_last)
     if x.stride() == strides:
         return x
@@ -176,7 +178,7 @@ class _Formats:
 
     @staticmethod
     def _resized(node: fx.Node, x: _Value, module: nn.Module | None) -> _Value | None:
-        if x.format is None:
+        if x.format is None or (x.format.settled and x.format.single is None):
             return None
         format, upsampling = replace(x.format, settled=False, part=False), _is_upsampling(node, module)
         if x.format.settled and (x.format.single or (x.format.pixel and upsampling)):
@@ -188,9 +190,11 @@ class _Formats:
     def _in_place(self, node: fx.Node) -> _Value | None:
         """The result is the first operand, wherever the others are."""
         first = self.values[node.all_input_nodes[0]]
+        if first.format is None or first.format.part:
+            return None
         if node in self.traced.overwriting:
             return first if node not in self.traced.shared else None
-        return None if first.format is None else replace(first, exact=False)
+        return replace(first, exact=False)
 
     def _elementwise(self, operands: list[fx.Node], settles: bool) -> _Value | None:
         formats = [self.values[x].format for x in operands]
@@ -201,22 +205,26 @@ class _Formats:
             return None
         settled = settles and not any(format.part for format in formats)
         settled = settled or all(format.settled for format in deciding)
-        single = all(format.single for format in formats)
+        singles = {format.single for format in formats}
+        single = False if False in singles else None if None in singles else True
         return _Value(False, replace(deciding[0], settled=settled, single=single, part=False))
 
     def _concatenated(self, operands: list[fx.Node]) -> _Value | None:
         formats = [self.values[x].format for x in operands]
         if None in formats or len({(format.channels_last, format.pixel) for format in formats}) > 1:
             return None
-        if len({format.settled for format in formats}) > 1 and any(format.single or format.pixel for format in formats):
+        if any(format.settled for format in formats) and any(format.single is not False for format in formats):
             return None
-        settled = all(format.settled and (format.single or format.pixel) for format in formats)
+        if len({format.settled for format in formats}) > 1 and formats[0].pixel:
+            return None
+        settled = all(format.settled and format.pixel for format in formats)
         format = replace(formats[0], single=False, settled=False, part=False)
         return _Value(False, replace(format, sources=frozenset(), always=False) if settled else format)
 
     @staticmethod
     def _viewed(node: fx.Node, x: _Value, name: str) -> _Value:
-        part = x.format and replace(x.format, part=True, single=True)
+        one = x.format is not None and x.format.single is True
+        part = x.format and replace(x.format, part=True, settled=one and x.format.settled, single=one or None)
         if name in PARTS:
             return replace(x, format=part, parts=name != "narrow")
         if name == "getitem" and x.parts:

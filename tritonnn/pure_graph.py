@@ -96,7 +96,7 @@ def _make_pure(traced: PureGraph) -> None:
         if private:
             x = targets[0]
             x.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
-            if summand_or_relu:
+            if summand_or_relu and is_fresh(x, traced):  # and not a view, whose strides the result has
                 targets = []
         if targets:
             _refuse_parameters(targets, family)

@@ -101,7 +101,8 @@ def _recorder(name: str) -> Callable:
 
 
 for _name in IN_PLACE:
-    setattr(_Proxy, f"__i{_name}__", _recorder(f"i{_name}"))
+    for _class in (_Proxy, _Attribute):
+        setattr(_class, f"__i{_name}__", _recorder(f"i{_name}"))
 
 
 class _NoTensors(TorchDispatchMode):
