@@ -11,11 +11,22 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from .kernels.memory_format import is_channels_last
-from .known_functions import BINARY, LAYOUT_FREE_VIEWS, PARTS, POOLS, argument, flattens_images, is_elementwise, name_of
+from .known_functions import (
+    BINARY,
+    CONVERSIONS,
+    LAYOUT_FREE_VIEWS,
+    PARTS,
+    POOLS,
+    VIEWS,
+    argument,
+    flattens_images,
+    is_elementwise,
+    name_of,
+)
 from .layers.layer import pair
-from .pure_graph import PureGraph
+from .pure_graph import PureGraph, is_fresh
 from .swap import kind_of
-from .tracing import in_place, is_changed
+from .tracing import is_changed
 
 SPATIAL = ((2, 3), (-2, -1), (-1, -2), (3, 2))
 
@@ -30,6 +41,7 @@ class Format:
 
     `pixel`: an image of one pixel, which decides nothing where it meets a larger one. `settled`: what fits both formats
     is contiguous. `single`: it has one channel, None where that is not known. `part`: of a larger image, not dense.
+    `odd`: its dimensions may lie in another order than in both formats.
     """
 
     sources: frozenset[fx.Node] = frozenset()
@@ -38,6 +50,7 @@ class Format:
     settled: bool = False
     single: bool | None = None
     part: bool = False
+    odd: bool = False
 
     @property
     def channels_last(self) -> tuple[frozenset[fx.Node], bool]:
@@ -114,7 +127,11 @@ class _Formats:
         pixel = _makes_pixels(node, module)
         if is_elementwise(node, module) or kind_of(module) in ("batch_norm2d", "conv2d"):
             pixel = bool(formats) and all(format.pixel for format in formats)
-        return _Value(True, Format(frozenset([node]), pixel=pixel))
+        odd = _reorders(node, self.traced) or (
+            kind_of(module) not in ("conv2d", "linear", "avg_pool2d", "max_pool2d", "batch_norm2d")
+            and any(format.odd for format in formats)
+        )
+        return _Value(True, Format(frozenset([node]), pixel=pixel, part=name_of(node) in VIEWS, odd=odd))
 
     def _exact(self, node: fx.Node) -> fx.Node:
         """The node, or one with the same value as PyTorch puts it."""
@@ -147,7 +164,7 @@ class _Formats:
             return self._convolved(node, module)
         if all(x.exact for x in inputs):
             return None
-        if node in self.traced.overwriting or _adds_in_place(node, self.traced):
+        if node in self.traced.overwriting or node in self.traced.once_in_place:
             return self._in_place(node)
         if kind == "batch_norm2d":
             return self._elementwise([node.all_input_nodes[0]], settles=True)
@@ -190,7 +207,7 @@ class _Formats:
     def _in_place(self, node: fx.Node) -> _Value | None:
         """The result is the first operand, wherever the others are."""
         first = self.values[node.all_input_nodes[0]]
-        if first.format is None or first.format.part:
+        if first.format is None or first.format.part or first.format.odd:
             return None
         if node in self.traced.overwriting:
             return first if node not in self.traced.shared else None
@@ -198,9 +215,11 @@ class _Formats:
 
     def _elementwise(self, operands: list[fx.Node], settles: bool) -> _Value | None:
         formats = [self.values[x].format for x in operands]
-        if None in formats or not formats:
+        if None in formats or not formats or any(format.odd for format in formats):
             return None
         deciding = [format for format in formats if not format.pixel] or formats
+        if len(deciding) < len(formats) and any(format.single is not False for format in deciding):
+            return None
         if len({format.channels_last for format in deciding}) > 1:
             return None
         settled = settles and not any(format.part for format in formats)
@@ -231,7 +250,7 @@ class _Formats:
             return replace(x, parts=False) if isinstance(node.args[1], int) else _Value(False, None)
         if name == "getitem" and isinstance(node.args[1], tuple) and all(isinstance(i, slice) for i in node.args[1]):
             return replace(x, format=part)
-        converts = name in ("bfloat16", "double", "float", "half", "to", "type_as") and not node.kwargs
+        converts = name in CONVERSIONS and not node.kwargs
         return x if converts else _Value(False, None)
 
     def _is_vector(self, node: fx.Node) -> bool:
@@ -243,9 +262,14 @@ class _Formats:
         return sum(size > 1 for size in tensor.shape) <= 1
 
 
-def _adds_in_place(node: fx.Node, traced: PureGraph) -> bool:
-    """Where PyTorch would."""
-    return node in traced.pure and node.target in (in_place, "add_")
+def _reorders(node: fx.Node, traced: PureGraph) -> bool:
+    """Whether a node whose inputs are neither may be no image, or one whose dimensions lie in an order of their own."""
+    if node.op == "placeholder" or is_fresh(node, traced) or node in traced.overwriting:
+        return False
+    if name_of(node) == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return not all(isinstance(i, (slice, int)) or i is Ellipsis for i in index)
+    return name_of(node) not in (*PARTS, *CONVERSIONS, "contiguous", "detach", "dropout", "flatten")
 
 
 def _settles(node: fx.Node, module: nn.Module | None, operands: list[fx.Node]) -> bool:

@@ -37,11 +37,14 @@ FRESH = frozenset(
 
 POOLS = (F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d)
 
-LAYOUT_FREE_VIEWS = frozenset(
-    """bfloat16 chunk double float getitem half movedim narrow permute select split squeeze swapaxes tensor_split to
-    transpose type_as unbind unsqueeze""".split()
+CONVERSIONS = frozenset("bfloat16 double float half to type_as".split())
+"""To another type; of what has it already they return a view."""
+
+LAYOUT_FREE_VIEWS = CONVERSIONS | frozenset(
+    """chunk getitem movedim narrow permute select split squeeze swapaxes tensor_split transpose unbind
+    unsqueeze""".split()
 )
-"""Views, or copies where there is something to convert, of tensors in any memory format."""
+"""Views of tensors in any memory format."""
 
 VIEWS = LAYOUT_FREE_VIEWS | frozenset(
     "broadcast_to contiguous detach dropout expand expand_as flatten reshape reshape_as unflatten view view_as".split()

@@ -26,7 +26,8 @@ IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
 class PureGraph:
     """`pure` are the nodes that compute a sum or a ReLU beside their input; `stage` counts the barriers before a node.
 
-    `opaque` names the modules that stayed whole, with the reason; `overwriting` are the operations left in place;
+    `opaque` names the modules that stayed whole, with the reason; `overwriting` are the operations left in place,
+    `once_in_place` those that are pure now;
     `numbers` are nodes that are no tensors. `families` has for each node those that may share memory with it, and
     `shared` are nodes whose memory unknown code may have overwritten, or something through another name than theirs.
     """
@@ -37,6 +38,7 @@ class PureGraph:
     pure: set[fx.Node] = field(default_factory=set)
     stage: dict[fx.Node, int] = field(default_factory=dict)
     overwriting: set[fx.Node] = field(default_factory=set)
+    once_in_place: set[fx.Node] = field(default_factory=set)
     numbers: set[fx.Node] = field(default_factory=set)
     families: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
     shared: set[fx.Node] = field(default_factory=set)
@@ -96,8 +98,9 @@ def _make_pure(traced: PureGraph) -> None:
         if private:
             x = targets[0]
             x.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
-            if summand_or_relu and is_fresh(x, traced):  # and not a view, whose strides the result has
+            if summand_or_relu and _may_be_fused(x, traced):
                 targets = []
+                traced.once_in_place.add(node)
         if targets:
             _refuse_parameters(targets, family)
             traced.overwriting.add(node)
@@ -121,6 +124,13 @@ def _make_pure(traced: PureGraph) -> None:
         traced.stage[node] = stage
     for node in list(traced.shared):
         traced.shared |= family[node]
+
+
+def _may_be_fused(x: fx.Node, traced: PureGraph) -> bool:
+    """Whether what overwrites x may become a part of the layer that computes it; it stays in place otherwise."""
+    if kind_of(traced.module(x)) in ("conv2d", "linear", "batch_norm2d"):
+        return not _is_changed(x, traced)
+    return x in traced.pure and (traced.is_relu(x) or all(isinstance(arg, fx.Node) for arg in x.args[:2]))
 
 
 def _is_private(
@@ -172,6 +182,8 @@ def _named_argument(node: fx.Node, name: str) -> object:
 
 def _is_elementwise_in_place(node: fx.Node, traced: PureGraph) -> bool:
     """Whether the layout of the tensor does not matter."""
+    if "out" in node.kwargs:
+        return False
     if node.target is in_place or is_elementwise(node, traced.module(node)):
         return True
     name = name_of(node) or ""
@@ -191,7 +203,9 @@ def _is_number(node: fx.Node, traced: PureGraph) -> bool:
 
 
 def is_fresh(node: fx.Node, traced: PureGraph) -> bool:
-    """Whether a result shares no memory with the arguments, as far as it is not computed in place."""
+    """Whether a result shares no memory with the arguments."""
+    if node in traced.overwriting:
+        return False
     if node in traced.pure or node in traced.numbers or node.target in POOLS:
         return True
     module = traced.module(node)
