@@ -138,6 +138,9 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     the kernel of the convolution or linear layer, whose images are channels_last; what leaves the network lies in
     memory as the model's output would. Operand types follow autocast and PyTorch's TF32 switches at each call.
 
+    Optional arguments of its forward are fused at their defaults: a call with another value runs the model's own code,
+    of which the network has a copy then, and is counted in the report's `fallbacks`.
+
     Of a DataParallel or DistributedDataParallel model it fuses what that wraps, for one device.
 
     Args:

@@ -291,7 +291,7 @@ def _report_apart(traced: PureGraph, chains: list[_Chain], name: str, report: Fu
 
 
 def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: PureGraph) -> str:
-    if node in traced.overwriting:
+    if node in traced.overwriting and node in traced.shared:
         return "it overwrites what others may see"
     if _hooked(node, traced):
         return why_changed(traced.module(node))
