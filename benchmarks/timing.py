@@ -11,7 +11,7 @@ import torch
 
 from tritonnn import clocks
 from tritonnn.clocks import Clock, Timing, captured, event_clock, repeated, repeats_for, wall_clock
-from tritonnn.cuda_graphs import release_workspaces
+from tritonnn.fusion.cuda_graphs import release_workspaces
 
 WARM_UP_CALLS = 5
 MIN_ROUNDS, MAX_ROUNDS = 7, 100

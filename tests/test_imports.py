@@ -26,7 +26,6 @@ MAY_IMPORT = {
     "tuning": BELOW_LAYERS | {"clocks", "layers", "swap", "latency", "fusion", "tuning"},
 }
 """By the folder of `tritonnn`, or the file in it."""
-OF_FUSION = ("fusion", "fusion_pass", "fusion_report", "pure_graph", "functionalize", "cuda_graphs")
 
 
 def folder(module: str) -> str | None:
@@ -34,7 +33,7 @@ def folder(module: str) -> str | None:
     package, *names = module.split(".")
     if package != "tritonnn" or not names:
         return None
-    return "fusion" if names[0] in OF_FUSION else names[0]
+    return names[0]
 
 
 def imported(source: str, module: str, is_package: bool = False) -> Iterator[str]:

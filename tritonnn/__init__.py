@@ -1,7 +1,7 @@
 """PyTorch's CNN layers on Triton kernels: swap them in, prove that nothing changed but the speed."""
 
-from .fusion import FusedNetwork, fuse
-from .fusion_report import FusionReport
+from .fusion.fuse import FusedNetwork, fuse
+from .fusion.report import FusionReport
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
 from .layers.batch_norm2d import TritonBatchNorm2d
 from .layers.conv2d import TritonConv2d

@@ -8,7 +8,7 @@ from torch import nn
 
 import tritonnn
 from lit_modules.resnet import ResNet18
-from tritonnn.cuda_graphs import CAPTURE_AT_CALL, MAX_GRAPHS
+from tritonnn.fusion.cuda_graphs import CAPTURE_AT_CALL, MAX_GRAPHS
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need Triton's interpreter")
@@ -128,3 +128,46 @@ class TestCudaGraph:
             torch.testing.assert_close(graphed(x), eager(x))
         assert len(graphed._graphs) == 0 and len(graphed._graphs.refused) == 1
         torch.randn(1, device="cuda")
+
+    def test_weights_that_pytorch_does_not_count_as_changed(self):
+        model = trained(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False)), torch.float32)
+        graphed, x = tritonnn.fuse(model, cuda_graph=True), image(2, 4, 8, 8)
+        with torch.autocast("cuda", torch.bfloat16):
+            before = [graphed(x) for _ in range(3)][-1]
+            graphed.network.get_submodule("2").weight.data.mul_(3)
+            graphed.weights_changed()
+            for _ in range(3):
+                torch.testing.assert_close(graphed(x), 3 * before, rtol=0.02, atol=0.02)
+
+    def test_a_network_that_overwrites_its_input_is_not_captured(self):
+        class Overwriting(nn.Sequential):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x += 1
+                return super().forward(x)
+
+        model = trained(Overwriting(nn.Conv2d(4, 4, 3), nn.ReLU()))
+        graphed, x = tritonnn.fuse(model, cuda_graph=True), image(2, 4, 8, 8, dtype=torch.float64)
+        y = x.clone()
+        for _ in range(4):
+            with torch.no_grad():
+                torch.testing.assert_close(graphed(y), model(x))
+            assert torch.equal(x, y)
+        assert list(graphed._graphs.refused.values()) == ["the network overwrites its inputs"]
+
+    def test_a_network_that_counts_its_calls_is_not_captured(self):
+        class Counting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Conv2d(4, 4, 1)
+                self.register_buffer("calls", torch.zeros(()))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                self.calls += 1
+                return self.layer(x) * self.calls
+
+        model = trained(Counting())
+        graphed, x = tritonnn.fuse(model, cuda_graph=True), image(2, 4, 8, 8, dtype=torch.float64)
+        for _ in range(4):
+            with torch.no_grad():
+                torch.testing.assert_close(graphed(x), model(x))
+        assert list(graphed._graphs.refused.values()) == ["the network changes its parameters or buffers"]

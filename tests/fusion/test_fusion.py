@@ -8,42 +8,14 @@ import pytest
 import torch
 import torchvision
 from helpers.compare import DEVICE, TOLERANCE, image
+from helpers.fused import Net, assert_same
 from helpers.trained import Untraceable, small, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tritonnn
 from lit_modules.resnet import ResNet18
-from tritonnn.layers.fused_conv2d import FusedConv2d, FusedSum
-
-
-def assert_same(model: nn.Module, x: Tensor, *others: Tensor) -> tritonnn.FusedNetwork:
-    """The fused network gives the model's output, and leaves its input alone where the model does."""
-    fused = tritonnn.fuse(model)
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(*(t.double().clone() for t in (x, *others)))
-        inputs = [x.clone(memory_format=torch.preserve_format), x.clone(memory_format=torch.preserve_format)]
-        expected, actual = model(inputs[0], *others), fused(inputs[1], *others)
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    tolerance = TOLERANCE[x.dtype]
-    torch.testing.assert_close(actual.double(), exact, rtol=10 * tolerance, atol=10 * tolerance)
-    torch.testing.assert_close(inputs[1], inputs[0])
-    return fused
-
-
-class Net(nn.Module):
-    """Layers a, b: 4 channels to 4; norm; called as `code(net, x)` says."""
-
-    def __init__(self, code, **layers: nn.Module) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
-        self.norm, self.relu = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.code = code
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.code(self, x)
+from tritonnn.layers.fused.conv2d import FusedConv2d, FusedSum
 
 
 def in_place_then_read(net: Net, x: Tensor) -> Tensor:
@@ -166,7 +138,7 @@ def test_types_and_memory_formats(dtype, channels_last):
     model = trained(Net(lambda n, x: n.relu(n.norm(n.a(x)) + x)), dtype)
     fused = assert_same(model, image(2, 4, 5, 6, dtype=dtype, channels_last=channels_last))
     assert fused.network.a.weight.dtype == dtype and fused.network.a.bias.dtype == torch.float32
-    y = fused(image(2, 4, 5, 6, dtype=dtype, channels_last=channels_last))
+    y = fused.network.a(*[image(2, 4, 5, 6, dtype=dtype, channels_last=channels_last)] * 2)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 

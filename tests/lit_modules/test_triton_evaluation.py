@@ -19,7 +19,7 @@ from lit_modules.checkpoint import weights_digest
 from lit_modules.classifier import MeanLoss, accuracies
 from lit_modules.evaluation_result import Evaluated, EvaluationResult, timing
 from lit_modules.triton_evaluation import TritonEvaluation
-from tritonnn.layers.fused_conv2d import FusedPooledLinear
+from tritonnn.layers.fused.linear import FusedPooledLinear
 
 CLOCK = "device" if torch.cuda.is_available() else "interpreter"
 

@@ -18,7 +18,7 @@ from triton.runtime import jit
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tritonnn
-from tritonnn import cuda_graphs
+from tritonnn.fusion import cuda_graphs
 from tritonnn.runtime import cache_keys, capabilities, hardware, launch_plan
 from tritonnn.tuning import compile_ahead
 

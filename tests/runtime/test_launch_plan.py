@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tritonnn
-from tritonnn.layers.fused_conv2d import FusedConv2d
+from tritonnn.layers.fused.conv2d import FusedConv2d
 from tritonnn.ops import avg_pool2d, batch_norm2d, linear, max_pool2d, relu
 from tritonnn.ops.conv2d import op as conv2d
 from tritonnn.ops.conv2d.forms.few_channels import FewChannelsConfig

@@ -117,13 +117,18 @@ CHECKS: dict[str, tuple[Callable[[], bool], str]] = {
 _OF_TORCH = ("watchers", "workspaces")
 
 
-@functools.lru_cache
+_known: dict[str, bool] = {}
+"""What was checked, in a dictionary, which compilers can read."""
+
+
 def knows(part: str) -> bool:
     """Whether a part of `CHECKS` is as it was known."""
-    try:
-        return CHECKS[part][0]()
-    except Exception:  # whatever an unknown version raises
-        return False
+    if part not in _known:
+        try:
+            _known[part] = CHECKS[part][0]()
+        except Exception:  # whatever an unknown version raises
+            _known[part] = False
+    return _known[part]
 
 
 def notes() -> list[str]:
@@ -207,5 +212,5 @@ def _version(version: str) -> tuple[int, int]:
 
 def forget() -> None:
     """Has all parts checked anew."""
-    knows.cache_clear()
+    _known.clear()
     empty_strided.cache_clear()

@@ -341,9 +341,10 @@ def _overlap(tensors: list[torch.Tensor]) -> bool:
 
 def plain_eager() -> bool:
     """Whether nobody wants to see which operators run: compilers, tracers, transforms, forward mode, modes."""
+    if torch.compiler.is_compiling():
+        return False
     return capabilities.knows("watchers") and not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_function_stack()
         or (torch._C._len_torch_dispatch_stack() and LOCAL.recording is None)
         or torch._C._is_tracing()

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from ..fusion import FusedNetwork
+from ..fusion.fuse import FusedNetwork
 from ..ops.conv2d import tables
 from ..ops.conv2d.dispatch import candidates, default_choice, run
 from ..ops.conv2d.problem import Choice, Problem

@@ -76,6 +76,17 @@ def pack_weight(weight: torch.Tensor, input_precision: str) -> torch.Tensor:
     return packed
 
 
+def pack_filters(weight: torch.Tensor, input_precision: str, groups: int) -> torch.Tensor:
+    """A filter [K, C / groups, R, S] as the form that takes it by default reads it.
+
+    As `pack_weight`; of one channel each, not rounded, with the channels as neighbours in memory, as they are in
+    registers: [K, R, S, 1], a view of [R, S, K].
+    """
+    if groups > 1 and weight.shape[1] == 1 and input_precision != "tf32x3":
+        return channels_last(weight.transpose(0, 1)).permute(3, 1, 2, 0)
+    return pack_weight(weight, input_precision)
+
+
 def _copy(x: torch.Tensor, y: torch.Tensor, round_to_tf32: bool, split: bool) -> None:
     N, C, H, W = x.shape
     stride_n, stride_c, stride_h, stride_w = x.stride()

@@ -25,7 +25,7 @@ from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
 from ....runtime.memory_format import pixel_strides
-from ..pack import channels_last
+from ..pack import pack_filters
 from ..problem import Choice, Problem, Product
 from .form import Config, Form
 
@@ -264,8 +264,7 @@ class DepthwiseForm(Form):
     kernels = (conv2d_depthwise_forward_kernel, conv2d_depthwise_general_forward_kernel)
 
     def pack(self, weight: torch.Tensor, input_precision: str) -> torch.Tensor:
-        """Channels are neighbours in memory, as they are in registers: [K, R, S, 1], a view of [R, S, K]."""
-        return channels_last(weight.transpose(0, 1)).permute(3, 1, 2, 0)
+        return pack_filters(weight, "ieee", groups=weight.shape[0])
 
     def fits(self, product: Product) -> bool:
         return product.is_depthwise

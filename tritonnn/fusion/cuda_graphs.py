@@ -1,16 +1,16 @@
 """CUDA graphs of a network, one for each kind of input: a replay costs a few microseconds, whatever its length."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from .runtime.capabilities import knows
-from .runtime.launch_plan import current_device
-from .runtime.precision import CONVOLUTION, MATMUL
+from ..runtime.capabilities import knows
+from ..runtime.launch_plan import current_device
+from ..runtime.precision import CONVOLUTION, MATMUL
 
 CAPTURE_AT_CALL = 2
 MAX_GRAPHS = 8
@@ -72,11 +72,12 @@ class CudaGraphs:
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
 
-    def __call__(self, network: nn.Module, args: tuple, kwargs: dict) -> object:
+    def __call__(self, call: Callable, network: nn.Module, args: tuple, kwargs: dict) -> object:
+        """call(*args, **kwargs), which reads the parameters and buffers of `network`."""
         leaves, spec = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not _can_be_captured(tensors):
-            return network(*args, **kwargs)
+            return call(*args, **kwargs)
         key = _key(leaves, spec)
         captured = self._captured.get(key)
         if captured is not None and not captured.is_current():
@@ -88,15 +89,25 @@ class CudaGraphs:
                 if len(self._calls) > MAX_COUNTED:
                     self._calls.clear()
                     self.refused.clear()
-                return network(*args, **kwargs)
-            captured = self._capture(network, leaves, spec, key)
+                return self._eagerly(call, network, args, kwargs, key)
+            captured = self._capture(call, network, leaves, spec, key)
             if captured is None:
-                return network(*args, **kwargs)
+                return call(*args, **kwargs)
         self._captured.move_to_end(key)
         if tensors[0].get_device() == current_device():
             return self._replay(captured, tensors)
         with torch.cuda.device(tensors[0].device):
             return self._replay(captured, tensors)
+
+    def _eagerly(self, call: Callable, network: nn.Module, args: tuple, kwargs: dict, key: tuple) -> object:
+        """Warming up would repeat, and a graph not notice, what a call changes for the next one."""
+        if key in self.refused:
+            return call(*args, **kwargs)
+        before = _state_of(network)
+        output = call(*args, **kwargs)
+        if _state_of(network) != before:
+            self.refused[key] = "the network changes its parameters or buffers"
+        return output
 
     def _replay(self, captured: _Captured, tensors: list[Tensor]) -> object:
         for buffer, x in zip(captured.inputs, tensors):
@@ -106,7 +117,9 @@ class CudaGraphs:
             return captured.output
         return _clone(captured.output) if type(captured.output) is Tensor else tree_map(_clone, captured.output)
 
-    def _capture(self, network: nn.Module, leaves: list, spec: TreeSpec | None, key: tuple) -> _Captured | None:
+    def _capture(
+        self, call: Callable, network: nn.Module, leaves: list, spec: TreeSpec | None, key: tuple
+    ) -> _Captured | None:
         device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
         # Inference tensors could not be copied into later, outside inference mode. Autocast's cache would free the
         # converted weights that a graph reads.
@@ -116,12 +129,16 @@ class CudaGraphs:
             try:
                 inputs = [torch.empty_like(leaf).copy_(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
                 args, kwargs = (inputs, {}) if spec is None else tree_unflatten(inputs, spec)
+                versions = [x._version for x in inputs if isinstance(x, Tensor)]
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
                     for _ in range(2):  # compiles, tunes, packs weights
-                        network(*args, **kwargs)
+                        call(*args, **kwargs)
                 torch.cuda.current_stream().wait_stream(side)
+                if versions != [x._version for x in inputs if isinstance(x, Tensor)]:
+                    self.refused[key] = "the network overwrites its inputs"
+                    return None
                 held = [(*place, t, t.data_ptr(), _version(t)) for place, t in _tensors(network)]
                 graph = torch.cuda.CUDAGraph()
                 pool = next((other.graph.pool() for other in self._captured.values()), None)
@@ -131,7 +148,7 @@ class CudaGraphs:
                     torch.cuda.stream(torch.cuda.current_stream()),
                     torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
                 ):
-                    output = network(*args, **kwargs)
+                    output = call(*args, **kwargs)
             except RuntimeError as error:
                 self.refused[key] = str(error)
                 torch.cuda.synchronize()
@@ -177,6 +194,10 @@ def _tensors(network: nn.Module) -> Iterator[tuple[tuple[dict, str], Tensor]]:
             for name, tensor in holder.items():
                 if tensor is not None:
                     yield (holder, name), tensor
+
+
+def _state_of(network: nn.Module) -> list[tuple[int, int | None]]:
+    return [(id(tensor), _version(tensor)) for _, tensor in _tensors(network)]
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -10,17 +10,23 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from .fusion_report import FusionReport, join
-from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
-from .layers.fused_conv2d import Filters, FusedConv2d, FusedLinear, FusedPooledLinear, FusedSum, batch_norm_as_affine
-from .layers.layer import FLOATING_POINT, pair
-from .layers.max_pool2d import TritonMaxPool2d
-from .layers.relu import TritonReLU
-from .pure_graph import PureGraph, as_contiguous, has_hooks, in_place
-from .swap import kind_of, swap
+from ..layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
+from ..layers.fused.base import Filters, batch_norm_as_affine
+from ..layers.fused.conv2d import FusedConv2d, FusedSum
+from ..layers.fused.linear import FusedLinear, FusedPooledLinear
+from ..layers.layer import FLOATING_POINT, pair
+from ..layers.max_pool2d import TritonMaxPool2d
+from ..layers.relu import TritonReLU
+from ..swap import kind_of, swap
+from .formats import as_pytorch_puts_it, keep_formats
+from .functionalize import PureGraph
+from .fused_graph import FusedGraph
+from .known_functions import flattens_images
+from .report import FusionReport, join
+from .tracing import in_place, is_changed, why_changed
 
 # Functions that only look at tensors.
-NO_COMPUTATION = ("getattr", "getitem", "size", "dim", "as_contiguous", "eq", "_assert")
+NO_COMPUTATION = ("getattr", "getitem", "size", "dim", as_pytorch_puts_it.__name__, "eq", "_assert")
 
 POOLS = {
     F.adaptive_avg_pool2d: (TritonAdaptiveAvgPool2d, ("input", "output_size")),
@@ -66,17 +72,22 @@ class _Chain:
         return (x,) if self.add is None else (x, _summands(self.add)[self.add_first])
 
 
-def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionReport) -> fx.GraphModule:
+def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionReport) -> FusedGraph:
     """The traced module `root`, called `name`, with everything fused that can be; tells `report`."""
     graph = traced.graph
+    keep_formats(traced)
     chains = _chains(traced)
     _report_apart(traced, chains, name, report)
     calls: Counter[str] = Counter()
     modules = dict(traced.modules)
+    fused_nodes = {chain.layer for chain in chains}
+    kept = {node.target for node in graph.nodes if node.op == "call_module" and node not in fused_nodes}
     for chain in chains:
         layer = chain.layer.target
         calls[layer] += 1
         target = layer if calls[layer] == 1 else f"{layer}_call{calls[layer]}"
+        if target != layer or layer in kept or any(layer.startswith(f"{name}.") for name in traced.opaque):
+            target = _unused(target.replace(".", "_") if target == layer else target, modules)
         modules[target] = _fused_layer(chain, traced)
         with graph.inserting_before(chain.tail):
             fused = graph.call_module(target, chain.inputs)
@@ -91,13 +102,30 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
             report.stayed[join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
-        elif kind_of(modules.get(node.target)) == "conv2d":
+        elif kind_of(modules.get(node.target)) == "conv2d" and not is_changed(modules[node.target]):
             modules[node.target].to(memory_format=torch.channels_last)
         elif node.op == "get_attr":
-            modules[node.target] = operator.attrgetter(node.target)(root)
+            _keep(node, root, modules)
     _round_ahead(graph, modules)
     _drop_signs_of_zeros(graph, modules)
-    return fx.GraphModule(modules, graph, type(root).__name__).eval()
+    return FusedGraph(modules, graph, type(root).__name__).eval()
+
+
+def _unused(name: str, modules: dict[str, nn.Module]) -> str:
+    while name in modules:
+        name += "_"
+    return name
+
+
+def _keep(node: fx.Node, root: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """The parameter or other tensor that a node reads, under a name of its own where its module was replaced."""
+    tensor = operator.attrgetter(node.target)(root)
+    owner, _, _ = node.target.rpartition(".")
+    if owner in modules and modules[owner] is not root.get_submodule(owner):
+        node.target = node.target.replace(".", "_")
+        while modules.get(node.target, tensor) is not tensor or hasattr(root, node.target):
+            node.target += "_"
+    modules[node.target] = tensor
 
 
 def _join_shortcuts(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
@@ -112,7 +140,7 @@ def _join_shortcuts(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
     for node in traced.graph.nodes:
         if not fused(node) or len(node.args) < 2 or not fused(node.args[1]) or len(node.args[1].users) > 1:
             continue
-        if traced.stage[node] != traced.stage[node.args[1]]:
+        if node.args[0] is node.args[1] or traced.stage[node] != traced.stage[node.args[1]]:
             continue
         last, other = modules[node.target], modules[node.args[1].target]
         if other.relu or other.sums is not None or not (last.is_shortcut or other.is_shortcut):
@@ -140,7 +168,7 @@ def _chains(traced: PureGraph) -> list[_Chain]:
             chain.add_first = summands[0] is chain.tail
             chain.add = follower
             follower = _only_user(follower, traced)
-        if follower and follower in traced.pure and traced.is_relu(follower) and not _hooked(follower, traced):
+        if follower and follower in traced.pure and traced.is_relu(follower):
             chain.relu = follower
         claimed.update(chain.nodes)
         chains.append(chain)
@@ -150,20 +178,14 @@ def _chains(traced: PureGraph) -> list[_Chain]:
 def _pool_before(node: fx.Node, traced: PureGraph) -> fx.Node | None:
     """The average pool whose result a linear layer gets, flattened, if nothing else does."""
     flatten = _input(node)
-    if kind_of(traced.module(node)) != "linear" or not _flattens(flatten, traced):
+    if flatten is None or kind_of(traced.module(node)) != "linear" or _hooked(flatten, traced):
+        return None
+    if not flattens_images(flatten, traced.module(flatten)):
         return None
     pool = flatten.all_input_nodes[0]
     if kind_of(traced.module(pool)) != "avg_pool2d" or _hooked(pool, traced) or _input(pool) is None:
         return None
     return pool if _only_user(pool, traced) is flatten and _only_user(flatten, traced) is node else None
-
-
-def _flattens(node: fx.Node, traced: PureGraph) -> bool:
-    """Whether the node makes [N, *] of an image."""
-    module = traced.module(node)
-    if type(module) is nn.Flatten:
-        return (module.start_dim, module.end_dim) == (1, -1) and not has_hooks(module) and _input(node) is not None
-    return node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
 
 
 def _only_user(node: fx.Node, traced: PureGraph) -> fx.Node | None:
@@ -182,7 +204,7 @@ def _is_norm(node: fx.Node, traced: PureGraph) -> bool:
 
 def _hooked(node: fx.Node, traced: PureGraph) -> bool:
     module = traced.module(node)
-    return module is not None and has_hooks(module)
+    return module is not None and is_changed(module)
 
 
 def _input(node: fx.Node) -> fx.Node | None:
@@ -207,8 +229,8 @@ def _operands(node: fx.Node) -> tuple[object, object]:
 def _reason_to_leave(node: fx.Node, traced: PureGraph) -> str | None:
     """Why a convolution or linear layer is no fused one."""
     layer = traced.module(node)
-    if has_hooks(layer):
-        return "it has hooks"
+    if is_changed(layer):
+        return why_changed(layer)
     if _input(node) is None:
         return "it is called with other arguments than one tensor"
     if layer.weight.dtype not in FLOATING_POINT:
@@ -233,8 +255,8 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int] | None:
 
 def _reason_not_to_fold(node: fx.Node, traced: PureGraph) -> str | None:
     norm = traced.module(node)
-    if has_hooks(norm):
-        return "it has hooks"
+    if is_changed(norm):
+        return why_changed(norm)
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
     source = _input(node)
@@ -250,7 +272,7 @@ def _reason_not_to_fold(node: fx.Node, traced: PureGraph) -> str | None:
 def _reason_not_to_join(source: fx.Node, node: fx.Node, traced: PureGraph) -> str | None:
     if len(source.users) > 1:
         return "what it follows is used elsewhere too"
-    return None if traced.stage[source] == traced.stage[node] else "something is overwritten before it"
+    return None if traced.stage[source] == traced.stage[node] else "something may be overwritten before it"
 
 
 def _report_apart(traced: PureGraph, chains: list[_Chain], name: str, report: FusionReport) -> None:
@@ -271,10 +293,10 @@ def _report_apart(traced: PureGraph, chains: list[_Chain], name: str, report: Fu
 
 
 def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: PureGraph) -> str:
-    if node in traced.overwriting:
+    if node in traced.overwriting and node in traced.shared:
         return "it overwrites what others may see"
     if _hooked(node, traced):
-        return "it has hooks"
+        return why_changed(traced.module(node))
     if traced.is_add(node) and _summands(node) is None:
         return "it is no plain sum of two tensors"
     sources = [source for source in node.all_input_nodes if source in tails]
@@ -391,32 +413,23 @@ def _pool(node: fx.Node) -> nn.Module | None:
 
 
 def _rewrite_rest(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
-    """ReLUs and pools as Triton layers, sums beside their operands, no `view` that would want contiguous images."""
+    """ReLUs and pools as Triton layers, sums beside their operands."""
     relu = "functional_relu"
     while relu in modules:
         relu += "_"
     for node in traced.graph.nodes:
         overwrites = node.op == "call_module" and getattr(traced.modules.get(node.target), "inplace", False)
         if node in traced.pure and traced.is_relu(node) and (node.op != "call_module" or overwrites):
-            if not _hooked(node, traced):
-                source = _operands(node)[0]
-                node.op, node.target, node.args, node.kwargs = "call_module", relu, (source,), {}
-                modules[relu] = TritonReLU().eval()
+            source = _operands(node)[0]
+            node.op, node.target, node.args, node.kwargs = "call_module", relu, (source,), {}
+            modules[relu] = TritonReLU().eval()
         elif node in traced.pure and node.target in (in_place, "add_"):
             node.op, node.target, node.args = "call_function", add_beside, node.args[:2]
         elif (pool := _pool(node)) is not None:
             source = _operands(node)[0]
-            target = f"functional_{node.name}"
+            target = _unused(f"functional_{node.name}", modules)
             modules[target] = pool
             node.op, node.target, node.args, node.kwargs = "call_module", target, (source,), {}
-        elif node.op == "call_method" and node.target == "view" and not traced.overwriting:
-            if not any(isinstance(size, torch.dtype) for size in node.args) and not node.kwargs:
-                node.target = "reshape"
-        elif node.op == "call_module" and node.target in traced.opaque:
-            with traced.graph.inserting_before(node):
-                contiguous = {x: traced.graph.call_function(as_contiguous, (x,)) for x in node.all_input_nodes}
-            for x, same in contiguous.items():
-                node.replace_input_with(x, same)
 
 
 def add_beside(x: object, other: object, alpha: float = 1) -> object:

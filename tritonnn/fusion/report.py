@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .runtime.capabilities import notes
-from .swap import KINDS
+from ..runtime.capabilities import notes
+from ..swap import KINDS
 
 
 @dataclass

@@ -1,0 +1,305 @@
+"""Where PyTorch would have put a tensor of a graph, contiguous or channels_last, and where a fused network puts it.
+
+Fused convolutions make channels_last images, whatever their input. What can tell the difference, such as `view`, code
+that is not known, or the caller of the network, gets a tensor that lies in memory as PyTorch's would.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from ..layers.layer import pair
+from ..runtime.memory_format import is_channels_last
+from ..swap import kind_of
+from .functionalize import PureGraph, is_fresh
+from .known_functions import (
+    BINARY,
+    CONVERSIONS,
+    LAYOUT_FREE_VIEWS,
+    PARTS,
+    POOLS,
+    VIEWS,
+    argument,
+    flattens_images,
+    is_elementwise,
+    name_of,
+)
+from .tracing import is_changed
+
+SPATIAL = ((2, 3), (-2, -1), (-1, -2), (3, 2))
+
+
+KEEPS_STRIDES = (nn.Hardtanh, nn.PReLU, nn.ReLU6, "hardtanh", "prelu", "relu6")
+"""Elementwise, but where a tensor fits both formats, of one channel or one pixel, with the strides of the argument."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """PyTorch's memory format of an image: channels_last if `always` or one of `sources` is, else contiguous.
+
+    `pixel`: an image of one pixel, which decides nothing where it meets a larger one. `settled`: what fits both formats
+    is contiguous. `single`: it has one channel, None where that is not known. `part`: of a larger image, not dense.
+    `odd`: its dimensions may lie in another order than in both formats.
+    """
+
+    sources: frozenset[fx.Node] = frozenset()
+    always: bool = False
+    pixel: bool = False
+    settled: bool = False
+    single: bool | None = None
+    part: bool = False
+    odd: bool = False
+
+    @property
+    def channels_last(self) -> tuple[frozenset[fx.Node], bool]:
+        return self.sources, self.always
+
+
+@dataclass(frozen=True)
+class _Value:
+    """`exact`: it lies in memory as PyTorch's does. `format` is None where it is no image of a format that is known.
+
+    `parts`: a tuple or list of such.
+    """
+
+    exact: bool
+    format: Format | None
+    parts: bool = False
+
+
+def keep_formats(traced: PureGraph) -> None:
+    """Inserts `as_pytorch_puts_it` into the graph wherever it matters."""
+    _Formats(traced).run()
+
+
+def as_pytorch_puts_it(x: object, always: bool, settled: bool, *sources: object) -> object:
+    """The image x [(N,) C, H, W] in channels_last if `always` or one of the sources is, else contiguous.
+
+    What fits both formats is contiguous if `settled`.
+    """
+    if isinstance(x, (tuple, list)):
+        return tuple(as_pytorch_puts_it(part, always, settled, *sources) for part in x)
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.dim() not in (3, 4):
+        return x
+    channels_last = always or any(isinstance(source, torch.Tensor) and is_channels_last(source) for source in sources)
+    if x.dim() == 3 or (settled and 1 in (x.shape[1], x.shape[2] * x.shape[3])):
+        channels_last = False
+    if x.is_cuda and x.dtype == torch.float64:  # of which PyTorch's convolutions make contiguous images
+        channels_last = False
+    strides = _strides(x.shape, channels_last)
+    if x.stride() == strides:
+        return x
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+def _strides(shape: torch.Size, channels_last: bool) -> tuple[int, ...]:
+    *_, C, H, W = (max(size, 1) for size in shape)
+    if channels_last:
+        return C * H * W, 1, C * W, C
+    return (C * H * W, H * W, W, 1)[-len(shape) :]
+
+
+class _Formats:
+    def __init__(self, traced: PureGraph) -> None:
+        self.traced, self.graph = traced, traced.graph
+        self.values: dict[fx.Node, _Value] = {}
+        self.copies: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            value = self._known(node)
+            if value is None:
+                for x in node.all_input_nodes:
+                    node.replace_input_with(x, self._exact(x))
+                value = self._as_it_is(node)
+            self.values[node] = value
+            if not value.exact and node in self.traced.shared:
+                exact = self._exact(node)
+                node.replace_all_uses_with(exact, lambda user, exact=exact: user is not exact)
+
+    def _as_it_is(self, node: fx.Node) -> _Value:
+        """Of a node whose inputs lie in memory as PyTorch's: so does its result."""
+        formats = [self.values[x].format for x in node.all_input_nodes if self.values[x].format]
+        module = self.traced.module(node)
+        pixel = _makes_pixels(node, module)
+        if is_elementwise(node, module) or kind_of(module) in ("batch_norm2d", "conv2d"):
+            pixel = bool(formats) and all(format.pixel for format in formats)
+        odd = _reorders(node, self.traced) or (
+            kind_of(module) not in ("conv2d", "linear", "avg_pool2d", "max_pool2d", "batch_norm2d")
+            and any(format.odd for format in formats)
+        )
+        return _Value(True, Format(frozenset([node]), pixel=pixel, part=name_of(node) in VIEWS, odd=odd))
+
+    def _exact(self, node: fx.Node) -> fx.Node:
+        """The node, or one with the same value as PyTorch puts it."""
+        value = self.values[node]
+        if value.exact:
+            return node
+        if node not in self.copies:
+            if name_of(node) in LAYOUT_FREE_VIEWS:
+                with self.graph.inserting_after(node):
+                    copy = self.graph.node_copy(node, self._exact)
+            else:
+                arguments = (node, value.format.always, value.format.settled, *sorted(value.format.sources, key=str))
+                with self.graph.inserting_after(node):
+                    copy = self.graph.call_function(as_pytorch_puts_it, arguments)
+            self.copies[node] = copy
+            self.values[copy] = replace(value, exact=True)
+            self.traced.stage[copy] = self.traced.stage[node]
+        return self.copies[node]
+
+    def _known(self, node: fx.Node) -> _Value | None:
+        """What is known of a node that takes its inputs in any format; None for any other."""
+        if node.op == "get_attr" or node in self.traced.numbers:
+            return _Value(True, None)
+        module, name = self.traced.module(node), name_of(node)
+        inputs = [self.values[x] for x in node.all_input_nodes]
+        if not inputs or node.op == "output" or (module is not None and is_changed(module)):
+            return None
+        first, kind = inputs[0], kind_of(module)
+        if kind == "conv2d":
+            return self._convolved(node, module)
+        if all(x.exact for x in inputs):
+            return None
+        if node in self.traced.overwriting or node in self.traced.once_in_place:
+            return self._in_place(node)
+        if kind == "batch_norm2d":
+            return self._elementwise([node.all_input_nodes[0]], settles=True)
+        if kind in ("max_pool2d", "avg_pool2d") or node.target in POOLS or _is_upsampling(node, module):
+            return self._resized(node, first, module)
+        if node in self.traced.pure or is_elementwise(node, module):
+            operands = [x for x in node.all_input_nodes if x not in self.traced.numbers and not self._is_vector(x)]
+            return self._elementwise(operands, _settles(node, module, operands))
+        if name in ("cat", "concat"):
+            return self._concatenated(node.all_input_nodes)
+        if flattens_images(node, module) or (name == "mean" and _is_over_pixels(node)):
+            return self._as_it_is(node)
+        return self._viewed(node, first, name) if name in LAYOUT_FREE_VIEWS else None
+
+    def _convolved(self, node: fx.Node, layer: nn.Module) -> _Value:
+        """Whatever its input, it is not put where PyTorch puts it."""
+        x = node.all_input_nodes[0]
+        if self.values[x].format is None:
+            node.replace_input_with(x, self._exact(x))
+            x = self._exact(x)
+        format = self.values[x].format or Format(frozenset([x]))
+        if layer.in_channels == 1 and format.settled:
+            format = replace(format, sources=frozenset(), always=False)
+        one_tap = tuple(layer.kernel_size) == (1, 1) and layer.padding in ("valid", "same", 0, (0, 0))
+        always = format.always or is_channels_last(layer.weight)
+        single = layer.out_channels == 1
+        return _Value(False, Format(format.sources, always, pixel=format.pixel and one_tap, single=single))
+
+    @staticmethod
+    def _resized(node: fx.Node, x: _Value, module: nn.Module | None) -> _Value | None:
+        if x.format is None or (x.format.settled and x.format.single is None):
+            return None
+        format, upsampling = replace(x.format, settled=False, part=False), _is_upsampling(node, module)
+        if x.format.settled and (x.format.single or (x.format.pixel and upsampling)):
+            format = replace(format, sources=frozenset(), always=False)
+        indices = getattr(module, "return_indices", False) or argument(node, 6, "return_indices", False) is True
+        pixel = not upsampling and (format.pixel or _makes_pixels(node, module))
+        return _Value(False, replace(format, pixel=pixel), bool(indices))
+
+    def _in_place(self, node: fx.Node) -> _Value | None:
+        """The result is the first operand, wherever the others are."""
+        first = self.values[node.all_input_nodes[0]]
+        if first.format is None or first.format.part or first.format.odd:
+            return None
+        if node in self.traced.overwriting:
+            return first if node not in self.traced.shared else None
+        return replace(first, exact=False)
+
+    def _elementwise(self, operands: list[fx.Node], settles: bool) -> _Value | None:
+        formats = [self.values[x].format for x in operands]
+        if None in formats or not formats or any(format.odd for format in formats):
+            return None
+        deciding = [format for format in formats if not format.pixel] or formats
+        if len(deciding) < len(formats) and any(format.single is not False for format in deciding):
+            return None
+        if len({format.channels_last for format in deciding}) > 1:
+            return None
+        settled = settles and not any(format.part for format in formats)
+        settled = settled or all(format.settled for format in deciding)
+        singles = {format.single for format in formats}
+        single = False if False in singles else None if None in singles else True
+        return _Value(False, replace(deciding[0], settled=settled, single=single, part=False))
+
+    def _concatenated(self, operands: list[fx.Node]) -> _Value | None:
+        formats = [self.values[x].format for x in operands]
+        if None in formats or len({(format.channels_last, format.pixel) for format in formats}) > 1:
+            return None
+        if any(format.settled for format in formats) and any(format.single is not False for format in formats):
+            return None
+        if len({format.settled for format in formats}) > 1 and formats[0].pixel:
+            return None
+        settled = all(format.settled and format.pixel for format in formats)
+        format = replace(formats[0], single=False, settled=False, part=False)
+        return _Value(False, replace(format, sources=frozenset(), always=False) if settled else format)
+
+    @staticmethod
+    def _viewed(node: fx.Node, x: _Value, name: str) -> _Value:
+        one = x.format is not None and x.format.single is True
+        part = x.format and replace(x.format, part=True, settled=one and x.format.settled, single=one or None)
+        if name in PARTS:
+            return replace(x, format=part, parts=name != "narrow")
+        if name == "getitem" and x.parts:
+            return replace(x, parts=False) if isinstance(node.args[1], int) else _Value(False, None)
+        if name == "getitem" and isinstance(node.args[1], tuple) and all(isinstance(i, slice) for i in node.args[1]):
+            return replace(x, format=part)
+        converts = name in CONVERSIONS and not node.kwargs
+        return x if converts else _Value(False, None)
+
+    def _is_vector(self, node: fx.Node) -> bool:
+        """Whether it is a parameter along one dimension, or a number, which decides nothing."""
+        if node.op != "get_attr":
+            return False
+        owner, _, name = node.target.rpartition(".")
+        tensor = getattr(self.traced.modules[owner], name)
+        return sum(size > 1 for size in tensor.shape) <= 1
+
+
+def _reorders(node: fx.Node, traced: PureGraph) -> bool:
+    """Whether a node whose inputs are neither may be no image, or one whose dimensions lie in an order of their own."""
+    if node.op == "placeholder" or is_fresh(node, traced) or node in traced.overwriting:
+        return False
+    if name_of(node) == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return not all(isinstance(i, (slice, int)) or i is Ellipsis for i in index)
+    return name_of(node) not in (*PARTS, *CONVERSIONS, "contiguous", "detach", "dropout", "flatten")
+
+
+def _settles(node: fx.Node, module: nn.Module | None, operands: list[fx.Node]) -> bool:
+    """Whether an elementwise result that fits both formats is contiguous: where all operands are of one shape."""
+    if type(module) in KEEPS_STRIDES or name_of(node) in KEEPS_STRIDES:
+        return False
+    return module is not None or name_of(node) not in BINARY or all(x in operands for x in node.args[:2])
+
+
+def _makes_pixels(node: fx.Node, module: nn.Module | None) -> bool:
+    """Images of one pixel, such as view(n, c, 1, 1)."""
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return pair(module.output_size) == (1, 1)
+    if node.target is F.adaptive_avg_pool2d:
+        return argument(node, 1, "output_size") in (1, (1, 1), [1, 1])
+    name = name_of(node)
+    if name == "mean":
+        return _is_over_pixels(node) and argument(node, 2, "keepdim", False) is True
+    if name == "getitem":
+        return isinstance(node.args[1], tuple) and node.args[1][-2:] == (None, None)
+    sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    return name in ("view", "reshape") and len(sizes) == 4 and tuple(sizes[-2:]) == (1, 1)
+
+
+def _is_upsampling(node: fx.Node, module: nn.Module | None) -> bool:
+    if type(module) is nn.Upsample:
+        return module.mode in ("nearest", "bilinear")
+    return node.target is F.interpolate and argument(node, 3, "mode", "nearest") in ("nearest", "bilinear")
+
+
+def _is_over_pixels(node: fx.Node) -> bool:
+    dim = argument(node, 1, "dim")
+    return isinstance(dim, (tuple, list)) and tuple(dim) in SPATIAL and not node.kwargs.keys() - {"dim", "keepdim"}

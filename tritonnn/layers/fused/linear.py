@@ -1,0 +1,96 @@
+"""A linear layer and what comes before and after it, pooling, residual sum, activation: for inference."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...ops.conv2d.op import conv2d_fused
+from ...ops.pooled_linear import MOST_IMAGES, MOST_OUTPUTS, pooled_linear
+from ...runtime.precision import (
+    autocast,
+    matmul_input_precision,
+)
+from ..layer import pair, reason_to_fall_back
+from .base import FusedLayer, fused_layer, is_recorded
+
+
+class FusedLinear(FusedLayer):
+    """y = relu(linear(x, weight) + bias + residual): a 1x1 convolution of images of one pixel.
+
+    Shapes: x [*, C], weight [K, C], bias [K], float32 or, for a float64 weight, float64; residual and y [*, K].
+    Otherwise as FusedConv2d.
+    """
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        (x,) = autocast(input)
+        reason = reason_to_fall_back(x, self.weight) or self._reason_to_fall_back_types(x)
+        if reason is None and (x.dim() == 0 or x.shape[-1] != self.weight.shape[1]):
+            reason = "input features"
+        if reason is not None:
+            return self._fall_back(reason, self._with_pytorch, input, residual)
+        *leading, C = x.shape
+        K, rows = self.weight.shape[0], math.prod(leading)
+        apart = self._reason_to_add_apart(x, (*leading, K), residual)
+        added = None if self.sums is None or apart else residual.reshape(rows, K, 1, 1)
+        relu = self.relu and apart is None
+        if is_recorded():
+            parameters, window = (self.weight, self.scale, self.bias), ((1, 1), (0, 0), (1, 1), 1)
+            y = fused_layer(x.reshape(rows, C, 1, 1), *parameters, added, relu, *window)
+            return self._added_apart(y.view(*leading, K), residual, apart)
+        input_precision = matmul_input_precision(x, self.weight)
+        kept = self._packed_weight(x.dtype, input_precision)
+        y = conv2d_fused(
+            x.reshape(rows, C, 1, 1),
+            kept.packed,
+            kept.scale,
+            self.bias,
+            added,
+            "relu" if relu else "none",
+            0.01,
+            (1, 1),
+            (1, 1),
+            (0, 0),
+            (1, 1),
+            1,
+            input_precision,
+            False,
+            False,
+        )
+        return self._added_apart(y.view(*leading, K), residual, apart)
+
+    def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
+        return self._finish(F.linear(x, *self._pytorch_parameters()), residual)
+
+
+class FusedPooledLinear(FusedLinear):
+    """FusedLinear of the flattened result of `pool`, an average pool: one kernel where it pools whole images.
+
+    Shapes: x [N, C, H, W], weight [K, C]; y [N, K]. Otherwise the pool and the linear layer follow each other.
+    """
+
+    def __init__(self, pool: nn.AvgPool2d | nn.AdaptiveAvgPool2d, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.pool = pool
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        (x,) = autocast(input)
+        if not self._pools_wholeimages(x):
+            return super().forward(self.pool(input).flatten(1), residual)
+        return pooled_linear(x, self.weight.to(x.dtype), self.bias)
+
+    def _pools_wholeimages(self, x: torch.Tensor) -> bool:
+        """Whether the kernel takes x and does all that there is to do; compiled code would ask that of each batch."""
+        if is_recorded():
+            return False
+        if x.dim() != 4 or self.sums is not None or self.relu or self.weight.shape[0] > MOST_OUTPUTS:
+            return False
+        if x.shape[1] != self.weight.shape[1] or not 0 < x.shape[0] <= MOST_IMAGES or x.numel() == 0:
+            return False
+        if reason_to_fall_back(x, self.weight) or self._reason_to_fall_back_types(x):
+            return False
+        if isinstance(self.pool, nn.AdaptiveAvgPool2d):
+            return pair(self.pool.output_size) == (1, 1)
+        fits = pair(self.pool.kernel_size) == x.shape[2:] and pair(self.pool.padding) == (0, 0)
+        return fits and self.pool.divisor_override is None
