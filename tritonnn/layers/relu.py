@@ -12,8 +12,8 @@ SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32,
 class TritonReLU(TritonLayer, nn.ReLU):
     """`torch.nn.ReLU` with a Triton kernel: the same arguments, results and errors; NaN stays NaN.
 
-    Any shape; floating-point and integer types. With `inplace`, where autograd records the input, or its memory has
-    gaps or repeats, the result is computed beside it and copied back.
+    Any shape; floating-point and integer types. With `inplace`, where autograd records the input, a compiler looks on,
+    or its memory has gaps or repeats, the result is computed beside it and copied back.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU.html
     """
 
@@ -38,7 +38,7 @@ class TritonReLU(TritonLayer, nn.ReLU):
         reason = reason_to_fall_back(input, dtypes=SUPPORTED)
         if reason is not None:
             return self._fall_back(reason, super().forward, input)
-        if recorded(input) or not _is_dense(input):
+        if recorded(input) or torch.compiler.is_compiling() or not _is_dense(input):
             return input.copy_(relu(input))
         relu_(input)
         return None
