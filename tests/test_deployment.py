@@ -4,6 +4,7 @@ import io
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ PAGE = runpy.run_path(str(ROOT / "docs" / "deployment.py"))
 
 
 @pytest.fixture(autouse=True)
-def recurrent_networks_too(monkeypatch):
-    """torch.export reads the switch for all of cuDNN, which is an error where convolutions have another than these."""
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+def strict_float32_by_the_older_switch() -> Iterator[None]:
+    """torch.export reads the older switch, which is an error where only the newer ones were set."""
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = True
 
 
 class Residual(nn.Module):
