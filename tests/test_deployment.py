@@ -1,6 +1,8 @@
 """Swapped and fused networks leave the process: saved, exported, traced; and ONNX, which says what to do instead."""
 
 import io
+import os
+import re
 import runpy
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from trained import trained
 import tritonnn
 
 ROOT = Path(__file__).parents[1]
+CODE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
 PAGE = runpy.run_path(str(ROOT / "docs" / "deployment.py"))
 
 
@@ -70,21 +73,32 @@ def test_the_page_tells_what_does_not_work():
     assert check(network(), lambda model, x: torch.jit.script(model), False, images()).startswith("no: ")
 
 
-LOAD = """
-import sys, torch
-network, images, expected = torch.load(sys.argv[1], weights_only=False)
-import tritonnn
-assert isinstance(network, tritonnn.FusedNetwork), type(network)
-for _ in range(3):  # on a GPU the third call replays a CUDA graph
-    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
-"""
-
-
-def test_a_fused_network_is_loaded_in_a_new_process(tmp_path):
-    fast = tritonnn.fuse(network(), cuda_graph=True)
-    torch.save((fast, images(), fast(images())), tmp_path / "fused.pt")
-    run = subprocess.run([sys.executable, "-c", LOAD, tmp_path / "fused.pt"], cwd=ROOT, capture_output=True, text=True)
+def run_python(code: str, folder: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_code_of_the_page_runs_as_printed_in_two_processes(tmp_path):
+    save, load, _ = CODE
+    run_python(save, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == set(re.findall(r"[a-z]+\.pt2?\b", load))
+    run_python(load, tmp_path)
+
+
+@torch.no_grad()
+def test_a_loaded_network_captures_its_cuda_graphs_anew():
+    fast, x = tritonnn.fuse(network(), cuda_graph=True), images()
+    expected = [fast(x) for _ in range(3)][-1]
+    loaded = PAGE["saved"](fast, x)
+    assert isinstance(loaded, tritonnn.FusedNetwork) and str(loaded.report) == str(fast.report)
+    for _ in range(3):
+        assert torch.equal(loaded(x), expected)
+
+
+@pytest.mark.gpu
+def test_the_code_of_the_page_for_a_gpu_runs_as_printed(tmp_path):
+    run_python(CODE[2], tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["swapped", "fused"])
