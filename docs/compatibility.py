@@ -33,7 +33,8 @@ def results_of(junit: Path) -> dict[str, Result]:
     """Results by "file::test[case]"."""
     results = {}
     for case in ElementTree.parse(junit).iter("testcase"):
-        file = case.get("classname", "").removeprefix("tests.").partition(".")[0]
+        names = case.get("classname", "").split(".")  # folders, file, and the class where there is one
+        file = next((name for name in names if name.startswith("test_")), "")
         children = {child.tag: child for child in case}
         if "failure" in children or "error" in children:
             result = Result("failed")
@@ -114,7 +115,8 @@ def where() -> str:
 
 def run_tests(junit: Path) -> None:
     tests = sorted({test.partition("[")[0] for rows in SECTIONS.values() for row in rows for test in row.tests})
-    nodes = [f"tests/{file}.py::{name}" for file, name in (test.split("::") for test in tests)]
+    files = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    nodes = [f"{files[file]}::{name}" for file, name in (test.split("::") for test in tests)]
     subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junit-xml={junit}", *nodes], cwd=ROOT, check=False)
 
 

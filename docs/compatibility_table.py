@@ -1,6 +1,6 @@
 """What compatibility.md says: a section an aspect; a feature, its status and the tests that prove it.
 
-"file::test" stands for all cases of a test in tests/, "file::test[case]" for those whose name has that part.
+"file::test" stands for all cases of a test of tests/**/file.py, "file::test[case]" for those whose name has that part.
 """
 
 from typing import NamedTuple

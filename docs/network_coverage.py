@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from torchvision_networks import NAMES, meta_network  # noqa: E402
+from helpers.torchvision_networks import NAMES, meta_network  # noqa: E402
 
 import tritonnn  # noqa: E402
 

@@ -35,46 +35,30 @@ def strict_float32() -> Iterator[None]:
 
 
 @pytest.fixture
-def blocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are chosen as on a GPU, not as for the interpreter; nothing of it is remembered."""
-    import triton
+def on_hopper() -> Iterator[None]:
+    """Forms and configurations are chosen as on an H100 with the Triton for which kernels were verified."""
+    from helpers.gpus import H100, posing
 
-    from tritonnn.kernels import conv2d, implicit_gemm
-
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    for module in (conv2d, implicit_gemm):
-        for name, function in list(vars(module).items()):
-            if hasattr(function, "cache_info"):
-                monkeypatch.setattr(module, name, function.__wrapped__)
-
-
-@pytest.fixture
-def on_hopper(blocks_of_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forms and blocks are chosen as on an H100 or H200 with the Triton for which kernels were verified."""
-    import triton
-
-    from tritonnn.kernels import verified
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(verified, "VERSIONS", triton.__version__)
+    with posing(H100):
+        yield
 
 
 @pytest.fixture
 def hopper() -> None:
     """Skips where kernels in Gluon were not verified."""
-    from tritonnn.kernels.verified import VERSIONS, gluon_is_verified
+    from tritonnn.runtime.hardware import GLUON_VERSIONS, gluon_is_verified
 
     if not gluon_is_verified(torch.device("cuda", 0)):
-        pytest.skip(f"needs a Hopper GPU and Triton {VERSIONS}")
+        pytest.skip(f"needs a Hopper GPU and Triton {GLUON_VERSIONS}")
 
 
 @pytest.fixture
-def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """No tables but those of the test; the folder of the user's."""
-    from tritonnn.kernels import tuned_blocks
+def tables_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No tables but those of the test; gives the folder of the user's."""
+    from tritonnn.ops.conv2d import tables
 
     monkeypatch.setenv("TRITONNN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuned_blocks, "SHIPPED", tmp_path / "shipped")
-    tuned_blocks.forget()
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    tables.forget()
     yield tmp_path / "cache"
-    tuned_blocks.forget()
+    tables.forget()

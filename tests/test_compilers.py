@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from compare import DEVICE, image
+from helpers.compare import DEVICE, image
+from helpers.twins import assert_same, images, twins
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
-from twins import assert_same, images, twins
 
 import tritonnn
 

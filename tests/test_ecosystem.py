@@ -4,10 +4,10 @@ import io
 
 import pytest
 import torch
-from compare import network
+from helpers.compare import network
+from helpers.twins import assert_same, images, twins
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from twins import assert_same, images, twins
 
 import tritonnn
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from compare import DEVICE, image
+from helpers.compare import DEVICE, image
 from torch import nn
 
 from lit_modules.resnet import ResNet18

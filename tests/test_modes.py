@@ -5,14 +5,14 @@ import threading
 
 import pytest
 import torch
-from compare import DEVICE, assert_close, image
+from helpers.compare import DEVICE, assert_close, image
+from helpers.twins import assert_same, images, twins
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_module, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
-from twins import assert_same, images, twins
 
 import tritonnn
 

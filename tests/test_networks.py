@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import DEVICE
+from helpers.compare import DEVICE
+from helpers.torchvision_networks import NAMES, torchvision_network, without_chance
 from torch import nn
-from torchvision_networks import NAMES, torchvision_network, without_chance
 
 import tritonnn
 

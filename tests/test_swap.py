@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from compare import DEVICE, image, network
+from helpers.compare import DEVICE, image, network
 from torch import nn
 
 import tritonnn

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import DEVICE, image, network
+from helpers.compare import DEVICE, image, network
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate

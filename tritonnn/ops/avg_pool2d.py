@@ -3,8 +3,11 @@
     y[n, c, p, q] = (sum of x[n, c, h, w] over the window inside x) / divisor
 
 x: [N, C, H, W], any strides; y: [N, C, P, Q], channels_last where x is. Sums in float32 (float64 for float64 and
-for adaptive windows of float32, which may be large).
+for adaptive windows of float32, which may be large). Small windows are added up one pixel after the other, by programs
+that own many of them; the pixels of a large window by many threads and, where there are few windows, many programs.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,9 +15,11 @@ import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
-from ..runtime.blocks import ceil_div, pixel_blocks
+from ..runtime import hardware
+from ..runtime.blocks import ceil_div, pixel_blocks, power_of_2
 from ..runtime.dependent_launch import dependent_launch
-from ..runtime.launch_plan import launch
+from ..runtime.hardware import Gpu
+from ..runtime.launch_plan import launch, launch_semaphores
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import register
 from .window import output_size
@@ -109,6 +114,150 @@ def avg_pool2d_forward_kernel(
     tl.store(y_ptrs, round_to(y, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
 
+@triton.jit
+def avg_pool2d_large_forward_kernel(
+    x_ptr,
+    y_ptr,
+    partial_ptr,
+    semaphores_ptr,
+    C,
+    H,
+    W,
+    P,
+    Q,
+    IMAGE,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    y_stride_n,
+    y_stride_c,
+    y_stride_pixel,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    COUNT_INCLUDE_PAD: tl.constexpr,
+    DIVISOR_OVERRIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    ACC: tl.constexpr,
+    SPLITS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """SPLITS programs own one output pixel x BLOCK_C channels, of whose window BLOCK_W pixels are added up at a time.
+
+    WHOLE: the window is the image, whose rows follow each other: its IMAGE pixels are one row of memory. With several
+    SPLITS, partial [tiles, SPLITS, BLOCK_C] takes their sums, and semaphores [tiles], zero before and after, count
+    them; the last program adds them up in a fixed order.
+    """
+    blocks_c = (C + BLOCK_C - 1) // BLOCK_C
+    split = tl.program_id(0) % SPLITS
+    tile = tl.program_id(0) // SPLITS
+    m = tile // blocks_c
+    n = (m // (P * Q)).to(tl.int64)
+    pixel = m % (P * Q)
+    p = pixel // Q
+    q = pixel % Q
+    c = (tile % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
+    mask_c = c < C
+    if ADAPTIVE:
+        h_first = (p.to(tl.int64) * H // P).to(tl.int32)
+        w_first = (q.to(tl.int64) * W // Q).to(tl.int32)
+        h_end = (((p + 1).to(tl.int64) * H + P - 1) // P).to(tl.int32)
+        w_end = (((q + 1).to(tl.int64) * W + Q - 1) // Q).to(tl.int32)
+        divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
+    else:
+        h_first = p * STRIDE_H - PADDING_H
+        w_first = q * STRIDE_W - PADDING_W
+        h_end = tl.minimum(h_first + R, H + PADDING_H)  # a ceil_mode window ends with the padding
+        w_end = tl.minimum(w_first + S, W + PADDING_W)
+        divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
+        h_first = tl.maximum(h_first, 0)
+        w_first = tl.maximum(w_first, 0)
+        h_end = tl.minimum(h_end, H)
+        w_end = tl.minimum(w_end, W)
+        if DIVISOR_OVERRIDE != 0:
+            divisor = tl.full((), DIVISOR_OVERRIDE, ACC)
+        elif not COUNT_INCLUDE_PAD:
+            divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
+    columns = w_end - w_first
+    pixels = IMAGE if WHOLE else tl.maximum(h_end - h_first, 0) * tl.maximum(columns, 0)
+    x_ptrs = x_ptr + n * x_stride_n + (c * x_stride_c)[None, :]  # [1, BLOCK_C]
+    if not WHOLE:
+        x_ptrs += h_first.to(tl.int64) * x_stride_h + w_first.to(tl.int64) * x_stride_w
+
+    wait_for_predecessor(DEPENDENT)
+    STEPS: tl.constexpr = (R * S + BLOCK_W * SPLITS - 1) // (BLOCK_W * SPLITS)
+    sums = tl.full((BLOCK_W, BLOCK_C), 0, ACC)
+    for step in tl.range(STEPS, loop_unroll_factor=UNROLL):  # unrolled, loads do not wait for each other
+        i = (step * SPLITS + split) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
+        if WHOLE:
+            offs = i.to(tl.int64) * x_stride_w
+        else:
+            offs = (i // columns).to(tl.int64) * x_stride_h + (i % columns).to(tl.int64) * x_stride_w
+        mask = (i < pixels)[:, None] & mask_c[None, :]
+        sums += tl.load(x_ptrs + offs[:, None], mask=mask, other=0.0).to(ACC)
+    total = tl.sum(sums, 0)  # [BLOCK_C]
+
+    start_successor(DEPENDENT)
+    last = True
+    if SPLITS > 1:
+        parts = partial_ptr + tile * (SPLITS * BLOCK_C) + tl.arange(0, BLOCK_C)
+        tl.store(parts + split * BLOCK_C, total)
+        tl.debug_barrier()  # all threads have stored before one of them tells
+        last = tl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            total = tl.load(parts, cache_modifier=".cg")
+            for other in tl.static_range(1, SPLITS):
+                total += tl.load(parts + other * BLOCK_C, cache_modifier=".cg")
+            tl.store(semaphores_ptr + tile, 0)
+        y_ptrs = y_ptr + n * y_stride_n + pixel.to(tl.int64) * y_stride_pixel + c * y_stride_c
+        tl.store(y_ptrs, round_to(total / divisor, y_ptr.dtype.element_ty), mask=mask_c)
+
+
+class LargeWindows(NamedTuple):
+    """Tiles of BLOCK_W pixels of a window x BLOCK_C channels; each of SPLITS programs loads UNROLL of them at once."""
+
+    SPLITS: int
+    UNROLL: int
+    BLOCK_W: int
+    BLOCK_C: int
+
+
+LEAST_WINDOW = 32
+"""Pixels of a window from which on many threads add them up."""
+TILE_BYTES = 4096
+"""Of a program: 128 threads load 16 bytes twice."""
+MOST_SPLITS = 64
+
+
+def is_large(window: int) -> bool:
+    """Whether many threads add up the pixels of a window; in the interpreter one program is the fastest."""
+    return window >= LEAST_WINDOW and not triton.knobs.runtime.interpret
+
+
+def large_windows(outputs: int, C: int, window: int, element_size: int, channels_last: bool, gpu: Gpu) -> LargeWindows:
+    """The tile runs along what is contiguous; few windows are split until the programs fill the GPU four times."""
+    elements = TILE_BYTES // element_size
+    if channels_last:
+        block_c = power_of_2(C, 1, 128 // element_size)
+        block_w = power_of_2(window, 1, elements // block_c)
+    else:
+        block_w = power_of_2(window, 1, elements)
+        block_c = power_of_2(C, 1, elements // block_w)
+    steps, tiles, splits = ceil_div(window, block_w), outputs * ceil_div(C, block_c), 1
+    while 2 * splits * tiles <= 4 * gpu.multiprocessors and 4 * splits <= steps and splits < MOST_SPLITS:
+        splits *= 2
+    return LargeWindows(splits, min(ceil_div(steps, splits), 4), block_w, block_c)
+
+
 def _run(x, y, kernel_size, stride, padding, adaptive, count_include_pad, divisor_override) -> torch.Tensor:
     if y.numel() == 0:
         return y
@@ -116,6 +265,18 @@ def _run(x, y, kernel_size, stride, padding, adaptive, count_include_pad, diviso
     P, Q = y.shape[2:]
     channels_last = is_channels_last(x)
     M = N * P * Q
+    acc = tl.float64 if adaptive and x.dtype == torch.float32 else accumulator(x.dtype)
+    windows = (
+        *kernel_size,
+        *stride,
+        *padding,
+        adaptive,
+        count_include_pad,
+        divisor_override or 0,
+    )
+    if is_large(kernel_size[0] * kernel_size[1]):
+        _run_large(x, y, windows, acc)
+        return y
     blocks = pixel_blocks(M, P * Q, C, channels_last, x.device)
     largest_index = M + blocks.BLOCK_M
     if adaptive:  # windows begin at p * H // P
@@ -135,18 +296,48 @@ def _run(x, y, kernel_size, stride, padding, adaptive, count_include_pad, diviso
         P * Q,
         *x.stride(),
         *pixel_strides(y, channels_last),
-        *kernel_size,
-        *stride,
-        *padding,
-        ADAPTIVE=adaptive,
-        COUNT_INCLUDE_PAD=count_include_pad,
-        DIVISOR_OVERRIDE=divisor_override or 0,
+        *windows,
         **dependent_launch(x),
-        ACC=tl.float64 if adaptive and x.dtype == torch.float32 else accumulator(x.dtype),
+        ACC=acc,
         INDEX=index_type(largest_index),
         **blocks._asdict(),
     )
     return y
+
+
+def _run_large(x: torch.Tensor, y: torch.Tensor, windows: tuple, acc: tl.dtype) -> None:
+    """Fills y; `windows` are the kernel's arguments from R to DIVISOR_OVERRIDE."""
+    N, C, H, W = x.shape
+    P, Q = y.shape[2:]
+    channels_last, window = is_channels_last(x), windows[0] * windows[1]
+    config = large_windows(N * P * Q, C, window, x.element_size(), channels_last, hardware.gpu(x.device))
+    tiles = N * P * Q * ceil_div(C, config.BLOCK_C)
+    partial = counts = None
+    if config.SPLITS > 1:
+        dtype = torch.float64 if acc == tl.float64 else torch.float32
+        partial = x.new_empty(tiles * config.SPLITS * config.BLOCK_C, dtype=dtype)
+        counts = launch_semaphores(x.device, tiles)
+    launch(
+        avg_pool2d_large_forward_kernel,
+        (tiles * config.SPLITS,),
+        x,
+        y,
+        partial,
+        counts,
+        C,
+        H,
+        W,
+        P,
+        Q,
+        H * W,
+        *x.stride(),
+        *pixel_strides(y, channels_last),
+        *windows,
+        WHOLE=(P, Q) == (1, 1) and windows[:2] == (H, W) and windows[4:6] == (0, 0) and x.stride(2) == W * x.stride(3),
+        **dependent_launch(x),
+        ACC=acc,
+        **config._asdict(),
+    )
 
 
 def _output(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override) -> torch.Tensor:

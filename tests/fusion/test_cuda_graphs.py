@@ -1,0 +1,130 @@
+"""tritonnn.fuse(model, cuda_graph=True): replays give what the fused network gives."""
+
+import pytest
+import torch
+from helpers.compare import image
+from helpers.trained import Untraceable, small, trained
+from torch import nn
+
+import tritonnn
+from lit_modules.resnet import ResNet18
+from tritonnn.cuda_graphs import CAPTURE_AT_CALL, MAX_GRAPHS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need Triton's interpreter")
+def test_cuda_graph_on_a_cpu_runs_plainly():
+    fused, x = tritonnn.fuse(small(), cuda_graph=True), image(1, 4, 5, 5, dtype=torch.float64)
+    for _ in range(3):
+        torch.testing.assert_close(fused(x), tritonnn.fuse(small())(x))
+    assert not len(fused._graphs)
+
+
+@pytest.mark.gpu
+class TestCudaGraph:
+    @staticmethod
+    def networks(**arguments) -> tuple[tritonnn.FusedNetwork, tritonnn.FusedNetwork]:
+        model = trained(ResNet18(width=8), torch.float32)
+        return tritonnn.fuse(model), tritonnn.fuse(model, cuda_graph=True, **arguments)
+
+    def test_replay_equals_eager(self):
+        eager, graphed = self.networks()
+        for call in range(1, 6):
+            x = image(2, 3, 32, 32)
+            torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
+            assert len(graphed._graphs) == (call >= CAPTURE_AT_CALL)
+        assert not graphed._graphs.refused
+
+    def test_the_output_is_safe_to_keep(self):
+        eager, graphed = self.networks()
+        inputs = [image(2, 3, 32, 32) for _ in range(6)]
+        outputs = [graphed(x) for x in inputs]
+        for x, y in zip(inputs, outputs):
+            torch.testing.assert_close(y, eager(x), rtol=1e-5, atol=1e-5)
+
+    def test_without_the_copy_the_output_is_the_graphs(self):
+        _, graphed = self.networks(copy_output=False)
+        outputs = [graphed(image(2, 3, 32, 32)) for _ in range(4)]
+        assert outputs[-1].data_ptr() == outputs[-2].data_ptr()
+
+    def test_two_shapes_in_turns(self):
+        eager, graphed = self.networks()
+        for _ in range(4):
+            for batch in (1, 3):
+                x = image(batch, 3, 32, 32)
+                torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
+        assert len(graphed._graphs) == 2
+
+    def test_the_number_of_graphs_is_bounded(self):
+        model = small()
+        eager, graphed = tritonnn.fuse(model), tritonnn.fuse(model, cuda_graph=True)
+        for size in range(5, 5 + MAX_GRAPHS + 3):
+            for _ in range(3):
+                x = image(1, 4, size, size, dtype=torch.float64)
+                torch.testing.assert_close(graphed(x), eager(x))
+        assert len(graphed._graphs) == MAX_GRAPHS
+        x = image(1, 4, 5, 5, dtype=torch.float64)  # dropped, and captured again
+        torch.testing.assert_close(graphed(x), eager(x))
+        assert len(graphed._graphs) == MAX_GRAPHS
+
+    def test_autocast_and_tf32_have_graphs_of_their_own(self):
+        eager, graphed = self.networks()
+        x = image(2, 3, 32, 32)
+        exact = eager(x)
+        for _ in range(3):
+            torch.testing.assert_close(graphed(x), exact, rtol=1e-5, atol=1e-5)
+            with torch.autocast("cuda", torch.bfloat16):
+                y = graphed(x)
+                assert y.dtype == torch.bfloat16
+                torch.testing.assert_close(y, eager(x), rtol=0.02, atol=0.05)
+            torch.backends.cudnn.conv.fp32_precision = "tf32"
+            torch.testing.assert_close(graphed(x), eager(x), rtol=1e-3, atol=1e-3)
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+        assert len(graphed._graphs) == 3
+
+    def test_changed_weights_count(self):
+        model, x = small(), image(1, 4, 5, 5, dtype=torch.float64)
+        graphed = tritonnn.fuse(model, cuda_graph=True)
+        before = [graphed(x) for _ in range(3)][-1]
+        last = graphed.network.get_submodule("3")
+        last.weight.mul_(2)
+        last.bias.mul_(2)
+        for _ in range(3):
+            torch.testing.assert_close(graphed(x), 2 * before)
+        last.weight = last.weight / 2
+        last.bias = last.bias / 2
+        for _ in range(3):
+            torch.testing.assert_close(graphed(x), before)
+        graphed.to(torch.float32)
+        assert not len(graphed._graphs)
+        torch.testing.assert_close(graphed(x.float()), before.float(), rtol=1e-4, atol=1e-4)
+
+    def test_not_inside_another_capture(self):
+        eager, graphed = self.networks()
+        x = image(2, 3, 32, 32)
+        graphed(x)
+        eager(x)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = graphed(x)
+        graph.replay()
+        assert not len(graphed._graphs)
+        torch.testing.assert_close(y, eager(x), rtol=1e-5, atol=1e-5)
+
+    def test_captured_in_inference_mode_and_used_outside(self):
+        eager, graphed = self.networks()
+        with torch.inference_mode():
+            for _ in range(3):
+                graphed(image(2, 3, 32, 32))
+        x = image(2, 3, 32, 32)
+        torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
+        assert len(graphed._graphs) == 1
+
+    def test_what_cannot_be_captured_runs_eagerly(self):
+        model = trained(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), Untraceable()))
+        eager, graphed = tritonnn.fuse(model), tritonnn.fuse(model, cuda_graph=True)
+        for _ in range(4):
+            x = image(2, 3, 6, 6, dtype=torch.float64)
+            torch.testing.assert_close(graphed(x), eager(x))
+        assert len(graphed._graphs) == 0 and len(graphed._graphs.refused) == 1
+        torch.randn(1, device="cuda")

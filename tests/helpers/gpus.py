@@ -1,0 +1,23 @@
+"""Facts of GPUs that this machine need not have, and choosing as if it had one of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import triton
+
+from tritonnn.runtime import hardware
+from tritonnn.runtime.hardware import Gpu
+
+H100 = Gpu((9, 0), 132, 232448)
+A100 = Gpu((8, 0), 108, 166912)
+
+
+@contextmanager
+def posing(gpu: Gpu) -> Iterator[None]:
+    """Forms and configurations are chosen as on that GPU, with the Triton for which kernels in Gluon were verified."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "interpret", False)
+        patch.setattr(hardware, "gpu", lambda device: gpu)
+        patch.setattr(hardware, "GLUON_VERSIONS", triton.__version__)
+        yield

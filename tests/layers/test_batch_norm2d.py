@@ -1,0 +1,183 @@
+import copy
+
+import pytest
+import torch
+from helpers.compare import DEVICE, DTYPES, assert_close, assert_same_gradient, assert_same_layer, image
+from torch import nn
+
+import tritonnn
+
+ARGUMENTS = {
+    "default": {},
+    "momentum": dict(momentum=0.3),
+    "cumulative": dict(momentum=None),
+    "eps": dict(eps=0.1),
+    "not affine": dict(affine=False),
+    "no running statistics": dict(track_running_stats=False),
+}
+
+
+def trained(training: bool, **arguments) -> nn.BatchNorm2d:
+    layer = nn.BatchNorm2d(5, **arguments).train(training)
+    for t in (layer.weight, layer.bias, layer.running_mean):
+        if t is not None:
+            nn.init.normal_(t)
+    if layer.running_var is not None:
+        nn.init.uniform_(layer.running_var, 0.5, 2)
+    return layer
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments(case, training, channels_last):
+    assert_same_layer(trained(training, **ARGUMENTS[case]), image(4, 5, 3, 6, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_types(dtype, training):
+    assert_same_layer(trained(training), image(4, 5, 3, 6, dtype=dtype), gradients=dtype.itemsize > 2)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_over_several_batches(momentum):
+    layer = nn.BatchNorm2d(5, momentum=momentum).to(DEVICE, torch.float64)
+    swapped = copy.deepcopy(layer)
+    tritonnn.swap(swapped, strict=True)
+    for step in range(3):
+        x = image(4, 5, 3, 3, dtype=torch.float64) * (step + 1) + step
+        layer(x), swapped(x)
+    assert swapped.num_batches_tracked == 3
+    for actual, expected in zip(swapped.buffers(), layer.buffers()):
+        assert_close(actual, expected.double(), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_half_input_with_float32_parameters(dtype, training):
+    layer = trained(training).to(DEVICE)
+    x = image(4, 5, 3, 6, dtype=dtype)
+    exact = copy.deepcopy(layer).double()(x.double())
+    tritonnn.swap(layer, strict=True)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert_close(y, exact, dtype)
+
+
+def test_large_mean_loses_no_digits():
+    x = image(16, 5, 8, 8) + 1e4
+    layer = nn.BatchNorm2d(5).to(DEVICE)
+    exact = copy.deepcopy(layer).double()(x.double())
+    torch_error = (copy.deepcopy(layer)(x) - exact).abs().max()
+    tritonnn.swap(layer, strict=True)
+    assert (layer(x) - exact).abs().max() <= 1.5 * torch_error
+
+
+def test_many_pixels_and_channels():
+    assert_same_layer(nn.BatchNorm2d(70), image(40, 70, 12, 11))
+
+
+def test_any_strides():
+    assert_same_layer(nn.BatchNorm2d(4), image(3, 8, 6, 6)[:, ::2, 1:, ::2])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_parameters_and_statistics_may_be_views(training):
+    # The reference has no gaps: PyTorch 2.11 updates a copy of running statistics with gaps on a GPU, and loses it.
+    exact = trained(training).to(DEVICE).double()
+    layer = copy.deepcopy(exact).float()
+    for parameters in (layer._parameters, layer._buffers):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if name in parameters:
+                gaps = torch.stack([parameters[name].detach()] * 2, 1)[:, 1]
+                parameters[name] = nn.Parameter(gaps) if parameters is layer._parameters else gaps
+    x = image(4, 5, 3, 6).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    expected = exact(exact_x)
+    tritonnn.swap(layer, strict=True)
+    y = layer(x)
+    assert not layer.weight.is_contiguous() and not layer.running_mean.is_contiguous()
+    assert_close(y, expected, x.dtype)
+    for actual, buffer in zip(layer.buffers(), exact.buffers()):
+        assert_close(actual, buffer.double(), x.dtype)
+    grad = image(*y.shape)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert_same_gradient(x, exact_x)
+    assert_same_gradient(layer.weight, exact.weight)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3), (2, 5, 3, 0)], ids=str)
+def test_nothing_to_normalize(shape, training):
+    layer, x = trained(training).to(DEVICE), image(*shape)
+    expected = copy.deepcopy(layer)
+    tritonnn.swap(layer)
+    try:
+        expected_y = expected(x)
+    except ValueError as error:
+        with pytest.raises(ValueError) as caught:
+            layer(x)
+        assert str(caught.value) == str(error)
+        return
+    y = layer(x)
+    assert (y.shape, y.stride()) == (expected_y.shape, expected_y.stride())
+    for actual, buffer in zip(layer.buffers(), expected.buffers()):
+        assert_close(actual, buffer.double(), x.dtype)
+
+
+def test_empty_batch():
+    assert_same_layer(trained(False), image(0, 5, 3, 3))
+    layer = tritonnn.TritonBatchNorm2d(5).to(DEVICE)
+    assert layer(image(0, 5, 3, 3)).shape == (0, 5, 3, 3)
+
+
+def test_nan_stays_in_its_channel():
+    x = image(2, 5, 3, 3)
+    x[0, 1, 0, 0] = float("nan")
+    layer = tritonnn.TritonBatchNorm2d(5).to(DEVICE)
+    assert layer(x).isnan().any(dim=(0, 2, 3)).tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")], ids=str)
+def test_infinity_stays_in_its_channel(value, training):
+    x = image(2, 5, 3, 3)
+    x[0, 1, 0, 0] = value
+    layer = trained(training).to(DEVICE)
+    expected = copy.deepcopy(layer)
+    tritonnn.swap(layer, strict=True)
+    expected_y, y = expected(x), layer(x)
+    assert torch.equal(y.isnan(), expected_y.isnan())
+    assert torch.equal(y.isfinite(), expected_y.isfinite())
+    for actual, buffer in zip(layer.buffers(), expected.buffers()):
+        assert torch.equal(actual.isfinite(), buffer.isfinite())
+
+
+def test_running_variance_of_zero_below_it_infinite_and_nan():
+    layer = trained(False)
+    layer.running_var.copy_(torch.tensor([0.0, -1.0, float("inf"), float("nan"), 1e-40]))
+    assert_same_layer(layer, image(2, 5, 3, 3), gradients=False)
+
+
+def test_update_counts_as_a_change_of_the_buffers():
+    layer = tritonnn.TritonBatchNorm2d(5).to(DEVICE)
+    version = layer.running_mean._version
+    layer(image(2, 5, 3, 3))
+    assert layer.running_mean._version > version
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 1, 1), (2, 4, 3, 3), (2, 5, 3)], ids=["one value", "channels", "3 dimensions"]
+)
+def test_errors_are_pytorchs(shape):
+    layer = nn.BatchNorm2d(5).to(DEVICE)
+    x = image(*shape)
+    with pytest.raises((ValueError, RuntimeError)) as expected:
+        layer(x)
+    tritonnn.swap(layer)
+    with pytest.raises(expected.type) as actual:
+        layer(x)
+    assert str(actual.value) == str(expected.value)
+    assert layer.num_batches_tracked == (0 if len(shape) == 3 else 2)

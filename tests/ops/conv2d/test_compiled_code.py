@@ -1,0 +1,470 @@
+"""What the compiler makes of the kernels for a Hopper GPU, read from the PTX: no GPU is needed to compile.
+
+Two things once went wrong here that the interpreter does not show. With the image's size a constexpr, LLVM computed the
+coordinates of pixels in pairs of 16-bit integers, and masks were wrong on an H200. With annotated strides, Triton no
+longer saw that one of them is 1, and every load took one element: ten times slower.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.hopper import run
+
+FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
+EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, ACTIVATION="relu", SLOPE=0.01, ROUND_Y=False)
+EPILOGUE |= dict(DEPENDENT=True, scale_ptr=None, bias_ptr=None, residual_ptr=None)
+POINTERS = FILTER | EPILOGUE | dict(ROUND_X=False, GROUPS=1, FLUSH=8, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
+POINTERS |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
+# ResNet18's first layer. Its rows' columns are elements; sizes that Triton knows nothing of are named.
+FEW_CHANNELS = POINTERS | dict(
+    C=32, R=7, S=1, STRIDE_H=2, STRIDE_W=8, PADDING_H=3, PADDING_W=0, BLOCK_K=32, x_stride_w=1
+)
+ODD = dict(odd=("M", "H", "W", "PIXELS", "Q"))
+SHORTCUT = dict(
+    HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False
+)
+SHORTCUT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
+SHORTCUT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
+SLICED_K = FILTER | EPILOGUE | dict(C=64, K=64, ROUND_X=False, ONE_IMAGE=False, BLOCK_K=64)
+SLICED_K |= dict(SPLITS=4, SLICES=2, BLOCK_M=16, BLOCK_N=16)
+SLICED_K |= dict(
+    HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False
+)
+SLICED_K |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
+SLICED_K |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
+RESIDENT = FILTER | EPILOGUE | dict(C=128, K=128, INPUT_PRECISION="ieee", ROUND_X=False, ONE_IMAGE=True, BLOCK_M=16)
+RESIDENT |= dict(
+    HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False
+)
+RESIDENT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
+RESIDENT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, BLOCK_N=16, BLOCK_K=64, num_warps=8)
+RESIDENT_1X1 = dict(C=64, R=1, S=1, PADDING_H=0, PADDING_W=0, HAS_SHORTCUT=False, num_warps=4)
+RESIDENT_TF32X3 = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
+TMA = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_AB=True, FLUSH=8)
+TMA |= dict(
+    HAS_RESIDUAL=True, ROUND_X=False, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee"
+)
+HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, ROUND_AHEAD=False, WHOLE=True, MASKED=False, STRIDE=1)
+HALO_64 = HALO | dict(C=64, K=64, N=None, TILE_N=1, TILE_P=8, TILE_Q=32, BLOCK_N=64, BLOCK_K=64, X_SLOTS=2, W_SLOTS=4)
+HALO_64 |= dict(STAGED=True, IN_SLOT=True, num_warps=4)
+IN_REGISTERS = dict(BLOCK_N=128, BLOCK_K=32, X_SLOTS=3, STAGED=False, IN_SLOT=False, num_warps=8)
+HALO_128 = HALO | IN_REGISTERS | dict(C=128, K=128, N=None, TILE_N=1, TILE_P=16, TILE_Q=16, W_SLOTS=6)
+HALO_8X8 = HALO | IN_REGISTERS | dict(C=256, K=256, TILE_N=4, TILE_P=8, TILE_Q=8, W_SLOTS=6)
+HALO_4X4 = HALO | IN_REGISTERS | dict(C=512, K=512, TILE_N=16, TILE_P=4, TILE_Q=4, W_SLOTS=4)
+AHEAD = dict(ROUND_X=True, ROUND_AHEAD=True)
+HALO_BY_2 = HALO | dict(C=64, K=128, N=None, TILE_N=1, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, STRIDE=2)
+HALO_BY_2 |= dict(X_SLOTS=3, W_SLOTS=7, STAGED=True, IN_SLOT=True, num_warps=8)
+DEPTHWISE = FILTER | EPILOGUE | dict(K=64, MULTIPLIER=1)
+MAX_POOL = FILTER | dict(
+    DEPENDENT=True, RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None
+)
+AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
+NORMALIZE = dict(INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True)
+BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
+LAST, FIRST = "channels_last", "contiguous"
+
+KERNEL_OF = {
+    form: f"ops.conv2d.forms.{module}:conv2d_{form}_forward_kernel"
+    for form, module in {
+        "pointers": "pointers",
+        "sliced_k": "sliced_k",
+        "in_registers": "in_registers",
+        "tma": "tma",
+        "tma_halo": "tma_halo.kernel",
+        "depthwise": "depthwise",
+    }.items()
+}
+"""By the form."""
+KERNELS = {
+    "conv2d, bfloat16": (
+        KERNEL_OF["pointers"],
+        "bf16",
+        LAST,
+        POINTERS | dict(BLOCK_K=64),
+    ),
+    "conv2d, TF32": (
+        KERNEL_OF["pointers"],
+        "fp32",
+        LAST,
+        POINTERS | dict(INPUT_PRECISION="tf32", ROUND_X=True),
+    ),
+    "conv2d, float32": (
+        KERNEL_OF["pointers"],
+        "fp32",
+        LAST,
+        POINTERS | dict(INPUT_PRECISION="tf32x3"),
+    ),
+    "conv2d, 3 channels": (
+        KERNEL_OF["pointers"],
+        "bf16",
+        FIRST,
+        POINTERS | dict(C=3, SPAN_TAPS=True),
+    ),
+    "conv2d, few channels, TF32": (
+        KERNEL_OF["pointers"],
+        "fp32",
+        LAST,
+        FEW_CHANNELS | ODD | dict(INPUT_PRECISION="tf32", num_stages=3),
+    ),
+    "conv2d, few channels, TF32, one stage": (
+        KERNEL_OF["pointers"],
+        "fp32",
+        LAST,
+        FEW_CHANNELS | ODD | dict(INPUT_PRECISION="tf32", num_stages=1),
+    ),
+    "conv2d, few channels, TF32, NCHW": (
+        KERNEL_OF["pointers"],
+        "fp32",
+        FIRST,
+        FEW_CHANNELS | dict(x_stride_c=1, odd=("H", "W", "Q"), INPUT_PRECISION="tf32"),
+    ),
+    "conv2d, few channels, float32": (
+        KERNEL_OF["pointers"],
+        "fp32",
+        LAST,
+        FEW_CHANNELS | ODD | dict(INPUT_PRECISION="tf32x3", BLOCK_M=64),
+    ),
+    "conv2d, few channels, bfloat16": (
+        KERNEL_OF["pointers"],
+        "bf16",
+        LAST,
+        FEW_CHANNELS | ODD,
+    ),
+    "padded rows": (
+        "ops.conv2d.forms.few_channels:padded_rows_kernel",
+        "fp32",
+        FIRST,
+        dict(C=3, PADDING=3, ROUND_TO_TF32=True, BLOCK_H=4, BLOCK_W=256, BLOCK_C=4, odd=("H", "W", "rows", "columns")),
+    ),
+    "conv2d, sliced-K": (
+        KERNEL_OF["sliced_k"],
+        "bf16",
+        LAST,
+        SLICED_K | dict(INPUT_PRECISION="ieee"),
+    ),
+    "conv2d, in registers": (
+        KERNEL_OF["in_registers"],
+        "bf16",
+        LAST,
+        RESIDENT,
+    ),
+    "conv2d, in registers, 256 channels": (
+        KERNEL_OF["in_registers"],
+        "bf16",
+        LAST,
+        RESIDENT | dict(C=256, K=256, BLOCK_N=8),
+    ),
+    "conv2d, in registers, 1x1": (
+        KERNEL_OF["in_registers"],
+        "bf16",
+        LAST,
+        RESIDENT | RESIDENT_1X1,
+    ),
+    "conv2d, in registers, float32": (
+        KERNEL_OF["in_registers"],
+        "fp32",
+        LAST,
+        RESIDENT | RESIDENT_TF32X3,
+    ),
+    "conv2d, TMA": (KERNEL_OF["tma"], "bf16", LAST, TMA),
+    "conv2d, TMA, TF32": (
+        KERNEL_OF["tma"],
+        "fp32",
+        LAST,
+        TMA | dict(INPUT_PRECISION="tf32", BLOCK_K=32),
+    ),
+    "conv2d, TMA, TF32, rounded": (
+        KERNEL_OF["tma"],
+        "fp32",
+        LAST,
+        TMA | dict(INPUT_PRECISION="tf32", BLOCK_K=32, SWAP_AB=False),
+    ),
+    "conv2d, TMA, TF32, rounded in shared memory": (
+        KERNEL_OF["tma"],
+        "fp32",
+        LAST,
+        TMA | dict(INPUT_PRECISION="tf32", BLOCK_K=32, ROUND_X=True, TILE_P=8, num_warps=8, num_stages=3),
+    ),
+    "conv2d, TMA, float32": (
+        KERNEL_OF["tma"],
+        "fp32",
+        LAST,
+        TMA | dict(INPUT_PRECISION="tf32x3", BLOCK_K=32, SWAP_AB=False),
+    ),
+    "conv2d, halo": (
+        KERNEL_OF["tma_halo"],
+        "bf16",
+        LAST,
+        HALO_64,
+    ),
+    "conv2d, halo, TF32": (
+        KERNEL_OF["tma_halo"],
+        "fp32",
+        LAST,
+        HALO_128,
+    ),
+    "conv2d, halo, TF32, rounded": (
+        KERNEL_OF["tma_halo"],
+        "fp32",
+        LAST,
+        HALO_64 | dict(BLOCK_K=32, STAGED=False, IN_SLOT=False, ROUND_X=True, HAS_RESIDUAL=False),
+    ),
+    "conv2d, halo, 8x8": (
+        KERNEL_OF["tma_halo"],
+        "bf16",
+        LAST,
+        HALO_8X8 | dict(BLOCK_K=64, X_SLOTS=2, W_SLOTS=5, STAGED=True),
+    ),
+    "conv2d, halo, 8x8, TF32, rounded": (
+        KERNEL_OF["tma_halo"],
+        "fp32",
+        LAST,
+        HALO_8X8 | AHEAD | dict(HAS_RESIDUAL=False),
+    ),
+    "conv2d, halo, 4x4, TF32, rounded, masked": (
+        KERNEL_OF["tma_halo"],
+        "fp32",
+        LAST,
+        HALO_4X4 | AHEAD | dict(MASKED=True),
+    ),
+    "conv2d, halo, stride 2": (
+        KERNEL_OF["tma_halo"],
+        "bf16",
+        LAST,
+        HALO_BY_2,
+    ),
+    "conv2d, halo, stride 2, TF32, rounded": (
+        KERNEL_OF["tma_halo"],
+        "fp32",
+        LAST,
+        HALO_BY_2 | IN_REGISTERS | AHEAD | dict(HAS_RESIDUAL=False),
+    ),
+    "conv2d, halo, stride 2, 4x4, TF32, rounded": (
+        KERNEL_OF["tma_halo"],
+        "fp32",
+        LAST,
+        HALO_4X4 | dict(STRIDE=2, TILE_N=8, BLOCK_N=256, X_SLOTS=2, ROUND_X=True, HAS_RESIDUAL=False),
+    ),
+    "conv2d, depthwise": (
+        KERNEL_OF["depthwise"],
+        "bf16",
+        LAST,
+        DEPTHWISE | BY_CHANNELS,
+    ),
+    "max_pool2d": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
+    "max_pool2d, contiguous": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
+    "avg_pool2d": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", LAST, AVG_POOL | BY_CHANNELS),
+    "avg_pool2d, contiguous": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", FIRST, AVG_POOL | BY_PIXELS),
+    "batch_norm2d": ("ops.batch_norm2d:batch_norm2d_normalize_kernel", "bf16", LAST, NORMALIZE | BY_CHANNELS),
+    "batch_norm2d, contiguous": (
+        "ops.batch_norm2d:batch_norm2d_normalize_kernel",
+        "bf16",
+        FIRST,
+        NORMALIZE | BY_PIXELS,
+    ),
+    "channels_last": (
+        "ops.conv2d.pack:channels_last_kernel",
+        "fp32",
+        FIRST,
+        dict(ROUND_TO_TF32=True, SPLIT=False, BLOCK_M=64, BLOCK_C=64),
+    ),
+    "relu": ("ops.relu:relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
+}
+OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
+ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
+BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
+COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[2:]]
+"""Kernels that round or split x in registers, from which, or from one place of shared memory, tensor cores read it."""
+WITH_HALO = [name for name in KERNELS if "halo" in name]
+RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
+BY_TMA = BY_TAPS + WITH_HALO
+FEW_PIXELS = ["conv2d, sliced-K", *RESIDENT_KERNELS]
+ROUNDS = [
+    *[name for name in WITH_HALO if "rounded" in name],
+    "conv2d, TF32",
+    "conv2d, float32",
+    "conv2d, in registers, float32",
+    "conv2d, few channels, float32",
+    "padded rows",
+    *BY_TAPS[2:],
+]
+GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last", "padded rows"]
+"""Kernels that read neighbouring pixels, one by one."""
+
+
+def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> str:
+    """The PTX of a kernel for tensors of `dtype`, sizes and strides multiples of 16 but for the stride 1, and `odd`.
+
+    Triton finds that out for itself when it launches, unless an argument's type is annotated.
+    """
+    import importlib
+
+    import triton.language as tl
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    module, _, name = path.partition(":")
+    kernel = getattr(importlib.import_module(f"tritonnn.{module}"), name)
+    assert not [p.name for p in kernel.params if "stride" in p.name and p.annotation_type], "annotated strides"
+    names, odd = kernel.arg_names, constants.get("odd", ())
+    ones = ("stride_c", "stride_k") if memory_format == "channels_last" else ("stride_w", "stride_pixel")
+    types_of_sums = dict(ACC=tl.float32, INDEX=tl.int32, OFFSET=tl.int32)
+    constants = {name: 1 for name in names if name.endswith(ones)} | types_of_sums | constants
+    launched = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = {"eps": "fp64", "semaphores_ptr": "*i32", "inverse_of_pixels": "fp32", "inverse_of_q": "fp32"} | {
+        name: "*fp32" for name in ("mean_ptr", "var_ptr", "partial_ptr")
+    }
+    if "X_SLOTS" in constants:
+        types |= halo_types(dtype, constants)
+    elif "TILE_N" in constants:
+        tile, n, k = (
+            [constants[size] for size in sizes]
+            for sizes in (("TILE_N", "TILE_P", "TILE_Q"), ("BLOCK_N",), ("BLOCK_K",))
+        )
+        boxes = {"x_desc": tile + k, "weight_desc": n + k, "residual_desc": tile + n, "y_desc": tile + n}
+        types |= {name: f"tensordesc<{dtype}{box}>" for name, box in boxes.items()}
+    types |= {name: f"*{dtype}" for name in names if name.endswith("_ptr") and name not in types}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if (signature[name] == "i32" and name not in odd) or signature[name].startswith("*")
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source(kernel, signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": 4} | launched
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def halo_types(dtype: str, constants: dict) -> dict[str, str]:
+    """The types of the descriptors, and of the pointers that y and the residual are where they are not staged."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    images, rows, columns, n, k = (constants[size] for size in ("TILE_N", "TILE_P", "TILE_Q", "BLOCK_N", "BLOCK_K"))
+    y = [rows, images, columns, n] if constants["STAGED"] else None
+    x, edge = [rows, 1, images, columns, k], [3 - constants["STRIDE"], 1, images, columns, k]
+    boxes = {"x_desc": x, "edge_desc": edge, "weight_desc": [n, k], "y_desc": y, "residual_desc": y}
+    bits = 32 if dtype == "fp32" else 16
+    return {
+        name: f"tensordesc<{dtype}{box},{NVMMASharedLayout(128, bits, len(box))!r}>" if box else f"*{dtype}"
+        for name, box in boxes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def ptx() -> dict[str, str]:
+    """PTX by the name of the kernel, compiled in a process without the interpreter."""
+    return run(__file__)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_pairs_of_16_bit_integers(name, ptx):
+    assert not re.search(r"\.[su]16x2", ptx[name])
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in BY_TMA + FEW_PIXELS])
+def test_stores_take_16_bytes(name, ptx):
+    assert re.search(r"st\.global\.v4\.b32", ptx[name])
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS + BY_TMA])
+def test_loads_take_16_bytes(name, ptx):
+    assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
+
+
+@pytest.mark.parametrize("name", OF_FEW_CHANNELS)
+def test_windows_are_loaded_16_bytes_at_a_time_and_all_fits_the_registers(name, ptx, tmp_path):
+    """Both operands: ahead of time into shared memory or, with one stage, through registers. No bias is loaded here."""
+    loads = re.findall(r"cp\.async\.c\w\.shared\.global [^;]*?, (0x\d+)|ld\.global[\w.:]*?\.(v\d|b\d+)\b", ptx[name])
+    assert {size for pair in loads for size in pair if size} == {"v4" if "one stage" in name else "0x10"}
+    assert "0 bytes spill stores" in assembled(ptx[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", BY_TMA)
+def test_tma_brings_the_tiles(name, ptx):
+    assert f"cp.async.bulk.tensor.{5 if name in WITH_HALO else 4}d.shared" in ptx[name]
+    staged = KERNELS[name][3].get("STAGED", True)
+    assert ("cp.async.bulk.tensor.4d.global" in ptx[name]) == staged
+
+
+@pytest.mark.parametrize("name", COMPUTED_OPERANDS)
+def test_a_product_of_computed_operands_is_awaited(name, ptx):
+    """Otherwise the next step overwrites the registers that the tensor core still reads, as it did on an H200."""
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == {"0"}
+
+
+@pytest.mark.parametrize("name", ON_TENSOR_CORES + BY_TMA)
+def test_products_run_on_the_tensor_cores(name, ptx):
+    assert "wgmma.mma_async" in ptx[name]
+
+
+@pytest.mark.parametrize("name", WITH_HALO)
+def test_products_overlap_and_all_fits_the_registers(name, ptx, tmp_path):
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == {"0", "1"}
+    said = assembled(ptx[name], tmp_path)
+    assert "0 bytes spill stores" in said and "serializ" not in said
+
+
+@pytest.mark.parametrize("name", RESIDENT_KERNELS)
+def test_all_is_loaded_before_the_first_product(name, ptx, tmp_path):
+    """16 bytes at a time, as operands of the tensor cores, and behind the wait; nothing of it leaves the registers."""
+    assembled(ptx[name], tmp_path)
+    machine_code = subprocess.run(
+        [disassembler(), tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+    )
+    steps = re.findall(r"ACQBULK|LDG\.E\.128|HMMA|STL|LDL", machine_code.stdout)
+    order = [step for step, before in zip(steps, [None, *steps]) if step != before]
+    assert order == ["ACQBULK", "LDG.E.128", "HMMA"]
+    c = KERNELS[name][3]
+    size = 4 if "float32" in name else 2
+    reductions = c["R"] * c["S"] * c["C"], c["HAS_SHORTCUT"] * c["SHORTCUT_C"]
+    blocks = sum(math.ceil(reduction / (c["BLOCK_K"] * c["num_warps"])) for reduction in reductions)
+    vectors = blocks * c["BLOCK_K"] * (c["BLOCK_M"] + c["BLOCK_N"]) * size // 16
+    assert steps.count("LDG.E.128") == vectors / 32
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, constants) in KERNELS.items() if constants.get("DEPENDENT")])
+def test_dependent_launches_touch_no_tensor_before_they_waited(name, ptx):
+    first = re.search(r"(ld|st)\.global|cp\.async|griddepcontrol\.wait", ptx[name])
+    assert first[0] == "griddepcontrol.wait"
+    assert "griddepcontrol.launch_dependents" in ptx[name]
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_rounding_to_tf32_is_one_instruction(name, ptx):
+    assert "cvt.rn.tf32.f32" in ptx[name] and "cvt.rna" not in ptx[name]
+
+
+def assembled(ptx: str, folder: Path) -> str:
+    """What the assembler says of a kernel: registers, spills, warnings."""
+    (folder / "kernel.ptx").write_text(ptx)
+    command = ptxas(), "-arch=sm_90a", "-v", folder / "kernel.ptx", "-o", folder / "kernel.cubin"
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def ptxas() -> Path:
+    """The assembler that comes with Triton."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+
+def disassembler() -> Path:
+    return ptxas().with_name("nvdisasm")
+
+
+if __name__ == "__main__":
+    from helpers.hopper import Hopper
+    from triton.runtime import driver
+
+    driver.set_active(Hopper())
+    json.dump({name: compiled_ptx(*arguments) for name, arguments in KERNELS.items()}, sys.stdout)
