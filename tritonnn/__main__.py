@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from . import KINDS, __version__, fuse, swap
+import tritonnn
+
 from .command.networks import CALIBRATION_IMAGES, UserError, build, calibrate, describe, random_images
 from .command.proof import prove
 from .command.report import proof_line, proof_table, swap_lines, time_table
@@ -63,20 +64,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--dtype", choices=DTYPES, default="fp32", help="of weights and images; fp32")
     add("--tf32", choices=("on", "off"), help="TF32 in fp32; PyTorch's default is on in convolutions alone")
-    add("--layers", nargs="+", default=["all"], choices=("all", *KINDS), metavar="KIND", help=_KINDS_HELP)
+    kinds = ("all", *tritonnn.KINDS)
+    add("--layers", nargs="+", default=["all"], choices=kinds, metavar="KIND", help=f"what to swap: {', '.join(kinds)}")
     add("--fuse", action="store_true", help="also fuse the network for inference (tritonnn.fuse)")
     add("--cuda-graph", action="store_true", help="with --fuse: the fused network in CUDA graphs")
     add("--channels-last", action="store_true", help="network and images in that memory format")
-    add("--version", action="version", version=f"tritonnn {__version__}")
+    add("--version", action="version", version=f"tritonnn {tritonnn.__version__}")
     args = parser.parse_args(arguments)
     if args.cuda_graph and not args.fuse:
         raise UserError("--cuda-graph is for the fused network: add --fuse")
     if args.cuda_graph and not gpu:
         raise UserError("--cuda-graph needs a CUDA GPU")
     return args
-
-
-_KINDS_HELP = f"what to swap: all, or any of {', '.join(KINDS)}; all"
 
 
 def _positive(text: str) -> int:
@@ -102,14 +101,14 @@ def run(args: argparse.Namespace, console: Console) -> bool:
             ) from error
         model, images = model.to(dtype), images[: args.batch].to(dtype)
         if args.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             images = images.contiguous(memory_format=torch.channels_last)
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         say(_title(args, model, images))
-        networks = {"swapped": twin(model)}
-        swap_report = swap(networks["swapped"], args.layers)
+        networks: dict[str, nn.Module] = {"swapped": twin(model)}
+        swap_report = tritonnn.swap(networks["swapped"], args.layers)
         if args.fuse:
-            networks["fused"] = fuse(model, cuda_graph=args.cuda_graph)
+            networks["fused"] = tritonnn.fuse(model, cuda_graph=args.cuda_graph)
         with console.status("compiling the kernels and proving them"):
             proof = prove(model, networks, images, strict=_is_strict(images))
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ class Proof:
         return all(side.error <= self.limit for side in self.sides)
 
 
-def prove(model: nn.Module, others: dict[str, Network], images: Tensor, strict: bool) -> Proof:
+def prove(model: nn.Module, others: Mapping[str, Network], images: Tensor, strict: bool) -> Proof:
     """Compares the outputs of PyTorch's `model` and the `others` with the model's in float64, for up to 16 images.
 
     An error may be 1.1 times PyTorch's, in the worse of its two memory formats, and their difference more; in strict
@@ -59,7 +59,7 @@ def prove(model: nn.Module, others: dict[str, Network], images: Tensor, strict: 
         expected = _floats(model(images))
         exact = [y.detach() for y in _floats(copy.deepcopy(model).double()(x.double()))]
         other_format = torch.contiguous_format if _is_channels_last(images) else torch.channels_last
-        twin = copy.deepcopy(model).to(memory_format=other_format)
+        twin = copy.deepcopy(model).to(memory_format=other_format)  # type: ignore[call-overload]
         again = _floats(twin(images.contiguous(memory_format=other_format)))
     except UserError:
         raise

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compare import DEVICE
+from helpers.compare import DEVICE
 from PIL import Image
 
 pytest.importorskip("litserve", reason="needs litserve: pip install 'tritonnn[serve]'")
@@ -26,7 +26,7 @@ from examples.load_test import load, random_jpeg
 from examples.serve import MEAN, STD, Classifier, main
 from tritonnn.command.networks import build
 
-ROOT = Path(__file__).parents[1]
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 NETWORK, SIZE, LARGEST_BATCH = "network_to_serve:Tiny", 16, 4
 SOURCE = """
 from torch import nn

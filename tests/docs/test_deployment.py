@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import DEVICE
+from helpers.compare import DEVICE
+from helpers.trained import trained
 from torch import Tensor, nn
-from trained import trained
 
 import tritonnn
 
-ROOT = Path(__file__).parents[1]
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 CODE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
 PAGE = runpy.run_path(str(ROOT / "docs" / "deployment.py"))
 

@@ -17,7 +17,7 @@ from examples import evaluate_sharded
 from examples.load_test import random_jpeg
 from tritonnn.command.networks import build
 
-ROOT = Path(__file__).parents[1]
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 NETWORK = """
 from torch import nn
 
