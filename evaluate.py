@@ -2,12 +2,18 @@
 
     python evaluate.py --triton-layers all
 
-Ends with 0 if the proof holds, 1 if it does not, 2 on wrong use.
+Ends with 0 if the proof holds (or nothing was swapped), 1 if it does not, 2 on wrong use, 130 on Ctrl-C.
 """
 
-from lit_modules.command_line import UserError, interpret_triton_without_gpu, user_errors_in_one_line
+from lit_modules.command_line import (
+    UserError,
+    interrupted_is_an_error,
+    notice,
+    start_command,
+    user_errors_in_one_line,
+)
 
-interpret_triton_without_gpu()
+start_command()
 
 import logging
 import sys
@@ -20,8 +26,10 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
 
-from lit_modules.checkpoint import load_classifier, newest_best
-from lit_modules.data import data_module_from_checkpoint
+from lit_modules.checkpoint import best_of, load_classifier, newest_run
+from lit_modules.classifier import ImageClassifier
+from lit_modules.data import ImageData, data_module_from_checkpoint
+from lit_modules.run_folder import claimed
 from lit_modules.triton_evaluation import TritonEvaluation, check_layers
 from tritonnn import KINDS
 
@@ -40,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         metavar="LAYERS",
         help=f"all, none, each, or any of {', '.join(KINDS)}",
     )
-    add("--ckpt-path", type=Path, help="default: the newest best one below checkpoints/")
+    add("--ckpt-path", type=Path, help="a checkpoint or a run's folder; default: the latest run's below checkpoints/")
     add("--batch-size", type=PositiveInt, help="default: that of the training")
     add("--limit-test-batches", type=PositiveInt, help="default: all of the test set")
     add("--precision", type=Precision, default="32-true", help="as Lightning's Trainer names them")
@@ -70,10 +78,32 @@ def evaluate(args: Namespace) -> bool:
         raise UserError("--cuda-graph needs a CUDA GPU")
     if args.tune and not torch.cuda.is_available():
         raise UserError("--tune needs a CUDA GPU: in Triton's interpreter there is nothing to tune")
-    classifier, checkpoint = load_classifier(args.ckpt_path or newest_best())
+    if args.precision == "16-mixed" and not torch.cuda.is_available():
+        raise UserError("--precision 16-mixed needs a GPU: on a CPU PyTorch has bf16-mixed")
+    path = checkpoint_file(args.ckpt_path)
+    classifier, checkpoint = load_classifier(path)
     overrides = {"batch_size": args.batch_size, "root": args.data_root and str(args.data_root)}
     data = data_module_from_checkpoint(checkpoint, **{k: v for k, v in overrides.items() if v is not None})
-    log_dir = args.log_dir or next_log_dir(Path("logs", data.name))
+    if data.num_classes != classifier.hparams.num_classes:
+        raise UserError(f"{path} tells {classifier.hparams.num_classes} classes apart, the data has {data.num_classes}")
+    if args.log_dir:
+        return test(args, classifier, data, path, args.log_dir)
+    with claimed(Path("logs", data.name), "evaluation_") as (log_dir, _):
+        return test(args, classifier, data, path, log_dir)
+
+
+def checkpoint_file(given: Path | None) -> Path:
+    """The checkpoint to evaluate; says which that is, unless it was named."""
+    if given and not given.is_dir():
+        return given
+    folder = given or Path("checkpoints")
+    path = best_of(newest_run(folder))
+    notice(f"Evaluating {path}, of the latest run in {folder}.")
+    return path
+
+
+def test(args: Namespace, classifier: ImageClassifier, data: ImageData, path: Path, log_dir: Path) -> bool:
+    """Returns whether the proof holds."""
     evaluation = TritonEvaluation(
         args.triton_layers,
         latency=not args.no_latency,
@@ -95,7 +125,8 @@ def evaluate(args: Namespace) -> bool:
     )
     allow_tf32(args.tf32)
     try:
-        trainer.test(classifier, data, verbose=False)
+        with interrupted_is_an_error(trainer, lambda: "nothing was written"):
+            trainer.test(classifier, data, ckpt_path=path, weights_only=True, verbose=False)
     except OSError as error:
         raise UserError(str(error)) from error
     return evaluation.result.passed
@@ -103,21 +134,16 @@ def evaluate(args: Namespace) -> bool:
 
 def allow_tf32(switch: str) -> None:
     if switch != "default":
-        torch.backends.cudnn.conv.fp32_precision = "tf32" if switch == "on" else "ieee"  # type: ignore[attr-defined]
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if switch == "on" else "ieee"
         # Both of PyTorch's switches for this one: Lightning asks for the older, which is an error where they differ.
         torch.backends.cuda.matmul.allow_tf32 = switch == "on"
 
 
-def next_log_dir(parent: Path) -> Path:
-    number = 0
-    while (parent / f"evaluation_{number}").exists():
-        number += 1
-    return parent / f"evaluation_{number}"
-
-
 def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers).*")
+    warnings.filterwarnings(
+        "ignore", ".*(LeafSpec|does not have many workers|callbacks used to create the checkpoint).*"
+    )
     with user_errors_in_one_line():
         passed = evaluate(parse(arguments))
     sys.exit(0 if passed else 1)

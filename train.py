@@ -3,33 +3,44 @@
     python train.py                                      CIFAR-10
     python train.py --config configs/digits.yaml         embedded digits, seconds on a CPU
     python train.py --data ImageFolder --data.root DIR   any DIR/train/<class>/*, DIR/test/<class>/*
-    python train.py --ckpt-path last                     resume
+    python train.py --ckpt-path last                     resume the latest run, or name a run's folder
 
-Checkpoints go to `checkpoints/<data>/`, TensorBoard and CSV logs to `logs/<data>/`. Every constructor argument and
-every option of Lightning's Trainer can be set: see --help and --print_config.
+Each run has a number N: its checkpoints go to `checkpoints/<data>/version_N/`, TensorBoard and CSV logs to
+`logs/<data>/version_N/`. Every constructor argument and every option of Lightning's Trainer can be set: see --help and
+--print_config.
 """
 
-from lit_modules.command_line import UserError, interpret_triton_without_gpu, user_errors_in_one_line
+from lit_modules.command_line import (
+    UserError,
+    interrupted_is_an_error,
+    start_command,
+    user_errors_in_one_line,
+)
 
-interpret_triton_without_gpu()
+start_command()
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_modules.atomic_checkpoint import AtomicCheckpointIO
-from lit_modules.checkpoint import load
+from lit_modules.checkpoint import check_architecture, last_of, load
 from lit_modules.classifier import ImageClassifier
 from lit_modules.data import ImageData
+from lit_modules.kept_checkpoints import LAST, BestCheckpoint, LastCheckpoint
+from lit_modules.run_folder import claimed
 from lit_modules.triton_evaluation import TritonEvaluation
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "cifar10.yaml")
@@ -37,23 +48,26 @@ TYPES_TRIED = re.compile(r"Does not validate.*?Errors:\s*- (.*?)\s*Given value t
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI with --ckpt_path, --checkpoint and --evaluation, and with folders named for the data."""
+    """LightningCLI with --ckpt_path, --checkpoint and --evaluation, and with folders named for the data and the run."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--ckpt_path", "--ckpt-path", type=str | None, help="Checkpoint to resume from, or 'last'.")
-        parser.add_argument("--evaluation", type=TritonEvaluation | None, help="How to test in the end, or null.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "evaluation": {"class_path": "lit_modules.triton_evaluation.TritonEvaluation"},
-                "checkpoint.filename": "best-{epoch:02d}-{val/top1:.4f}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.monitor": "val/top1",
-                "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
-            }
+        parser.add_argument(
+            "--ckpt_path", "--ckpt-path", type=str | None, help="Checkpoint or run's folder to resume from, or 'last'."
         )
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.add_argument("--evaluation", type=TritonEvaluation | None, help="How to test in the end, or null.")
+        parser.add_class_arguments(BestCheckpoint, "checkpoint", sub_configs=True)
+        parser.set_defaults({"evaluation": {"class_path": "lit_modules.triton_evaluation.TritonEvaluation"}})
+        for name in ("num_classes", "in_channels"):
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    @property
+    def best(self) -> BestCheckpoint:
+        return self.config_init.checkpoint
+
+    @property
+    def kept(self) -> str:
+        """The best checkpoint of the run, or the last where none was scored, or "" where none was kept."""
+        return self.best.best_model_path or self.last.best_model_path
 
     def instantiate_classes(self) -> None:
         try:
@@ -62,14 +76,36 @@ class TrainingCLI(LightningCLI):
             raise UserError(error.__cause__ or error) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        name, config, checkpoint = self.datamodule.name, self.config_init.trainer, self.config_init.checkpoint
-        root = Path(config.default_root_dir or ".")
-        checkpoint.dirpath = checkpoint.dirpath or str(root / "checkpoints" / name)
-        if config.logger in (None, True):
-            tensorboard = TensorBoardLogger(root / "logs", name, default_hp_metric=False)
-            kwargs["logger"] = [tensorboard, CSVLogger(root / "logs", name, tensorboard.version)]
-        kwargs["plugins"] = [AtomicCheckpointIO(), *(config.plugins or [])]
+        """The trainer, still without the loggers and folders of its run."""
+        config = self.config_init.trainer
+        self.last = LastCheckpoint()
+        kwargs["plugins"] = [AtomicCheckpointIO(), *_listed(config.plugins)]
+        if config.enable_checkpointing is not False and not config.barebones and not config.fast_dev_run:
+            kwargs["callbacks"] = [*_listed(config.callbacks), self.best, self.last]
+        if config.logger in (None, True) and not config.fast_dev_run:
+            kwargs["logger"] = False
+        if config.logger is False or config.barebones:  # there is no folder but the current one to save it to
+            self.save_config_callback = None
         return super().instantiate_trainer(**kwargs)
+
+    @contextmanager
+    def run_folders(self) -> Iterator[None]:
+        """Gives the run `checkpoints/<data>/version_<number>/` and its loggers `logs/<data>/version_<number>/`.
+
+        A dry run (`trainer.fast_dev_run`) has neither.
+        """
+        config, name = self.config_init.trainer, self.datamodule.name
+        if config.fast_dev_run:
+            self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, Checkpoint)]
+            yield
+            return
+        root = Path(config.default_root_dir or ".")
+        with claimed(root / "checkpoints" / name, "version_", root / "logs" / name) as (folder, number):
+            self.best.dirpath = self.last.dirpath = self.best.dirpath or str(folder.resolve())
+            if config.logger in (None, True) and not config.barebones:
+                tensorboard = TensorBoardLogger(root / "logs", name, number, default_hp_metric=False)
+                self.trainer.loggers = [tensorboard, CSVLogger(root / "logs", name, number)]
+            yield
 
 
 def command_line(args: ArgsType = None) -> TrainingCLI:
@@ -90,45 +126,73 @@ def command_line(args: ArgsType = None) -> TrainingCLI:
     expected, actual = cli.model.network.image_size, cli.datamodule.image_size
     if expected != actual:
         raise UserError(f"the {cli.model.hparams.stem} stem takes images of {expected}, data.image_size is {actual}")
+    if cli.trainer.max_epochs == -1 and cli.trainer.max_steps == -1:
+        raise UserError("the schedule of the learning rate needs an end: set trainer.max_epochs or trainer.max_steps")
+    if str(cli.config_init.trainer.precision) in ("16", "16-mixed") and cli.trainer.precision == "bf16-mixed":
+        raise UserError("trainer.precision 16-mixed needs a GPU: on a CPU PyTorch has bf16-mixed")
     return cli
 
 
 def checkpoint_to_resume(cli: TrainingCLI) -> Path | None:
-    """What --ckpt_path names, checked to fit the network. Raises UserError where there is none, or it does not fit."""
+    """What --ckpt_path names, checked to fit the training. Raises UserError where there is none, or it does not fit."""
     if not cli.config.ckpt_path:
         return None
+    if cli.trainer.fast_dev_run:
+        raise UserError("trainer.fast_dev_run tries a training of its own: leave --ckpt-path out")
     path = Path(cli.config.ckpt_path)
     if path == Path("last"):
-        folder = Path(cli.trainer.checkpoint_callback.dirpath)  # type: ignore[attr-defined]
-        lasts = sorted(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not lasts:
-            raise UserError(f"there is no last checkpoint in {folder}/ to resume: train without --ckpt-path first")
-        path = lasts[-1]
-    try:
-        cli.model.load_state_dict(load(path)["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"{path} is of another architecture than the network to train") from error
+        root = Path(cli.config_init.trainer.default_root_dir or ".")
+        path = last_of(Path(cli.best.dirpath or root / "checkpoints" / cli.datamodule.name))
+    elif path.is_dir():
+        path = last_of(path)
+    checkpoint = load(path)
+    check_architecture(path, checkpoint, cli.model)
+    if not all("lr_lambdas" in schedule for schedule in checkpoint.get("lr_schedulers") or [{}]):
+        raise UserError(f"{path} has no state of this optimizer and schedule: it can be evaluated, but not resumed")
+    before = checkpoint.get(cli.datamodule.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("batch_size")
+    if before not in (None, cli.datamodule.batch_size):
+        raise UserError(
+            f"{path} was trained with data.batch_size {before}, this is {cli.datamodule.batch_size}: the schedule "
+            "counts steps, resume with the same"
+        )
+    epochs, end = checkpoint["epoch"] + 1, cli.trainer.max_epochs
+    if path.name == LAST and end is not None and 0 <= end <= epochs:
+        raise UserError(f"{path} is of the last of {epochs} epochs: nothing is left to train, raise trainer.max_epochs")
+    rank_zero_info(f"Resuming {path} of epoch {checkpoint['epoch']}")
     return path
 
 
-def train(cli: TrainingCLI) -> None:
-    """Fits, keeping the best and the last checkpoint. Raises UserError, saying what was kept, on Ctrl-C."""
-    try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint_to_resume(cli), weights_only=True)
-    except SystemExit:
-        if not cli.trainer.interrupted:
-            raise
-        last = cli.trainer.checkpoint_callback.last_model_path  # type: ignore[attr-defined]
-        kept = f"{last} is kept, resume with --ckpt-path last" if last else "there is no checkpoint yet"
-        raise UserError(f"interrupted: {kept}") from None
+def train(cli: TrainingCLI, resumed: Path | None = None) -> None:
+    """Fits, keeping the best and the last checkpoint. Raises Interrupted, saying what was kept, on Ctrl-C."""
+
+    def kept() -> str:
+        last = cli.last.best_model_path
+        return f"{_short(last)} is kept, resume with --ckpt-path last" if last else "there is no checkpoint yet"
+
+    with interrupted_is_an_error(cli.trainer, kept):
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resumed, weights_only=True)
 
 
 def test(cli: TrainingCLI) -> None:
-    """Tests the best checkpoint, with `TritonEvaluation` unless --evaluation is null."""
-    if cli.config_init.evaluation:
-        cli.trainer.callbacks.append(cli.config_init.evaluation)  # type: ignore[attr-defined]
-    best = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[attr-defined]
-    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=best or None, weights_only=True)
+    """Tests the best checkpoint with --evaluation, unless that is null or another is among the trainer's callbacks.
+
+    Raises Interrupted on Ctrl-C.
+    """
+    if cli.config_init.evaluation and not any(isinstance(c, TritonEvaluation) for c in cli.trainer.callbacks):
+        cli.trainer.callbacks.append(cli.config_init.evaluation)
+    kept = cli.kept
+    rank_zero_info(f"Testing {_short(kept) if kept else 'the network as it is in the end: no checkpoint was kept'}")
+    with interrupted_is_an_error(cli.trainer, lambda: f"{_short(kept)} is kept" if kept else "nothing was kept"):
+        cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=kept or None, weights_only=True)
+
+
+def _short(path: str) -> str:
+    """Relative to the current directory where it lies in it."""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def _listed(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def main(args: ArgsType = None) -> None:
@@ -136,11 +200,17 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", ".*(does not have many workers|exists and is not empty|treespec, LeafSpec).*")
     try:
         cli = command_line(args)
-        train(cli)
-        test(cli)
+        resumed = checkpoint_to_resume(cli)
+        with cli.run_folders():
+            train(cli, resumed)
+            test(cli)
     except ArgumentError as error:
-        raise UserError(TYPES_TRIED.sub(r"\1", str(error))) from error
-    except (MisconfigurationException, OSError) as error:
+        message = TYPES_TRIED.sub(r"\1", str(error))
+        if message.startswith('Parser key "data"') and "Expected a path but" in message:
+            known = ", ".join(module.__name__ for module in ImageData.__subclasses__())
+            message = f"data must be one of {known}, or the import path of another ImageData ({message})"
+        raise UserError(message) from error
+    except (MisconfigurationException, ModuleNotFoundError, OSError) as error:
         raise UserError(error) from error
 
 

@@ -74,7 +74,7 @@ def capture(call: Callable[[], object]) -> tuple[Callable[[], object], object]:
     torch.cuda.synchronize()
     release_workspaces()
     results = []
-    return captured(lambda: results.append(call())), results[0]
+    return captured(lambda: results.append(call()), 1), results[0]
 
 
 def ceilings(

@@ -1,13 +1,16 @@
 """The LightningModule: ResNet18 trained as a classifier, with torchmetrics for what it is worth."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -41,14 +44,17 @@ class ImageClassifier(LightningModule):
     """ResNet18 trained by SGD with Nesterov momentum on a one-cycle schedule.
 
     Args:
-        stem, width, num_classes, in_channels: see `ResNet18`.
-        lr: peak learning rate, for the data module's batch size.
+        stem, width, num_classes, in_channels: see `ResNet18`; at least two classes.
+        lr: peak learning rate, for the data module's batch size; more than 0.
         warmup: fraction of the training in which the rate rises from `lr` / 25 to `lr`; then it falls to zero.
-        momentum: of SGD.
-        weight_decay: of convolution and linear weights; biases and batch norms have none.
+        momentum: of SGD, more than 0 and less than 1.
+        weight_decay: of convolution and linear weights, not negative; biases and batch norms have none.
         label_smoothing: of the training loss, from 0 to 1; validation and test use the plain cross entropy.
         channels_last: train on GPUs in the channels_last memory format; afterwards the network is contiguous. Never on
             a CPU, where PyTorch 2.11's backward of a strided 1x1 convolution writes out of bounds in that format.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     hparams: Any  # with the constructor's arguments as attributes
@@ -67,6 +73,14 @@ class ImageClassifier(LightningModule):
         channels_last: bool = True,
     ) -> None:
         super().__init__()
+        _check("width", width, width >= 1, "at least 1")
+        _check("num_classes", num_classes, num_classes >= 2, "at least 2")
+        _check("in_channels", in_channels, in_channels >= 1, "at least 1")
+        _check("lr", lr, 0 < lr < math.inf, "more than 0, and finite")
+        _check("warmup", warmup, 0 <= warmup <= 1, "from 0 to 1")
+        _check("momentum", momentum, 0 < momentum < 1, "more than 0 and less than 1")
+        _check("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0, and finite")
+        _check("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "from 0 to 1")
         self.save_hyperparameters()
         self.network = ResNet18(stem, width, num_classes, in_channels)
         self.memory_format = torch.contiguous_format
@@ -98,7 +112,7 @@ class ImageClassifier(LightningModule):
         self.train_metrics.update(logits, labels)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
-        self.log("train/lr", self.lr_schedulers().get_last_lr()[0])  # type: ignore[union-attr]
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -119,23 +133,57 @@ class ImageClassifier(LightningModule):
         hparams = self.hparams
         decayed = [m.weight for m in self.network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         rest = [p for p in self.network.parameters() if all(p is not weight for weight in decayed)]
+        # A rate of 1, which the schedule multiplies: so it follows `lr` also where that is found or changed later.
         optimizer = torch.optim.SGD(
             [{"params": decayed, "weight_decay": hparams.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-            lr=hparams.lr,
+            lr=1.0,
             momentum=hparams.momentum,
             nesterov=True,
         )
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=hparams.lr,
-            total_steps=int(self.trainer.estimated_stepping_batches),
-            pct_start=hparams.warmup,
-            cycle_momentum=False,
-        )
+        self.steps = self.trainer.estimated_stepping_batches
+        if math.isinf(self.steps):
+            raise MisconfigurationException("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, int(self.steps), hparams.warmup, hparams.lr))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A resumed run follows the schedule of its own length, so that `max_epochs` may be raised."""
-        for scheduler in checkpoint.get("lr_schedulers", []):
-            for key in ("total_steps", "_schedule_phases"):
-                scheduler.pop(key, None)
+    def on_train_start(self) -> None:
+        """Puts the rate where the schedule has it, which finders of rates and batch sizes and a resumption do not.
+
+        Raises:
+            MisconfigurationException: a resumed training has epochs of another length. The schedule counts steps.
+        """
+        trainer, scheduler = self.trainer, self.lr_schedulers()
+        if not isinstance(scheduler, LambdaLR) or trainer.fast_dev_run or math.isinf(trainer.num_training_batches):
+            return  # a learning rate finder's trial, or epochs of no length
+        self.steps = trainer.estimated_stepping_batches
+        for group, rate in zip(self.optimizers().param_groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate(scheduler.last_epoch)
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        done, epochs = trainer.global_step, trainer.current_epoch
+        if not epochs * steps <= done <= (epochs + 1) * steps:
+            raise MisconfigurationException(
+                f"the checkpoint made {done} steps in {epochs} epochs, this training makes {steps} an epoch: resume "
+                "with the batch size, devices and limits of the first part"
+            )
+
+
+def one_cycle(step: int, steps: int, warmup: float, lr: float = 1.0) -> float:
+    """The learning rate: a cosine from `lr` / 25 to `lr` over `warmup` of the steps, then one to `lr` / 250,000.
+
+    That is `torch.optim.lr_scheduler.OneCycleLR`, which divides by zero where a phase has no step.
+    """
+    peak, last, least = max(warmup * steps - 1, 0.0), steps - 1, lr / 25 / 1e4
+    if step < peak:
+        return _cosine(lr / 25, lr, step / peak)
+    if peak < last:
+        return _cosine(lr, least, min((step - peak) / (last - peak), 1.0))
+    return lr
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (math.cos(math.pi * share) + 1)
+
+
+def _check(name: str, value: float, holds: bool, may_be: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {may_be}, got {value}")

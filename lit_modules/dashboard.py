@@ -21,7 +21,7 @@ COLOURS = {"pytorch": "tab:orange", "triton": "tab:blue"}
 
 
 def write(result: EvaluationResult, log_dir: Path) -> None:
-    """Writes the runs `pytorch` and, where something was swapped, `triton` below `log_dir`.
+    """Writes the runs `pytorch` and, where something was swapped, `triton` below the empty folder `log_dir`.
 
     Raises:
         OSError: the folder cannot be written.
@@ -86,15 +86,19 @@ def _write_hyperparameters(
     """One session a run. The table sorts by name and shows the first few."""
     settings = {
         "batch_size": result.batch_size,
+        "checkpoint": result.checkpoint.path or "none",
         "device": result.environment["device"],
         "layers": result.triton_layers,
         "memory_format": result.memory_format,
         "precision": result.precision,
         "side": side,
+        "weights": result.checkpoint.weights,
     }
+    if result.checkpoint.epoch is not None:
+        settings["epoch"] = result.checkpoint.epoch
     training = {f"training.{name}": value for name, value in result.parameters.items()}
     for summary in hparams(settings | training, metrics):
-        writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+        writer.file_writer.add_summary(summary)
 
 
 def _write_page(writer: SummaryWriter, result: EvaluationResult) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
@@ -19,7 +20,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 from torchvision import datasets
-from torchvision.datasets.folder import default_loader, find_classes
+from torchvision.datasets.folder import find_classes
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
@@ -37,9 +38,14 @@ class UnreadableImage(UserError):
 
 
 def read_image(path: str) -> Image.Image:
-    """The image as RGB; raises UnreadableImage, naming the file."""
+    """The image as RGB, of 16-bit grey the upper byte; raises UnreadableImage, naming the file."""
     try:
-        return default_loader(path)
+        with Image.open(path) as image:
+            if image.mode in ("I", "F"):  # 32 bits, in any range: Pillow would clip at 255
+                raise ValueError(f"its pixels have 32 bits (mode {image.mode}), expected 8 or 16")
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise UnreadableImage(f"cannot read the image {path}: {error}") from error
 
@@ -75,6 +81,7 @@ class ImageData(LightningDataModule, ABC):
         UserError: an argument is out of its range.
     """
 
+    in_channels = 3
     num_classes: int
 
     def __init__(
@@ -230,8 +237,8 @@ class ImageFolder(ImageData):
         batch_size, image_size, val_fraction, num_workers, in_memory, flip, erase: see `ImageData`.
 
     Raises:
-        UserError: a folder is absent, a class has no images, the classes of `test/` are not those of `train/`, or an
-            image cannot be read.
+        UserError: a folder is absent, there is one class only or one without images, the classes of `test/` are not
+            those of `train/`, or an image cannot be read or has pixels of 32 bits.
     """
 
     def __init__(
@@ -251,6 +258,8 @@ class ImageFolder(ImageData):
         self.root = root
         self.classes = self._classes("train")
         self.num_classes = len(self.classes)
+        if self.num_classes < 2:
+            raise UserError(f"{root}/train has one class, {self.classes[0]}: to tell classes apart takes two")
         if self._classes("test") != self.classes:
             raise UserError(f"{root}/test must have the class folders of {root}/train: {', '.join(self.classes)}")
 

@@ -33,7 +33,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def flags() -> dict[str, str]:
     """PyTorch's switches that decide precision and choice of algorithm."""
     return {
-        "tf32 in convolution": _yes(torch.backends.cudnn.conv.fp32_precision == "tf32"),  # type: ignore[attr-defined]
+        "tf32 in convolution": _yes(torch.backends.cudnn.conv.fp32_precision == "tf32"),
         "tf32 in matmul": _yes(torch.backends.cuda.matmul.fp32_precision == "tf32"),
         "cudnn.benchmark": _yes(torch.backends.cudnn.benchmark),
         "deterministic": _yes(torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic),
@@ -47,14 +47,14 @@ def is_exact(model: nn.Module, device: torch.device) -> bool:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if not dtypes <= {torch.float32, torch.float64}:
         return False
-    tf32 = "tf32" in (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)  # type: ignore[attr-defined]
+    tf32 = "tf32" in (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
     return device.type != "cuda" or not tf32 or dtypes == {torch.float64}
 
 
 @contextmanager
 def strict_float32(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32."""
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:

@@ -117,9 +117,22 @@ class LatencyResult:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """What was evaluated: the checkpoint's file and epoch, from 0, None where the network came from none.
+
+    `weights` is `weights_digest` of the checkpoint's state_dict, else of the network's.
+    """
+
+    path: str | None
+    epoch: int | None
+    weights: str
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """All of it. `latency` is None if it was not asked for."""
 
+    checkpoint: Evaluated
     environment: dict[str, str]
     flags: dict[str, str]
     triton_layers: str

@@ -37,7 +37,11 @@ def tables(result: EvaluationResult) -> list[Table]:
 
 
 def settings_table(result: EvaluationResult) -> Table:
+    checkpoint = result.checkpoint
     rows = {
+        "checkpoint": checkpoint.path or "none: the network as it was given",
+        "epoch": "" if checkpoint.epoch is None else str(checkpoint.epoch),
+        "weights": f"{checkpoint.weights} (SHA-256, shortened)",
         "Triton layers": result.triton_layers,
         "precision": f"{result.precision}{', strict fp32' if result.proof.exact else ''}",
         "memory format": result.memory_format,
@@ -97,6 +101,12 @@ def layers_table(result: EvaluationResult) -> Table:
         ("unattributed", "unattributed"),
     ):
         totals.append(_total(label, [getattr(breakdowns[clock], name) for clock in clocks]))
+    notes = [_clocks(latency)]
+    if any(side < 0 for b in breakdowns.values() for side in (b.unattributed.pytorch, b.unattributed.triton or 0)):
+        notes.append(
+            "Unattributed is the network less its layers: below zero where layers timed alone, each with a call and a "
+            "clock of its own, take longer than in the network."
+        )
     reasons = {f"{row.name} ran PyTorch's own operation: {row.fallback}" for row in latency.layers if row.fallback}
     return Table(
         f"Latency of each layer, batch of {result.batch_size}",
@@ -105,7 +115,7 @@ def layers_table(result: EvaluationResult) -> Table:
         totals,
         names=3,
         details=3 * len(clocks),
-        note="\n".join([_clocks(latency), *sorted(reasons)]),
+        note="\n".join([*notes, *sorted(reasons)]),
     )
 
 
@@ -135,18 +145,24 @@ def swap_notes(proof: Proof, stayed: bool) -> list[str]:
     return lines
 
 
+def verdict(result: EvaluationResult) -> str:
+    if not result.proof.variants:
+        return "nothing was swapped, so nothing was proved"
+    return "PASS" if result.passed else "FAIL"
+
+
 def print_to(console: Console, result: EvaluationResult) -> None:
     for table in tables(result):
         console.print(rich_table(table))
         console.print(f"{table.note}\n", markup=False, highlight=False)
     for line in swap_notes(result.proof, stayed=False):
         console.print(line, markup=False, highlight=False)
-    console.print("[bold green]PASS[/]" if result.passed else "[bold red]FAIL[/]")
+    console.print(f"[bold {'green' if result.passed else 'red'}]{verdict(result)}[/]")
 
 
 def markdown(result: EvaluationResult) -> str:
     """The whole report, as one page."""
-    title = f"# Triton layers: {result.triton_layers}: {'PASS' if result.passed else 'FAIL'}"
+    title = f"# Triton layers: {result.triton_layers}: {verdict(result)}"
     sections = [table_markdown(table) for table in reversed(tables(result))]
     notes = "\n".join(f"- {line}" for line in swap_notes(result.proof, stayed=True))
     return "\n\n".join([title, *sections, notes]) + "\n"

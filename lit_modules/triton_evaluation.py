@@ -3,11 +3,14 @@
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from rich.console import Console
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,8 +20,16 @@ from torchmetrics import Metric, MetricCollection
 import tritonnn
 from lit_modules import dashboard, report
 from lit_modules.agreement import AgreementMeter, QualityMeter, judge
+from lit_modules.checkpoint import weights_digest
 from lit_modules.environment import environment, flags, is_exact, strict_float32
-from lit_modules.evaluation_result import EvaluationResult, LatencyResult, Proof, Variant, summarise_latency
+from lit_modules.evaluation_result import (
+    Evaluated,
+    EvaluationResult,
+    LatencyResult,
+    Proof,
+    Variant,
+    summarise_latency,
+)
 from tritonnn.latency import time_layers, time_networks
 
 PIPED_WIDTH = 140
@@ -36,7 +47,8 @@ class TritonEvaluation(Callback):
     first. Under DDP all ranks compare; rank 0 times and writes.
 
     Afterwards `result` holds the `EvaluationResult`, on rank 0, and the log folder `results.json`, `results.md` and the
-    TensorBoard runs `pytorch` and `triton`.
+    TensorBoard runs `pytorch` and `triton`, in place of those of an earlier evaluation. They are written in the end,
+    all of them or, on an error or Ctrl-C, none; a dry run (`fast_dev_run`) writes none.
 
     Args:
         layers: "all", "none", kinds to swap together, or "each" for every kind of the network alone, then all.
@@ -45,7 +57,7 @@ class TritonEvaluation(Callback):
         fuse: prove and time the network fused by `tritonnn.fuse` too, as one more variant.
         cuda_graph: run that one in CUDA graphs.
         tune: first tune the convolutions of all variants on the first batch (`tritonnn.tune`), on each rank.
-        log_dir: folder to write to; None takes the Trainer's.
+        log_dir: folder to write to; None takes the logger's, and writes nothing where the Trainer has none.
         budget_s: seconds to time one layer on one clock; the network as a whole gets twenty times that.
 
     Raises:
@@ -75,6 +87,8 @@ class TritonEvaluation(Callback):
         self.log_dir = log_dir
         self.budget_s = budget_s
         self.result: EvaluationResult | None = None
+        self._checkpoint: Evaluated | None = None
+        self._made: Path | None = None
         self._training: dict[nn.Module, bool] = {}
         self._was_contiguous = False
         self._fused: dict[str, tritonnn.FusedNetwork] = {}
@@ -82,13 +96,22 @@ class TritonEvaluation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "test":
             return
+        self._checkpoint = None
+        self._made = None
         self._training = {module: module.training for module in pl_module.modules()}
         self._was_contiguous = _memory_format(pl_module) == torch.contiguous_format
         if self.channels_last:
             pl_module.to(memory_format=torch.channels_last)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        weights = weights_digest(checkpoint["state_dict"])
+        self._checkpoint = Evaluated(str(trainer.ckpt_path), checkpoint.get("epoch"), weights)
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.result = None
+        if self._checkpoint is None:
+            path = str(trainer.ckpt_path) if trainer.ckpt_path else None
+            self._checkpoint = Evaluated(path, None, weights_digest(pl_module.state_dict()))
         self._format = _memory_format(pl_module)
         self._other_format = torch.contiguous_format if self._format == torch.channels_last else torch.channels_last
         self._other_parameters = {
@@ -96,9 +119,7 @@ class TritonEvaluation(Callback):
             for name, tensor in pl_module.named_parameters()
             if tensor.dim() == 4
         }
-        self._folder = Path(self.log_dir or trainer.log_dir or trainer.default_root_dir)
-        if trainer.is_global_zero:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder = self._folder_to_write(trainer)
         with trainer.precision_plugin.forward_context():
             self._exact = is_exact(pl_module, pl_module.device)
         self._float32_state = {} if self._exact else _in_float32(pl_module)
@@ -111,6 +132,7 @@ class TritonEvaluation(Callback):
         self._errors: dict[str, AgreementMeter] = {}
         self._reports: dict[str, tritonnn.SwapReport] = {}
         self._fallbacks: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
+        self._loaders = CombinedLoader(trainer.test_dataloaders, "sequential").flattened
         self._seen: Counter[int] = Counter()
         self._images: Tensor | None = None
         self._pending: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
@@ -125,7 +147,7 @@ class TritonEvaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         images, labels = batch
-        places, counted = self._places(trainer, len(labels), dataloader_idx)
+        places, counted = self._places(len(labels), dataloader_idx)
         if not counted.all():
             images, labels, places = images[counted], labels[counted], places[counted]
         if not len(labels):
@@ -169,6 +191,9 @@ class TritonEvaluation(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore(pl_module)
+        if self._made:
+            with suppress(OSError):  # it is not empty
+                self._made.rmdir()
 
     def _restore(self, pl_module: LightningModule) -> None:
         for module, training in self._training.items():
@@ -182,18 +207,17 @@ class TritonEvaluation(Callback):
         self._other_parameters = {}
         self._float32_state = {}
 
-    def _places(self, trainer: Trainer, size: int, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+    def _places(self, size: int, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """A batch's places in the (concatenated) test sets; which of them are not padding of a DistributedSampler."""
-        loaders = trainer.test_dataloaders
-        loaders = list(loaders) if isinstance(loaders, list | tuple) else [loaders]
-        sampler = _sampler(loaders[dataloader_idx])
+        sampler = _sampler(self._loaders[dataloader_idx])
         places = torch.arange(size) + self._seen[dataloader_idx]
         self._seen[dataloader_idx] += size
         counted = torch.ones_like(places, dtype=torch.bool)
         if isinstance(sampler, DistributedSampler):  # rank r has the places r, r + R, r + 2R, ...
             places = places * sampler.num_replicas + sampler.rank
             counted = places < len(sampler.dataset)  # type: ignore[arg-type]
-        return places + sum(len(loader.dataset) for loader in loaders[:dataloader_idx]), counted
+        before = (_samples(loader, self._seen[index]) for index, loader in enumerate(self._loaders[:dataloader_idx]))
+        return places + sum(before), counted
 
     def _quality(self, name: str, logits: Tensor) -> QualityMeter:
         if name not in self._qualities:
@@ -304,6 +328,7 @@ class TritonEvaluation(Callback):
             trainer.progress_bar_callback.teardown(trainer, pl_module, "test")
         console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
         self.result = EvaluationResult(
+            checkpoint=self._checkpoint,
             environment=environment(pl_module.device),
             flags=flags(),
             triton_layers=", ".join([" ".join(self.layers), *self._fused]),
@@ -316,10 +341,39 @@ class TritonEvaluation(Callback):
             latency=self._time(pl_module, console) if self.latency else None,
         )
         report.print_to(console, self.result)
-        self.result.write_json(self._folder / "results.json")
-        (self._folder / "results.md").write_text(report.markdown(self.result))
-        dashboard.write(self.result, self._folder)
+        if self._folder is None:
+            console.print("Nothing was written: this was a dry run, or the Trainer has no logger and log_dir is None.")
+            return
+        with TemporaryDirectory(dir=self._folder) as new:
+            self.result.write_json(Path(new, "results.json"))
+            Path(new, "results.md").write_text(report.markdown(self.result))
+            dashboard.write(self.result, Path(new))
+            _replace(Path(new), self._folder)
         console.print(dashboard.how_to_open(self._folder), markup=False, highlight=False, soft_wrap=True)
+
+    def _folder_to_write(self, trainer: Trainer) -> Path | None:
+        """Made now, so that it is known before any work that it can be; None where nothing is to be written."""
+        logged = trainer.log_dir if trainer.loggers else None  # on every rank: it is broadcast
+        if trainer.fast_dev_run or not (self.log_dir or logged):
+            return None
+        folder = Path(self.log_dir or logged)
+        if trainer.is_global_zero and not folder.is_dir():
+            folder.mkdir(parents=True)
+            self._made = folder
+        return folder
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Moves an evaluation's files to the folder, where those of an earlier one go first; anything else there stays."""
+    for side in dashboard.SIDES:
+        for events in (folder / side).glob("events.out.tfevents.*"):
+            events.unlink()
+        if (folder / side).is_dir() and not any((folder / side).iterdir()):
+            (folder / side).rmdir()
+    files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda file: file.suffix == ".json"):  # last: where it stands, all does
+        (folder / file).parent.mkdir(exist_ok=True)
+        (new / file).replace(folder / file)
 
 
 def check_layers(layers: Sequence[str]) -> None:
@@ -377,6 +431,14 @@ def _in_format(images: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 def _name(memory_format: torch.memory_format) -> str:
     return "channels_last" if memory_format == torch.channels_last else "contiguous"
+
+
+def _samples(loader: Any, seen: int) -> int:
+    """Of a loader's data set; of one that does not know its length those that were seen."""
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError):
+        return seen
 
 
 def _sampler(loader: Any) -> Any:

@@ -105,6 +105,24 @@ def test_a_twin_keeps_a_shared_module_shared():
     assert first is second and first is not relu
 
 
+def test_a_twin_has_its_own_bound_methods():
+    """Lightning leaves a bound `forward` in the module's dictionary; a method may be bound to another part, too."""
+    model = CalledTwice()
+    model.forward = model.forward
+    model.last.of_root = model.extra_repr
+    model.call_last = model.last.forward
+    other = twin(model)
+    assert other.forward.__self__ is other and other.last.of_root.__self__ is other
+    assert other.call_last.__self__ is other.last
+    assert model.forward.__self__ is model and model.call_last.__self__ is model.last
+
+
+def test_a_network_with_a_bound_forward_is_timed():
+    model = small_network()
+    model.forward = model.forward
+    assert len(time_networks(model, images(), variants=["all"], budget_s=0)) == 2
+
+
 def test_callables_take_turns_after_their_warm_up():
     calls = []
 

@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import numpy as np
 import pytest
 import torch
 from helpers.compare import DEVICE, assert_close, image
@@ -112,6 +113,85 @@ def test_other_tensors_fall_back(case):
     for a, e in zip(*components, strict=True):
         torch.testing.assert_close(a, e)
     assert report.fallbacks == {"": {reason: 1}}
+
+
+@pytest.mark.parametrize("inputs", ["data", "autocast", "gradients"])
+@pytest.mark.parametrize("shape", [(5, 6), (6,), (2, 5, 6)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("layout", ["coo", "csr", "csc", "bsr", "bsc"])
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
+def test_a_sparse_weight_falls_back(layout, bias, shape, inputs):
+    """Or is PyTorch's error, which has no product for some of these."""
+    layer = nn.Linear(6, 4, bias=bias, device=DEVICE)
+    blocks = {"blocksize": (2, 2)} if layout.startswith("b") else {}
+    layer.weight = nn.Parameter(getattr(layer.weight.detach(), f"to_sparse_{layout}")(**blocks), requires_grad=False)
+    twin = copy.copy(layer)
+    report = tritonnn.swap(twin)
+    x = image(*shape).requires_grad_(inputs == "gradients")
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=inputs == "autocast"):
+        try:
+            expected = layer(x)
+        except RuntimeError as error:
+            with pytest.raises(type(error)) as caught:
+                twin(x)
+            assert str(caught.value) == str(error)
+        else:
+            torch.testing.assert_close(twin(x), expected)
+            assert report.fallbacks == {"": {f"layout {layer.weight.layout}": 1}}
+
+
+NO_TENSORS = {"None": None, "list": [1.0, 2.0], "numpy": np.ones((1, 2, 4, 4), dtype=np.float32), "number": 3.0}
+TAKEN = {
+    "conv2d": lambda: nn.Conv2d(2, 3, 1),
+    "linear": lambda: nn.Linear(4, 3),
+    "batch_norm2d, training": lambda: nn.BatchNorm2d(2),
+    "batch_norm2d, eval": lambda: nn.BatchNorm2d(2).eval(),
+    "max_pool2d": lambda: nn.MaxPool2d(2),
+    "avg_pool2d": lambda: nn.AvgPool2d(2),
+    "adaptive_avg_pool2d": lambda: nn.AdaptiveAvgPool2d(2),
+    "relu": lambda: nn.ReLU(),
+    "relu, inplace": lambda: nn.ReLU(inplace=True),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("what", NO_TENSORS)
+@pytest.mark.parametrize("name", TAKEN)
+def test_no_tensor_is_pytorchs_error(name, what, autocast):
+    layer = TAKEN[name]().to(DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+        with pytest.raises((TypeError, AttributeError)) as expected:
+            layer(NO_TENSORS[what])
+        tritonnn.swap(layer)
+        with pytest.raises(expected.type) as actual:
+            layer(NO_TENSORS[what])
+    assert str(actual.value) == str(expected.value)
+
+
+class Duck:
+    """Quacks like the tensor that it holds: no subclass, but PyTorch's functions take it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.dim, self.size = tensor, tensor.dim, tensor.size
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        args = [arg.tensor if isinstance(arg, cls) else arg for arg in args]
+        return cls(func(*args, **kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_has_torch_function_is_taken(name, autocast):
+    layer, x = TAKEN[name]().to(DEVICE), image(1, 2, 4, 4)
+    twin = copy.deepcopy(layer)
+    report = tritonnn.swap(twin)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+        expected, actual = layer(Duck(x.clone())), twin(Duck(x.clone()))
+    assert type(actual) is Duck and torch.equal(actual.tensor, expected.tensor)
+    assert report.fallbacks == {"": {"input of type Duck": 1}}
+    for buffer, expected_buffer in zip(twin.buffers(), layer.buffers()):
+        assert torch.equal(buffer, expected_buffer)
 
 
 INTEGERS = {

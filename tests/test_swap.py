@@ -47,6 +47,59 @@ def test_several_kinds_one_after_the_other():
     assert not [m for m in model.modules() if type(m).__name__.startswith("Triton")]
 
 
+def strictness(model: nn.Module) -> dict[str, bool]:
+    """Of the convolution, the ReLU and the linear layer."""
+    return {tritonnn.kind_of(model[i]): model[i].strict for i in (0, 2, 7)}
+
+
+def test_strict_applies_to_layers_swapped_before():
+    layer = nn.Conv2d(2, 2, 1, dtype=torch.complex64, device=DEVICE)
+    x = torch.zeros(1, 2, 2, 2, dtype=torch.complex64, device=DEVICE)
+    tritonnn.swap(layer)
+    layer(x)
+    report = tritonnn.swap(layer, strict=True)
+    assert not report.swapped
+    with pytest.raises(RuntimeError, match=r"TritonConv2d\(strict=True\) has no kernel for this call: dtype"):
+        layer(x)
+    tritonnn.swap(layer, strict=False)
+    layer(x)
+
+
+def test_strict_applies_to_the_kinds_asked_for():
+    model = network()
+    tritonnn.swap(model, ["conv2d", "relu"])
+    tritonnn.swap(model, ["relu", "linear"], strict=True)
+    assert strictness(model) == {"conv2d": False, "relu": True, "linear": True}
+    tritonnn.swap(model, "linear")
+    assert strictness(model) == {"conv2d": False, "relu": True, "linear": False}
+
+
+def test_strict_applies_to_a_layer_whose_class_has_been_derived_from():
+    layer = nn.Linear(4, 3)
+    tritonnn.swap(layer)
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    tritonnn.swap(layer, strict=True)
+    assert layer.strict
+
+
+def test_strict_leaves_layers_built_as_triton_layers_alone():
+    model = nn.Sequential(tritonnn.TritonReLU(), nn.ReLU())
+    tritonnn.swap(model)
+    tritonnn.swap(model, strict=True)
+    assert [layer.strict for layer in model] == [False, True]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_swapped_restores_how_strict_layers_were(strict):
+    model = network()
+    tritonnn.swap(model, ["conv2d", "relu"], strict=strict)
+    with tritonnn.swapped(model, strict=not strict):
+        assert set(strictness(model).values()) == {not strict}
+        tritonnn.restore(model[2])
+    assert model[0].strict is strict
+    assert type(model[2]) is nn.ReLU and "strict" not in model[2].__dict__
+
+
 def test_unknown_kind_lists_the_kinds_and_changes_nothing():
     model = network()
     with pytest.raises(ValueError, match=r"unknown layer kind 'conv3d': choose from avg_pool2d, .*, relu, all"):

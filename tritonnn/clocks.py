@@ -102,7 +102,7 @@ def repeated(call: Callable[[], object], repeats: int) -> Callable[[], object]:
     return launch
 
 
-def captured(call: Callable[[], object], repeats: int = 1) -> Callable[[], object]:
+def captured(call: Callable[[], object], repeats: int) -> Callable[[], object]:
     """The replay of a CUDA graph of so many calls, which have been warmed up.
 
     Raises:
@@ -119,4 +119,4 @@ def captured(call: Callable[[], object], repeats: int = 1) -> Callable[[], objec
 def mend_generator() -> None:
     """Mends the random generator, which a failed capture leaves as if it were captured still."""
     torch.cuda.synchronize()
-    captured(lambda: torch.zeros(1, device="cuda"))
+    captured(lambda: torch.zeros(1, device="cuda"), 1)

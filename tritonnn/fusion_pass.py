@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .fusion_report import FusionReport, join
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
-from .layers.fused_conv2d import FusedConv2d, FusedLinear, FusedPooledLinear, FusedSum, batch_norm_as_affine
+from .layers.fused_conv2d import Filters, FusedConv2d, FusedLinear, FusedPooledLinear, FusedSum, batch_norm_as_affine
 from .layers.layer import FLOATING_POINT, pair
 from .layers.max_pool2d import TritonMaxPool2d
 from .layers.relu import TritonReLU
@@ -316,7 +316,8 @@ def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
 def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Marks convolutions that only convolutions read: in TF32 they round their result, so that readers need not.
 
-    A result that is only added, as a residual, needs no rounding.
+    A result that is only added, as a residual, needs no rounding. Where a reader uses TF32 for large outputs only, the
+    convolution knows it, and its readers each other: it is read directly, so that all see the size of its result.
     """
 
     def fused(node: fx.Node) -> list[tuple[FusedConv2d, fx.Node]]:
@@ -332,8 +333,15 @@ def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         """Its results are among its inputs, or zero."""
         return node.op == "call_module" and kind_of(modules[node.target]) in ("max_pool2d", "relu")
 
+    def readers(node: fx.Node) -> tuple[Filters, ...]:
+        """Of those that read a node directly, the ones that do not always use TF32."""
+        convolutions = [conv for user in node.users for conv, x in fused(user) if x is node]
+        return tuple(conv.filters for conv in convolutions if not conv.filters.always_in_tf32)
+
     only_convolved: set[fx.Node] = set()
     for node in reversed(graph.nodes):
+        if any(map(selects, (node, *node.users))) and readers(node):
+            continue
         if (fused(node) or selects(node)) and all(fused(user) or user in only_convolved for user in node.users):
             if any(user.args[0] is node or any(x is node for _, x in fused(user)) for user in node.users):
                 only_convolved.add(node)
@@ -342,8 +350,10 @@ def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
             while selects(source):
                 source = source.all_input_nodes[0]
             conv.rounded_input = bool(fused(source)) and source in only_convolved
+            conv.fellow_readers = readers(source)
         for conv, _ in fused(node)[:1]:  # the other one of a sum gives no result of its own
             conv.round_output = node in only_convolved
+            conv.readers = readers(node)
 
 
 def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,10 @@ def record_calls(model: nn.Module, *inputs: Tensor) -> list[LayerCall]:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A second module tree over the same parameters, buffers and hooks: one can be swapped while the other is not."""
+    """A second module tree over the same parameters, buffers and hooks: one can be swapped while the other is not.
+
+    Bound methods that stand in a module's dictionary, as Lightning leaves a `forward` there, are the twin's.
+    """
     twins: dict[nn.Module, nn.Module] = {}
 
     def copy(module: nn.Module) -> nn.Module:
@@ -111,7 +115,12 @@ def twin(model: nn.Module) -> nn.Module:
             other.__dict__["_modules"] = {name: child and copy(child) for name, child in module._modules.items()}
         return twins[module]
 
-    return copy(model)
+    other = copy(model)
+    for module in twins.values():
+        for name, value in module.__dict__.items():
+            if isinstance(value, MethodType) and value.__self__ in twins:
+                module.__dict__[name] = MethodType(value.__func__, twins[value.__self__])
+    return other
 
 
 def time_layers(

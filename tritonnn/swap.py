@@ -7,6 +7,7 @@ that checkpoints, optimizers and other references to it do not notice.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -88,13 +89,16 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
 
     Args:
         layers: a kind (one of `KINDS`), several, or "all".
-        strict: makes it an error, at the call, where a layer would fall back to PyTorch's own op.
+        strict: makes it an error, at the call, where a layer would fall back to PyTorch's own op. That also holds for
+            layers of these kinds that an earlier swap has turned; those built as Triton layers keep their own `strict`.
 
     Raises:
         ValueError: an unknown kind.
     """
     requested = _requested_kinds(layers)
     report = SwapReport({}, {}, {})
+    for module in _swapped_before(model, requested):
+        module.strict = strict
     for name, module in model.named_modules():
         if type(module) in _TRITON and kind_of(module) in requested:
             module.__class__ = _TRITON[type(module)]
@@ -107,6 +111,12 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
         ):
             report.stayed[name] = _reason_to_stay(module, requested)
     return report
+
+
+def _swapped_before(model: nn.Module, requested: set[str]) -> list[Any]:
+    """The layers of these kinds that a swap has turned, also where their class has since been derived from."""
+    swapped = [module for module in model.modules() if "_swapped" in module.__dict__]
+    return [module for module in swapped if any(_KIND.get(cls) in requested for cls in type(module).__mro__)]
 
 
 def _restore(module: nn.Module) -> None:
@@ -133,10 +143,14 @@ def restore(model: nn.Module) -> None:
 
 @contextmanager
 def swapped(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = False) -> Iterator[SwapReport]:
-    """`swap` for the length of a `with` block; what it swapped is restored on exit and on error."""
+    """`swap` for the length of a `with` block; what it changed is restored on exit and on error."""
+    before = [(module, module.strict) for module in _swapped_before(model, _requested_kinds(layers))]
     report = swap(model, layers, strict)
     try:
         yield report
     finally:
         for module in report.modules.values():
             _restore(module)
+        for module, was_strict in before:
+            if "_swapped" in module.__dict__:  # not restored meanwhile
+                module.strict = was_strict

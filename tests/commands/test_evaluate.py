@@ -2,17 +2,23 @@
 
 import errno
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.ctrl_c import heed_ctrl_c, interrupt
 from lightning.pytorch import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import evaluate
 import tritonnn
+from lit_modules.checkpoint import weights_digest
 from lit_modules.classifier import ImageClassifier
 from lit_modules.data import Digits
 from lit_modules.evaluation_result import EvaluationResult
@@ -79,11 +85,87 @@ def test_the_fused_network_is_one_more_row(folder, checkpoint, capsys):
     assert [variant["fused"] for variant in written["proof"]["variants"]] == [False, True]
 
 
-def test_the_newest_best_checkpoint_is_the_default(folder, checkpoint):
-    (folder / "checkpoints/digits").mkdir(parents=True)
-    (folder / "checkpoints/digits/best.ckpt").write_bytes(checkpoint.read_bytes())
-    assert status("--triton-layers", "relu", "linear", "--log-dir", "here", *QUICK) == 0
-    assert json.loads((folder / "here/results.json").read_text())["triton_layers"] == "relu linear"
+@pytest.fixture
+def run(folder: Path, checkpoint: Path) -> Path:
+    """The folder of a run."""
+    run = folder / "checkpoints/digits/version_3"
+    run.mkdir(parents=True)
+    (run / "best-00-0.5.ckpt").write_bytes(checkpoint.read_bytes())
+    (run / "last.ckpt").write_bytes(checkpoint.read_bytes())
+    return run
+
+
+@pytest.mark.parametrize("named", [[], ["checkpoints/digits"], ["checkpoints/digits/version_3"]], ids=len)
+def test_the_best_checkpoint_of_a_run_is_taken_and_named(run, named, capsys):
+    options = [option for folder in named for option in ("--ckpt-path", folder)]
+    assert status(*options, "--triton-layers", "relu", "linear", "--log-dir", "here", *QUICK) == 0
+    best = "checkpoints/digits/version_3/best-00-0.5.ckpt"
+    assert f"Evaluating {best}, of the latest run in " in capsys.readouterr().err
+    written = json.loads(Path("here/results.json").read_text())
+    assert written["triton_layers"] == "relu linear" and written["checkpoint"]["path"] == best
+
+
+def test_which_weights_were_proved_stands_everywhere(run, checkpoint, capsys):
+    best = run.relative_to(Path.cwd()) / "best-00-0.5.ckpt"  # short: the terminal's table wraps long paths
+    assert (
+        status("--ckpt-path", best, "--triton-layers", "relu", "--log-dir", "here", "--precision", "bf16-true", *QUICK)
+        == 0
+    )
+    digest = weights_digest(torch.load(checkpoint, weights_only=True)["state_dict"])
+    written = json.loads(Path("here/results.json").read_text())
+    assert written["checkpoint"] == {"path": str(best), "epoch": 1, "weights": digest}
+    for page in (capsys.readouterr().out, Path("here/results.md").read_text()):
+        assert digest in page and best.name in page
+    events = EventAccumulator("here/triton").Reload()
+    plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    parameters = HParamsPluginData.FromString(plugin).session_start_info.hparams
+    assert (parameters["weights"].string_value, parameters["checkpoint"].string_value) == (digest, str(best))
+
+
+def test_a_log_folder_that_is_used_again_holds_the_last_evaluation_only(folder, checkpoint):
+    (folder / "here/pytorch").mkdir(parents=True)
+    (folder / "here/pytorch/mine.txt").write_text("mine")
+    assert status("--ckpt-path", checkpoint, "--triton-layers", "relu", "--log-dir", "here", *QUICK) == 0
+    assert status("--ckpt-path", checkpoint, "--triton-layers", "none", "--log-dir", "here", *QUICK) == 0
+    assert json.loads(Path("here/results.json").read_text())["triton_layers"] == "none"
+    files = {path.relative_to("here").as_posix().partition(".out.")[0] for path in Path("here").rglob("*")}
+    assert files == {"results.json", "results.md", "pytorch", "pytorch/mine.txt", "pytorch/events"}
+    assert len(list(Path("here/pytorch").glob("events*"))) == 1
+
+
+def test_what_swaps_nothing_proves_nothing(folder, checkpoint, capsys):
+    assert status("--ckpt-path", checkpoint, "--triton-layers", "none", "--log-dir", "here", *QUICK) == 0
+    assert "nothing was swapped, so nothing was proved" in capsys.readouterr().out
+    assert "PASS" not in Path("here/results.md").read_text()
+
+
+def test_data_with_other_classes(folder, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(Digits, "num_classes", 3)
+    assert status("--ckpt-path", checkpoint, *QUICK) == 2
+    assert capsys.readouterr().err.endswith("best.ckpt tells 10 classes apart, the data has 3\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_half_precision_by_autocast_needs_a_gpu(folder, capsys):
+    assert status("--precision", "16-mixed") == 2
+    assert "on a CPU PyTorch has bf16-mixed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["loading", "timing"])
+def test_ctrl_c_ends_with_130_and_writes_nothing(folder, checkpoint, moment):
+    command = [sys.executable, "-u", evaluate.__file__, "--ckpt-path", checkpoint, *QUICK[:-1]]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, preexec_fn=heed_ctrl_c, **pipes)
+    if moment == "timing":
+        errors = interrupt(process, once="Timing")
+        assert (process.returncode, errors.splitlines()[-1]) == (130, "error: interrupted: nothing was written")
+    else:
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors.splitlines()[-1]) == (-signal.SIGINT, "error: interrupted")
+    assert "Traceback" not in errors
+    assert not list(folder.iterdir())
 
 
 def test_a_wrong_layer_ends_with_1(folder, checkpoint, monkeypatch, capsys):
@@ -140,15 +222,17 @@ def test_tf32_in_convolutions_and_products(folder, checkpoint, switch, states, p
         pytest.param(["--cuda-graph"], "add --fuse", id="graph of what is not fused"),
         pytest.param([], "no checkpoint below checkpoints/ yet: run train.py first", id="no checkpoint yet"),
         pytest.param(["--ckpt-path", "nix.ckpt"], "there is no checkpoint nix.ckpt", id="absent checkpoint"),
+        pytest.param(["--ckpt-path", "empty"], "no checkpoint below empty/", id="folder without a checkpoint"),
         pytest.param(["--ckpt-path", "text.ckpt"], "text.ckpt is not a checkpoint", id="not a checkpoint"),
     ],
 )
 def test_wrong_use_is_one_line_and_ends_with_2(folder, capsys, arguments, message):
     (folder / "text.ckpt").write_text("text")
+    (folder / "empty").mkdir()
     assert status(*arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
-    assert [path.name for path in folder.rglob("*")] == ["text.ckpt"]
+    assert {path.name for path in folder.rglob("*")} == {"empty", "text.ckpt"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,18 +15,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.ctrl_c import heed_ctrl_c, interrupt
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
 import train
-from lit_modules.checkpoint import load_classifier
+from lit_modules import command_line
+from lit_modules.checkpoint import load_classifier, weights_digest
 from lit_modules.command_line import UserError
 from lit_modules.data import data_module_from_checkpoint
 
 ROOT = Path(train.__file__).parent
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 DIGITS = ["--config", str(ROOT / "configs" / "digits.yaml"), "--evaluation=null", *QUIET]
+EVALUATION = ["--evaluation=TritonEvaluation", "--evaluation.layers=relu"]
 BRIEF = [*DIGITS, "--model.width=4", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
 
 
@@ -38,14 +42,10 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def start(*args: str) -> subprocess.Popen:
     """train.py on CPUs, with kernels in Triton's interpreter."""
     command = [sys.executable, str(ROOT / "train.py"), *args]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}  # other tests run beside it
+    threads = {"OMP_NUM_THREADS": "1"}  # other tests run beside it, and threads that wait spin
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **threads}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=environment, preexec_fn=heed_ctrl_c, **pipes)
-
-
-def heed_ctrl_c() -> None:
-    """What a shell starts in the background ignores it, and so does what that starts."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def metrics(version: int = 0, data: str = "digits") -> list[dict[str, str]]:
@@ -59,7 +59,7 @@ def contents() -> dict[Path, bytes]:
 
 def test_digits_are_learnt_then_resumed_from_the_last_checkpoint():
     train.main([*DIGITS, "--trainer.max_epochs=3"])
-    (best,) = Path("checkpoints/digits").glob("best*.ckpt")
+    (best,) = Path("checkpoints/digits/version_0").glob("best*.ckpt")
     assert float(metrics()[-1]["test/top1"]) > 0.9
     assert list(Path("logs/digits/version_0").glob("events.out.tfevents.*"))
     checkpoint = load_classifier(best)[1]
@@ -67,7 +67,127 @@ def test_digits_are_learnt_then_resumed_from_the_last_checkpoint():
 
     train.main([*DIGITS, "--trainer.max_epochs=4", "--ckpt-path", "last"])
     assert {row["epoch"] for row in metrics(1) if row["val/loss"]} == {"3"}
-    assert load_classifier("checkpoints/digits/last.ckpt")[1]["global_step"] == 4 * 40
+    assert load_classifier("checkpoints/digits/version_1/last.ckpt")[1]["global_step"] == 4 * 40
+
+
+class TestLast:
+    """The first epoch is the best by this monitor, whatever the network learns."""
+
+    FIRST_IS_BEST = ["--checkpoint.monitor=epoch", "--checkpoint.mode=min"]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param(FIRST_IS_BEST, id="not among the best"),
+            pytest.param(["--trainer.limit_val_batches=0"], id="no validation"),
+            pytest.param(["--trainer.check_val_every_n_epoch=2"], id="validation every other epoch"),
+        ],
+    )
+    def test_is_of_the_last_epoch(self, options):
+        train.main([*BRIEF, "--trainer.max_epochs=3", *options])
+        assert load_classifier("checkpoints/digits/version_0/last.ckpt")[1]["epoch"] == 2
+
+    def test_a_resumed_run_goes_on_from_it_and_keeps_the_best_so_far(self):
+        train.main([*BRIEF, "--trainer.max_epochs=2", *self.FIRST_IS_BEST])
+        before = contents()
+        train.main([*BRIEF, "--trainer.max_epochs=3", *self.FIRST_IS_BEST, "--ckpt-path=last"])
+        assert before.items() <= contents().items()
+        (first,) = Path("checkpoints/digits/version_0").glob("best-00*.ckpt")
+        (best,) = Path("checkpoints/digits/version_1").glob("best*.ckpt")
+        assert (best.name, best.read_bytes()) == (first.name, first.read_bytes())
+        assert {row["epoch"] for row in metrics(1) if row["val/loss"]} == {"2"}
+        assert load_classifier("checkpoints/digits/version_1/last.ckpt")[1]["epoch"] == 2
+        with pytest.raises(UserError, match="version_1/last.ckpt is of the last of 3 epochs: nothing is left to train"):
+            train.main([*BRIEF, "--trainer.max_epochs=3", "--ckpt-path", "checkpoints/digits/version_1"])
+
+    def test_a_best_checkpoint_that_is_gone_is_not_missed(self):
+        train.main([*BRIEF, "--trainer.max_epochs=2", *self.FIRST_IS_BEST])
+        for path in Path("checkpoints/digits/version_0").glob("best*"):
+            path.unlink()
+        train.main([*BRIEF, "--trainer.max_epochs=3", *self.FIRST_IS_BEST, "--ckpt-path=last"])
+        assert [path.name[:7] for path in Path("checkpoints/digits/version_1").glob("best*")] == ["best-02"]
+
+
+def test_each_run_has_a_number_for_its_checkpoints_and_its_logs():
+    Path("logs/digits/version_4").mkdir(parents=True)
+    train.main(BRIEF)
+    train.main([*BRIEF, "--trainer.logger=false"])
+    train.main(BRIEF)
+    assert sorted(path.name for path in Path("checkpoints/digits").iterdir()) == ["version_5", "version_6", "version_7"]
+    assert sorted(path.name for path in Path("logs/digits").iterdir()) == ["version_4", "version_5", "version_7"]
+    assert not Path("config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([], id="as it is"),
+        pytest.param(
+            [
+                "--trainer.callbacks+=ModelCheckpoint",
+                "--trainer.callbacks.save_last=true",
+                "--trainer.callbacks+=LearningRateMonitor",
+            ],
+            id="callbacks that write",
+        ),
+        pytest.param(
+            ["--evaluation=TritonEvaluation", "--evaluation.layers=relu", "--evaluation.budget_s=0"], id="evaluation"
+        ),
+    ],
+)
+def test_a_dry_run_leaves_no_trace(options):
+    train.main(BRIEF)
+    before = contents(), list(Path().rglob("*"))
+    train.main([*BRIEF, "--trainer.fast_dev_run=true", "--data.batch_size=2", *options])
+    assert (contents(), list(Path().rglob("*"))) == before
+
+
+class TestWithOtherCallbacks:
+    def test_a_learning_rate_that_is_found_is_used(self):
+        finder = ["--trainer.callbacks+=LearningRateFinder", "--trainer.callbacks.num_training_steps=20"]
+        train.main([*BRIEF, *finder, "--trainer.limit_train_batches=20", "--trainer.log_every_n_steps=1"])
+        found = load_classifier("checkpoints/digits/version_0/last.ckpt")[0].hparams.lr
+        assert found != 0.05
+        assert max(float(row["train/lr"]) for row in metrics() if row["train/lr"]) == pytest.approx(found)
+
+    @pytest.fixture(autouse=True)
+    def what_is_tested_is_said(self, caplog):
+        caplog.set_level(logging.INFO, "lightning.pytorch")
+
+    def test_the_test_is_of_the_runs_best_beside_another_checkpoint_callback(self, caplog):
+        other = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=other"]
+        train.main([*BRIEF, *other])
+        assert list(Path("other").iterdir())
+        assert "Testing checkpoints/digits/version_0/best-00" in caplog.text
+
+    @pytest.mark.parametrize(
+        "options, logs",
+        [
+            pytest.param([*BRIEF, "--trainer.enable_checkpointing=false"], True, id="enable_checkpointing"),
+            pytest.param(
+                [
+                    *("--data=Digits", "--data.num_workers=0", "--evaluation=null", "--trainer.barebones=true"),
+                    *("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--model.width=4"),
+                    *("--trainer.accelerator=cpu", "--data.batch_size=32"),
+                ],
+                False,
+                id="barebones",
+            ),
+        ],
+    )
+    def test_without_checkpoints_the_network_is_tested_as_it_is(self, options, logs, caplog):
+        train.main(options)
+        assert "Testing the network as it is in the end: no checkpoint was kept" in caplog.text
+        assert not Path("checkpoints").exists() and Path("logs").exists() == logs
+
+
+def test_what_is_said_about_the_interpreter_is_not_printed_into_a_config(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    command_line.start_command()
+    output, errors = capsys.readouterr()
+    assert output == "" and "Triton's interpreter" in errors
 
 
 def test_print_config_shows_what_would_run(capsys):
@@ -119,6 +239,16 @@ def test_shipped_config_is_accepted(name):
         ([*DIGITS, "--ckpt-path=last"], "there is no last checkpoint in checkpoints/digits/"),
         ([*DIGITS, "--ckpt-path=absent.ckpt"], "absent.ckpt"),
         ([*DIGITS, "--trainer.devices=0"], "devices"),
+        ([*DIGITS, "--model.lr=-1"], "lr must be more than 0, and finite, got -1.0"),
+        ([*DIGITS, "--model.width=0"], "width must be at least 1, got 0"),
+        ([*DIGITS, "--model.warmup=2"], "warmup must be from 0 to 1, got 2.0"),
+        ([*DIGITS, "--model.in_channels=1"], 'must be given via "data.in_channels"'),
+        ([*DIGITS, "--data=Foo"], "data must be one of CIFAR10, ImageFolder, Digits, or the import path of"),
+        ([*DIGITS, "--trainer.max_epochs=-1"], "set trainer.max_epochs or trainer.max_steps"),
+        ([*DIGITS, "--trainer.precision=16-mixed"], "16-mixed needs a GPU: on a CPU PyTorch has bf16-mixed"),
+        ([*DIGITS, "--ckpt-path=last", "--trainer.fast_dev_run=true"], "leave --ckpt-path out"),
+        ([*DIGITS, "--ckpt-path=checkpoints"], "there is no last checkpoint in checkpoints/"),
+        ([*DIGITS, "--checkpoint.mode=best"], "`mode` can be min, max but got best"),
     ],
     ids=lambda value: "" if isinstance(value, list) else value.split()[-1],
 )
@@ -141,9 +271,31 @@ def test_wrong_option_ends_the_command_with_one_line():
 def test_checkpoint_of_another_architecture_is_not_resumed():
     train.main(BRIEF)
     before = contents()
-    with pytest.raises(UserError, match="last.ckpt is of another architecture"):
+    with pytest.raises(UserError, match="last.ckpt is of another architecture .*: width 4, not 8"):
         train.main([*BRIEF, "--model.width=8", "--ckpt-path=last"])
     assert contents() == before
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data.batch_size=64"], "was trained with data.batch_size 32, this is 64"),
+        (["--trainer.limit_train_batches=3"], "made 2 steps in 1 epochs, this training makes 3 an epoch"),
+    ],
+)
+def test_a_training_with_epochs_of_another_length_is_not_resumed(options, message):
+    train.main(BRIEF)
+    before = list(Path("checkpoints").rglob("*"))
+    with pytest.raises(UserError, match=message):
+        train.main([*BRIEF, "--trainer.max_epochs=2", "--ckpt-path=last", *options])
+    assert list(Path("checkpoints").rglob("*")) == before
+
+
+def test_weights_alone_are_not_resumed():
+    train.main([*BRIEF, "--checkpoint.save_weights_only=true"])
+    (best,) = Path("checkpoints/digits/version_0").glob("best*.ckpt")
+    with pytest.raises(UserError, match="can be evaluated, but not resumed"):
+        train.main([*BRIEF, "--trainer.max_epochs=2", "--ckpt-path", str(best)])
 
 
 def test_log_folder_that_cannot_be_made():
@@ -159,25 +311,36 @@ def test_full_disk_leaves_the_earlier_checkpoint(monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     train.main(BRIEF)
-    before = {path: path.read_bytes() for path in Path("checkpoints").rglob("*.*")}
+    before = contents()
     monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", write_a_part)
     with pytest.raises(UserError, match="No space left on device.*checkpoints/digits"):
         train.main([*BRIEF, "--trainer.max_epochs=2", "--ckpt-path=last"])
-    assert {path: path.read_bytes() for path in Path("checkpoints").rglob("*.*")} == before
+    assert before.items() <= contents().items()
+    assert not list(Path("checkpoints").rglob("*.part"))
 
 
 def test_ctrl_c_keeps_the_last_checkpoint_and_says_where():
     process = start(*DIGITS, "--model.width=4", "--trainer.max_epochs=1000")
-    last = Path("checkpoints/digits/last.ckpt")
+    last = Path("checkpoints/digits/version_0/last.ckpt")
     deadline = time.monotonic() + 120
     while not last.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2, stderr
+    assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1] == f"error: interrupted: {last} is kept, resume with --ckpt-path last"
     assert "Traceback" not in stderr
     assert load_classifier(last)[0].hparams.width == 4
+
+
+def test_ctrl_c_in_the_test_says_what_is_kept():
+    process = start(*BRIEF, *EVALUATION, "--trainer.limit_test_batches=1", "--data.batch_size=8")
+    stderr = interrupt(process, once="Timing")
+    assert process.returncode == 130, stderr
+    (best,) = Path("checkpoints/digits/version_0").glob("best*.ckpt")
+    assert stderr.splitlines()[-1] == f"error: interrupted: {best} is kept"
+    assert "Traceback" not in stderr
+    assert not {path.name for path in Path("logs").rglob("*")} & {"results.json", "results.md", "pytorch", "triton"}
 
 
 def test_two_processes_train_and_count_every_test_image_once():
@@ -196,12 +359,12 @@ def test_two_processes_train_and_count_every_test_image_once():
         "--data.val_fraction=0.3",
     ]
     parallel = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
-    evaluation = ["--evaluation.layers=relu", "--evaluation.latency=false"]
+    evaluation = ["--evaluation.layers=relu", "--evaluation.budget_s=0"]
     process = start(*QUIET, *data, *parallel, *evaluation, "--model.width=4", "--model.lr=0.01")
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
 
-    (best,) = Path("checkpoints/pets").glob("best*.ckpt")
+    (best,) = Path("checkpoints/pets/version_0").glob("best*.ckpt")
     classifier, checkpoint = load_classifier(best)
     loader = data_module_from_checkpoint(checkpoint, batch_size=7)
     loader.setup("test")
@@ -211,4 +374,8 @@ def test_two_processes_train_and_count_every_test_image_once():
     tested = metrics(data="pets")[-1]
     assert float(tested["test/loss"]) == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-4)
     assert float(tested["test/top1"]) == pytest.approx((logits.argmax(1) == labels).float().mean().item())
-    assert json.loads(Path("logs/pets/version_0/results.json").read_text())["proof"]["samples"] == 7
+    results = json.loads(Path("logs/pets/version_0/results.json").read_text())
+    assert results["proof"]["samples"] == 7
+    assert results["latency"]["networks"]["relu"]
+    assert Path(results["checkpoint"]["path"]) == best.resolve()
+    assert results["checkpoint"]["weights"] == weights_digest(checkpoint["state_dict"])

@@ -239,23 +239,73 @@ def test_batch_norm(norm, folds):
 
 def test_weights_are_folded_in_float64():
     model = trained(Net(lambda n, x: n.norm(n.a(x))), torch.float32)
+    fused = tritonnn.fuse(model)
+    fused.network.a.bias.zero_()
     scale = model.norm.weight.double() / (model.norm.running_var.double() + model.norm.eps).sqrt()
-    expected = (model.a.weight.double() * scale[:, None, None, None]).float()
-    torch.testing.assert_close(tritonnn.fuse(model).network.a.weight, expected, rtol=1e-7, atol=0)
+    weight = (model.a.weight.double() * scale[:, None, None, None]).float()
+    x = torch.zeros(4, 4, 3, 3, device=DEVICE)
+    x[range(4), range(4), 1, 1] = 1  # y is the weight
+    torch.testing.assert_close(fused(x), F.conv2d(x, weight, padding=1), rtol=1e-7, atol=0)
+
+
+def errors_of_a_block(model: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Of the exact result in this type, of PyTorch's and of the fused one, with autocast where the model has another.
+
+    2-norms, relative to that of the exact result.
+    """
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        fused = tritonnn.fuse(model)
+        with torch.autocast(DEVICE.type, dtype, enabled=x.dtype != dtype):
+            results = exact.to(dtype), model(x), fused(x)
+    assert all(y.dtype == dtype for y in results)
+    return tuple(float((y.double() - exact).norm() / exact.norm()) for y in results)
 
 
 def test_16_bit_weights_are_not_rounded_again():
     """The batch norm scales the sums: folded into the weights it would cost as much precision as bfloat16 itself."""
     model = trained(nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32))).to(DEVICE, torch.bfloat16)
-    x = image(2, 16, 12, 12, dtype=torch.bfloat16)
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(x.double())
-        rounded = exact.to(torch.bfloat16), model(x), tritonnn.fuse(model)(x)
-        rounding, pytorch, fused = (float((y.double() - exact).norm() / exact.norm()) for y in rounded)
+    rounding, pytorch, fused = errors_of_a_block(model, image(2, 16, 12, 12, dtype=torch.bfloat16), torch.bfloat16)
     assert fused < 1.02 * rounding  # that of the result alone
     assert fused < pytorch
-    (layer,) = (m for m in tritonnn.fuse(model.float()).modules() if isinstance(m, FusedConv2d))
-    assert layer.scale is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("running_var, size", [(1e-12, 1e-3), (1e-4, 1), (1e4, 1), (1e8, 1), (1e10, 10)], ids=str)
+@pytest.mark.parametrize("groups", [1, 4, 16], ids="{} groups".format)
+def test_batch_norm_of_any_scale_under_autocast(groups, running_var, size, dtype):
+    """Folded into weights of 16 bits it would leave float16's range; `size` keeps the result within it."""
+    norm = nn.BatchNorm2d(32, eps=1e-12)
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, bias=False, groups=groups), norm).to(DEVICE).eval()
+    norm.running_var.fill_(running_var)
+    _, pytorch, fused = errors_of_a_block(model, size * image(2, 16, 12, 12), dtype)
+    assert fused <= 1.02 * pytorch
+
+
+def test_float16_afterwards_of_a_batch_norm_of_a_small_scale():
+    model = trained(nn.Sequential(nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32, affine=False)), torch.float32)
+    model[1].running_var.mul_(1e4)
+    model[0].weight.data.mul_(1e-2)
+    x = 1e3 * image(2, 16, 12, 12)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        fused = tritonnn.fuse(model).half()(x.half())
+        pytorch = model.half()(x.half())
+    errors = [float((y.double() - exact).norm()) for y in (pytorch, fused)]
+    assert errors[1] <= 1.02 * errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_changed_scale_counts(dtype):
+    fused = tritonnn.fuse(trained(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), dtype))
+    layer, x = fused.network.get_submodule("0"), image(1, 4, 5, 5, dtype=dtype)
+    before = fused(x)
+    layer.scale.mul_(2)
+    layer.bias.mul_(2)
+    torch.testing.assert_close(fused(x), 2 * before)
+    layer.scale = layer.scale / 2
+    layer.bias = layer.bias / 2
+    torch.testing.assert_close(fused(x), before)
 
 
 def test_training_mode_is_an_error():
@@ -566,11 +616,35 @@ def test_average_pool_apart_from_the_linear_layer(code):
 
 def test_what_only_convolutions_read_is_rounded_once_in_tf32():
     """Not what is read elsewhere too, or only added: the last result, and the summands of the shortcuts."""
-    network = tritonnn.fuse(trained(ResNet18(width=2))).network
+    network = tritonnn.fuse(trained(ResNet18(width=64))).network
     convolutions = {name: m for name, m in network.named_modules() if isinstance(m, FusedConv2d)}
     exact = {name for name, m in convolutions.items() if not m.round_output}
     assert exact == {"stages.3.1.conv2", *(f"stages.{i}.0.shortcut.conv.other" for i in (1, 2, 3))}
     assert [name for name, m in convolutions.items() if not m.rounded_input] == ["stem.conv"]
+
+
+def test_what_a_convolution_without_tf32_reads_is_not_rounded(monkeypatch):
+    """Of the readers of a, b, whose sums are short, uses TF32 for many images only; c always does."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    monkeypatch.setattr("tritonnn.runtime.precision._on_tensor_cores", lambda x: True)
+    layers = {"a": nn.Conv2d(64, 48, 3, padding=1), "b": nn.Conv2d(48, 64, 1), "c": nn.Conv2d(48, 64, 3, padding=1)}
+    layers["pool"] = nn.MaxPool2d(2)
+
+    def rounded(code, N: int) -> dict[str, bool]:
+        """Whether a rounds its result, and whether the others take theirs for rounded."""
+        network, x = tritonnn.fuse(Net(code, **layers).eval()).network, torch.empty(N, 64, 32, 32, device="meta")
+        convolutions = {name: layer for name, layer in network.named_modules() if isinstance(layer, FusedConv2d)}
+        return {name: m.rounds_output_for(x) if name == "a" else m.has_rounded(x) for name, m in convolutions.items()}
+
+    def both(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x)
+        return net.b(y) * net.c(y)
+
+    assert rounded(both, N=1) == {"a": False, "b": False, "c": False}
+    assert rounded(both, N=1024) == {"a": True, "b": True, "c": True}
+    for N in (1, 1024):  # behind a pool b sees another size than a
+        assert rounded(lambda net, x: net.b(net.pool(net.a(x))), N) == {"a": False, "b": False}
+        assert rounded(lambda net, x: net.c(net.pool(net.a(x))), N) == {"a": True, "c": True}
 
 
 def test_a_convolution_whose_result_leaves_the_network_is_not_rounded():

@@ -47,6 +47,24 @@ def test_adaptive(case, channels_last):
     assert_same_layer(nn.AdaptiveAvgPool2d(size), x, gradients=size != 0)
 
 
+@pytest.mark.parametrize("size", [5, 1, (1, 3), (None, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 10, 10), (0, 3, 10, 10), (0, 0, 10, 10)], ids=str)
+def test_adaptive_gradient_of_an_empty_image(size, shape):
+    layer, gradients = nn.AdaptiveAvgPool2d(size), []
+    for swap in (False, True):
+        if swap:
+            tritonnn.swap(layer, strict=True)
+        x = image(*shape).requires_grad_()
+        try:
+            layer(x).sum().backward()
+        except RuntimeError as error:  # PyTorch's, where it has no such gradient
+            gradients.append(str(error))
+        else:
+            gradients.append(x.grad.shape)
+    assert gradients[1] == gradients[0]
+    assert shape != (0, 10, 10) or gradients[1] == shape
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_types(dtype):
     assert_same_layer(nn.AvgPool2d(3, 2, 1), image(2, 5, 9, 8, dtype=dtype))

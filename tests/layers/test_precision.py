@@ -9,10 +9,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.compare import image
+from helpers.gpus import A100
 from torch import nn
 
 import tritonnn
-from tritonnn.runtime import precision
+from tritonnn.runtime import hardware, precision
 
 IMAGES = 256
 PHOTOS = 16
@@ -198,32 +199,120 @@ def test_tf32_is_unbiased(name, tf32):
     assert bias.abs() < 2e-5
 
 
+# What cuDNN computes in float32 although TF32 is allowed: (C, K, filter, arguments), images
+
+FLOAT32_IN_CUDNN = {
+    "2 to 64, 1x1": ((2, 64, 1), {}, (16, 56)),
+    "3 to 64, 1x1": ((3, 64, 1), {}, (16, 56)),
+    "6 to 128, 1x1": ((6, 128, 1), {}, (32, 14)),
+    "64 to 1, 1x1": ((64, 1, 1), {}, (32, 14)),
+    "50 to 66, 1x1": ((50, 66, 1), {}, (32, 14)),
+    "1 to 16, 5x5": ((1, 16, 5), {"padding": 2}, (32, 28)),
+    "4 to 1, 5x5": ((4, 1, 5), {}, (32, 28)),
+    "3 to 64, 3x3": ((3, 64, 3), {"padding": 1}, (16, 56)),
+    "3 to 32, 3x3/2": ((3, 32, 3), {"padding": 1, "stride": 2}, (32, 28)),
+    "5 to 66, 3x3": ((5, 66, 3), {"padding": 1}, (32, 14)),
+    "64 to 3, 3x3": ((64, 3, 3), {"padding": 1}, (32, 28)),
+    "24 to 20, 5x5": ((24, 20, 5), {"padding": 2}, (2, 9)),
+    "in 2 groups": ((8, 32, 3), {"padding": 1, "groups": 2}, (32, 28)),
+    "16 to 32, 1x1": ((16, 32, 1), {}, (128, 32)),
+    "4 to 4, 3x3": ((4, 4, 3), {"padding": 1}, (128, 32)),
+    "4 to 48, 3x3/2": ((4, 48, 3), {"padding": 1, "stride": 2}, (16, 112)),
+    "3 to 32, 7x7/2": ((3, 32, 7), {"padding": 3, "stride": 2}, (16, 112)),
+    "in 2 groups of 6 channels": ((12, 64, 3), {"padding": 1, "groups": 2}, (128, 32)),
+    "in 4 groups, 1x1": ((256, 256, 1), {"groups": 4}, (32, 28)),
+    "in 10 groups": ((40, 30, 3), {"padding": 1, "groups": 10}, (2, 9)),
+    "in 10 groups of 64 filters": ((40, 640, 3), {"padding": 1, "groups": 10}, (32, 28)),
+    "in 32 groups": ((32, 64, 3), {"padding": 1, "groups": 32}, (32, 28)),
+}
+TF32_IN_CUDNN = {
+    "64 to 64, 3x3": ((64, 64, 3), {"padding": 1}, (1, 32)),
+    "512 to 512, 3x3": ((512, 512, 3), {"padding": 1}, (1, 4)),
+    "3 to 64, 3x3": ((3, 64, 3), {"padding": 1}, (64, 32)),
+    "3 to 32, 3x3/2": ((3, 32, 3), {"padding": 1, "stride": 2}, (32, 224)),
+    "64 to 64, 1x1": ((64, 64, 1), {}, (2, 9)),
+    "64 to 128, 1x1/2": ((64, 128, 1), {"stride": 2}, (16, 56)),
+    "1024 to 256, 1x1": ((1024, 256, 1), {}, (16, 14)),
+    "in 4 groups": ((256, 256, 3), {"padding": 1, "groups": 4}, (32, 28)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", FLOAT32_IN_CUDNN)
+def test_no_less_precise_than_pytorch_where_cudnn_does_without_tf32(case, channels_last, tf32):
+    arguments, keywords, (N, H) = FLOAT32_IN_CUDNN[case]
+    x = image(N, arguments[0], H, H, channels_last=channels_last)
+    layer = nn.Conv2d(*arguments, bias=False, device="cuda", **keywords)
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).double()(x.double())
+        expected = Error.of(layer(x), exact)
+        tritonnn.swap(layer, strict=True)
+        actual = Error.of(layer(x), exact)
+    assert actual.rms <= max(1.05 * expected.rms, 1.5 * Error.of(exact.float(), exact).rms)
+
+
 class OnGpu:
     """Looks like x on a GPU."""
 
     device = torch.device("cuda", 0)
 
     def __init__(self, x: torch.Tensor) -> None:
-        self.dtype, self.shape, self.stride, self.dim = x.dtype, x.shape, x.stride, x.dim
+        self.dtype, self.shape, self.stride, self.dim, self.numel = x.dtype, x.shape, x.stride, x.dim, x.numel
+
+
+def chosen(case: tuple, channels_last: bool) -> str:
+    """The precision of the convolution of such a case on a GPU."""
+    (C, K, R), keywords, (N, H) = case
+    P = (H + 2 * keywords.get("padding", 0) - R) // keywords.get("stride", 1) + 1
+    x = torch.empty(N, C, H, H, device="meta")
+    weight = torch.empty(K, C // keywords.get("groups", 1), R, R, device="meta")
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    return precision.convolution_input_precision(OnGpu(x), weight, N * P * P)
+
+
+@pytest.fixture
+def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "gpu", lambda device: A100 if device.type == "cuda" else hardware.INTERPRETER)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", FLOAT32_IN_CUDNN)
+def test_float32_where_cudnn_does_without_tf32(case, channels_last, tf32, ampere):
+    C, R, groups = (
+        FLOAT32_IN_CUDNN[case][0][0],
+        FLOAT32_IN_CUDNN[case][0][2],
+        FLOAT32_IN_CUDNN[case][1].get("groups", 1),
+    )
+    strict = "ieee" if C // groups * R * R <= 32 else "tf32x3"
+    assert chosen(FLOAT32_IN_CUDNN[case], channels_last) == strict
+
+
+@pytest.mark.parametrize("case", TF32_IN_CUDNN)
+def test_tf32_where_it_saves_time(case, tf32, ampere):
+    assert chosen(TF32_IN_CUDNN[case], channels_last=True) == "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    assert chosen(TF32_IN_CUDNN[case], channels_last=True) != "tf32"
 
 
 @pytest.mark.parametrize("flag", ["ieee", "tf32"])
-def test_switches_for_convolution_and_matmul_are_two(flag, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    x = torch.empty(0, device="meta")
-    cuda = OnGpu(image(2, 8, 4, 4))
+def test_switches_for_convolution_and_matmul_are_two(flag, ampere):
+    def weight(C: int) -> torch.Tensor:
+        return torch.empty(64, C, 3, 3, device="meta")
+
+    cuda = OnGpu(image(2, 64, 4, 4))
     torch.backends.cudnn.conv.fp32_precision = flag
     expected = "tf32" if flag == "tf32" else "tf32x3"
-    assert precision.convolution_input_precision(cuda, 576) == expected
-    assert precision.matmul_input_precision(cuda, 576) == "tf32x3"
-    assert precision.convolution_input_precision(cuda, 64) == "tf32x3"
-    assert precision.convolution_input_precision(cuda, 27) == "ieee"
-    last = OnGpu(image(2, 8, 4, 4, channels_last=True))
-    assert precision.convolution_input_precision(last, 64) == expected
-    assert precision.convolution_input_precision(last, 27) == ("tf32" if flag == "tf32" else "ieee")
-    assert precision.convolution_input_precision(x, 576) == "ieee"
+    assert precision.convolution_input_precision(cuda, weight(64), 32) == expected
+    assert precision.convolution_input_precision(cuda, weight(8), 32) == "tf32x3"
+    assert precision.convolution_input_precision(cuda, weight(3), 32) == "ieee"
+    assert precision.convolution_input_precision(torch.empty(2, 64, 4, 4, device="meta"), weight(64), 32) == "ieee"
+    assert precision.convolution_allows_tf32(cuda) == (flag == "tf32")
+    long, short = (torch.empty(64, C, device="meta") for C in (576, 64))
+    assert precision.matmul_input_precision(cuda, long) == "tf32x3"
     torch.backends.cuda.matmul.fp32_precision = flag
-    assert precision.matmul_input_precision(cuda, 576) == expected
+    assert precision.matmul_input_precision(cuda, long) == expected
+    assert precision.matmul_input_precision(cuda, short) == "tf32x3"
 
 
 if __name__ == "__main__":  # python tests/layers/test_precision.py: the tables of the errors

@@ -88,6 +88,30 @@ def test_inplace_gradient():
     assert torch.equal(x.grad, 2.0 * (x > 0))
 
 
+@pytest.mark.parametrize("view", [lambda x: x[1:3], lambda x: x.view(24), lambda x: x.t()], ids=["rows", "view", "t"])
+def test_inplace_gradient_of_a_view(view):
+    x, gradients = image(4, 6), []
+    for layer in (nn.ReLU(inplace=True), tritonnn.TritonReLU(inplace=True)):
+        leaf = x.clone().requires_grad_()
+        h = leaf * 2
+        y = layer(view(h))
+        (h.square().sum() + y.sum()).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_inplace_gradient_twice():
+    """Of the second order, where the input, which is the output now, is used afterwards."""
+    x, gradients = image(4, 6, dtype=torch.float64), []
+    for layer in (nn.ReLU(inplace=True), tritonnn.TritonReLU(inplace=True)):
+        leaf = x.clone().requires_grad_()
+        h = leaf**3
+        y = layer(h)
+        (first,) = torch.autograd.grad((y * h).sum(), leaf, create_graph=True)
+        gradients.append([y, first, *torch.autograd.grad(first.square().sum(), leaf)])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=0)
+
+
 def test_inplace_errors():
     layer = tritonnn.TritonReLU(inplace=True)
     x = image(1, 3).expand(2, 3)
@@ -97,6 +121,11 @@ def test_inplace_errors():
     assert torch.equal(x, before)
     with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
         layer(image(3).requires_grad_())
+    h = image(4, 3).requires_grad_() * 1
+    before = h.clone()
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        layer(h.chunk(2)[0])
+    assert torch.equal(h, before)
 
 
 def test_saved_tensor_is_protected_from_inplace():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_modules.checkpoint import load, load_classifier, newest_best
+from lit_modules.checkpoint import best_of, load, load_classifier, newest_run, weights_digest
 from lit_modules.classifier import ImageClassifier
 from lit_modules.command_line import UserError
 
@@ -39,20 +39,72 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_newest_best_is_found_below_all_folders(tmp_path):
-    for age, name in enumerate(["digits/best-07.ckpt", "cifar10/best.ckpt", "cifar10/deep/best-v1.ckpt"]):
-        file = tmp_path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        os.utime(file, (1000 - age, 1000 - age))
-    (tmp_path / "digits/last.ckpt").touch()
-    assert newest_best(tmp_path) == tmp_path / "digits/best-07.ckpt"
+def write(path: Path, age: int = 0, best: str | None = None) -> Path:
+    """A checkpoint so many seconds old, or an empty file unless it names the best."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"BestCheckpoint{'monitor': 'val/top1'}": {"best_model_path": best}}
+    torch.save(contents() | {"callbacks": state}, path) if best else path.touch()
+    os.utime(path, (1000 - age, 1000 - age))
+    return path
+
+
+def test_the_newest_run_is_the_one_that_was_written_to_last(tmp_path):
+    write(tmp_path / "digits/version_0/last.ckpt", age=1)
+    write(tmp_path / "digits/version_1/best-07.ckpt", age=2)
+    write(tmp_path / "cifar10/version_4/best.ckpt", age=3)
+    assert newest_run(tmp_path) == tmp_path / "digits/version_0"
 
 
 @pytest.mark.parametrize("folder", ["", "absent"])
 def test_no_checkpoint_yet_names_train_py(tmp_path, folder):
     with pytest.raises(UserError, match="no checkpoint below .* run train.py first"):
-        newest_best(tmp_path / folder)
+        newest_run(tmp_path / folder)
+
+
+class TestBestOfARun:
+    def test_the_only_scored_one_though_the_last_is_newer(self, tmp_path):
+        best = write(tmp_path / "best-00-0.5.ckpt", age=9)
+        write(tmp_path / "last.ckpt")
+        assert best_of(tmp_path) == best
+
+    def test_of_several_the_one_that_the_newest_names(self, tmp_path):
+        for age, name in enumerate(["best-02-0.7.ckpt", "best-01-0.9.ckpt", "best-00-0.8.ckpt"]):
+            write(tmp_path / name, age, best="/elsewhere/best-01-0.9.ckpt")  # the folder may have been moved
+        assert best_of(tmp_path) == tmp_path / "best-01-0.9.ckpt"
+
+    def test_of_several_the_newest_where_none_is_named(self, tmp_path):
+        write(tmp_path / "a.ckpt", age=1)
+        newest = write(tmp_path / "b.ckpt", best="deleted.ckpt")
+        assert best_of(tmp_path) == newest
+
+    def test_the_last_where_none_was_scored(self, tmp_path):
+        last = write(tmp_path / "last.ckpt")
+        assert best_of(tmp_path) == last
+
+    def test_an_empty_folder(self, tmp_path):
+        with pytest.raises(UserError, match="has no checkpoint"):
+            best_of(tmp_path)
+
+
+class TestDigest:
+    WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
+
+    def test_the_same_in_any_order_and_layout(self):
+        again = {"b": torch.tensor(3), "a": torch.arange(6.0).reshape(2, 3).t().contiguous().t()}
+        assert weights_digest(again) == weights_digest(self.WEIGHTS)
+        assert len(weights_digest(self.WEIGHTS)) == 16
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            pytest.param({"b": torch.tensor(4)}, id="value"),
+            pytest.param({"b": torch.tensor(3, dtype=torch.int32)}, id="type"),
+            pytest.param({"a": torch.arange(6.0).reshape(3, 2)}, id="shape"),
+            pytest.param({"c": torch.tensor(3)}, id="name"),
+        ],
+    )
+    def test_another_for_other_weights(self, change):
+        assert weights_digest(self.WEIGHTS | change) != weights_digest(self.WEIGHTS)
 
 
 def test_a_classifier_comes_back_with_its_weights(path):

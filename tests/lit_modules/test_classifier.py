@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_modules.classifier import ImageClassifier, accuracies
+from lit_modules.classifier import ImageClassifier, accuracies, one_cycle
 
 IMAGES = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(7)
@@ -76,6 +78,82 @@ def test_only_convolution_and_linear_weights_decay(tmp_path):
     assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0
     assert {p.dim() for p in decayed["params"]} == {2, 4} and {p.dim() for p in rest["params"]} == {1}
     assert len(decayed["params"]) + len(rest["params"]) == len(list(classifier.parameters()))
+
+
+@pytest.mark.parametrize("steps, warmup", [(200, 0.2), (40, 0.3), (7, 0.5), (10, 0.999)])
+def test_the_schedule_is_pytorchs_one_cycle(steps, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = OneCycleLR(optimizer, 0.4, steps, pct_start=warmup, cycle_momentum=False)
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert [one_cycle(step, steps, warmup, 0.4) for step in range(steps)] == rates
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 5, 10])
+def test_a_schedule_of_any_length_trains(steps, warmup):
+    rates = [one_cycle(step, steps, warmup) for step in range(steps + 1)]
+    assert all(0 <= rate <= 1 for rate in rates) and max(rates[:-1]) > 0
+
+
+def test_five_steps_are_trained_of_which_one_would_be_the_warm_up(tmp_path):
+    fit = trainer(tmp_path, max_epochs=5, limit_train_batches=1, enable_checkpointing=False)
+    fit.fit(ImageClassifier(width=4), loader())  # a warm-up of 0.2: OneCycleLR divides by zero
+    assert fit.global_step == 5
+
+
+def test_a_rate_that_was_found_is_the_schedules(tmp_path):
+    class Finder(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.hparams.lr = 0.123
+            trainer.optimizers[0].param_groups[0]["lr"] = 7.0
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = []
+    fit = trainer(tmp_path, max_epochs=5, enable_checkpointing=False, callbacks=Finder())
+    fit.fit(ImageClassifier(width=4, lr=0.01), loader())
+    assert rates == [one_cycle(step, 10, 0.2, 0.123) for step in range(10)]
+
+
+def test_a_training_without_end_has_no_schedule(tmp_path):
+    with pytest.raises(MisconfigurationException, match="set trainer.max_epochs"):
+        trainer(tmp_path, max_epochs=-1, enable_checkpointing=False).fit(ImageClassifier(width=4), loader())
+
+
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_a_training_is_not_resumed_with_epochs_of_another_length(tmp_path, batch_size):
+    first = trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
+    first.fit(ImageClassifier(width=4), loader())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    second = trainer(tmp_path, max_epochs=3, enable_checkpointing=False)
+    with pytest.raises(MisconfigurationException, match="made 4 steps in 2 epochs, this training makes"):
+        second.fit(ImageClassifier(width=4), loader(batch_size), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("width", 0),
+        ("num_classes", 1),
+        ("in_channels", 0),
+        ("lr", -1.0),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("warmup", 2.0),
+        ("momentum", 0.0),
+        ("momentum", 1.0),
+        ("weight_decay", -1.0),
+        ("label_smoothing", 2.0),
+    ],
+)
+def test_argument_out_of_range(argument, value):
+    with pytest.raises(ValueError, match=f"^{argument} must be .*, got {value}$"):
+        ImageClassifier(**{argument: value})
 
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

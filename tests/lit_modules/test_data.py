@@ -1,5 +1,8 @@
 """The data modules: their splits, their batches, and one clear line for wrong data."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -7,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from lit_modules.command_line import UserError
-from lit_modules.data import CIFAR10, MEAN, STD, Digits, ImageFolder, data_module_from_checkpoint
+from lit_modules.data import CIFAR10, MEAN, STD, Digits, ImageFolder, data_module_from_checkpoint, read_image
 
 
 @pytest.fixture
@@ -83,6 +86,30 @@ def test_corrupt_archive_is_named_and_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is corrupt: its md5"):
         CIFAR10(str(tmp_path)).prepare_data()
     assert archive.read_bytes() == b"half a download"
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_grey_of_16_bits_is_scaled(folder, suffix):
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    path = folder / f"grey.{suffix}"
+    Image.fromarray(grey).save(path)
+    assert Image.open(path).mode == "I;16"
+    assert np.array_equal(np.asarray(read_image(path)), np.repeat((grey // 256)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused_by_name(folder, dtype):
+    path = folder / "deep.tif"
+    Image.fromarray(np.full((8, 8), 70000, dtype)).save(path)
+    with pytest.raises(UserError, match=r"deep.tif: its pixels have 32 bits"):
+        read_image(path)
+
+
+def test_image_folder_with_one_class(folder):
+    for split in ("train", "test"):
+        shutil.rmtree(folder / split / "dog")
+    with pytest.raises(UserError, match="has one class, cat"):
+        ImageFolder(str(folder))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

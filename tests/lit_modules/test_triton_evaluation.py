@@ -9,14 +9,15 @@ import torch
 from helpers.tiny_classifier import TinyClassifier, evaluation_trainer, loader, random_images
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import tritonnn
 from lit_modules import triton_evaluation
 from lit_modules.agreement import AgreementMeter, Quality
+from lit_modules.checkpoint import weights_digest
 from lit_modules.classifier import MeanLoss, accuracies
-from lit_modules.evaluation_result import EvaluationResult, timing
+from lit_modules.evaluation_result import Evaluated, EvaluationResult, timing
 from lit_modules.triton_evaluation import TritonEvaluation
 from tritonnn.layers.fused_conv2d import FusedPooledLinear
 
@@ -311,6 +312,70 @@ def test_padding_of_a_distributed_sampler_does_not_count(tmp_path, monkeypatch, 
     with torch.inference_mode():
         correct = TinyClassifier().eval()(data.tensors[0][places]).argmax(1) == labels
     assert proof.pytorch.top1 == pytest.approx(correct.float().mean().item())
+
+
+class Stream(IterableDataset):
+    """Does not know its length."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+class TestSeveralLoaders:
+    @pytest.mark.parametrize(
+        "loaders",
+        [
+            pytest.param(lambda a, b: [loader(a), loader(b)], id="list"),
+            pytest.param(lambda a, b: {"a": loader(a), "b": loader(b)}, id="dictionary"),
+            pytest.param(lambda a, b: {"a": loader(a), "b": [loader(b)]}, id="nested"),
+            pytest.param(lambda a, b: [loader(Stream(a)), loader(Stream(b))], id="streams"),
+            pytest.param(lambda a, b: {"a": loader(Stream(a)), "b": loader(b)}, id="stream and set"),
+        ],
+    )
+    def test_are_one_test_set_after_the_other(self, tmp_path, monkeypatch, loaders):
+        break_layer(monkeypatch, tritonnn.TritonLinear, lambda y: -y)
+        data = random_images(10)
+        parts = TensorDataset(*data[:6]), TensorDataset(*data[6:])
+        evaluation = TritonEvaluation(latency=False, log_dir=tmp_path)
+        evaluation_trainer(evaluation).test(TinyClassifier(), loaders(*parts), verbose=False)
+        agreement = evaluation.result.proof.variants[0].agreement
+        assert agreement.samples == agreement.differing == 10
+        assert {example.sample: example.label for example in agreement.examples} == dict(
+            enumerate(data.tensors[1].tolist())
+        )
+
+
+class TestWriting:
+    def test_a_dry_run_writes_nothing(self, tmp_path, capsys):
+        evaluation = TritonEvaluation("relu", latency=False, log_dir=tmp_path)
+        trainer = evaluation_trainer(evaluation, fast_dev_run=True, default_root_dir=tmp_path)
+        trainer.test(TinyClassifier(), loader(random_images(4)), verbose=False)
+        assert evaluation.result.passed and not list(tmp_path.iterdir())
+        assert "Nothing was written" in capsys.readouterr().out
+
+    def test_without_a_logger_nothing_is_written_unasked(self, tmp_path):
+        evaluation = TritonEvaluation("relu", latency=False)
+        trainer = evaluation_trainer(evaluation, default_root_dir=tmp_path)
+        trainer.test(TinyClassifier(), loader(random_images(4)), verbose=False)
+        assert evaluation.result.passed and not list(tmp_path.iterdir())
+
+    def test_an_error_while_writing_leaves_the_earlier_evaluation(self, tmp_path, monkeypatch):
+        def full(result: EvaluationResult, log_dir: Path) -> None:
+            raise OSError
+
+        evaluate(tmp_path)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        monkeypatch.setattr(triton_evaluation.dashboard, "write", full)
+        with pytest.raises(OSError):
+            evaluate(tmp_path, layers="relu")
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    def test_weights_that_came_from_no_checkpoint_are_named_by_their_digest(self, tmp_path):
+        evaluated = evaluate(tmp_path).checkpoint
+        assert evaluated == Evaluated(None, None, weights_digest(TinyClassifier().state_dict()))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="spawns processes on the CPU")

@@ -225,7 +225,7 @@ def convolutions() -> list[Callable[[], None]]:
     many, few = problem(n=8, size=32, **half), problem(n=1, size=4, **half)
     products = [
         (many, pointers(64, 64, 64, num_stages=3)),
-        (many, config_of((1, 4, 16), 64, 2, swap_ab=True, num_warps=4, num_stages=3)),
+        (many, config_of((1, 4, 16), 64, 64, swap_ab=True, num_warps=4, num_stages=3)),
         (many, HALF_64),
         (few, InRegistersConfig(BLOCK_N=16, BLOCK_K=64, num_warps=8)),
         (few, sliced_k(1, 4, 16, 16, 64, num_stages=3)),

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..ops.avg_pool2d import adaptive_avg_pool2d, avg_pool2d
-from .layer import TritonLayer, batched, by_plan, pair, reason_to_fall_back_image
+from .layer import TritonLayer, batched, by_plan, is_empty, pair, reason_to_fall_back_image
 from .max_pool2d import pools
 
 
@@ -49,9 +49,9 @@ class TritonAdaptiveAvgPool2d(TritonLayer, nn.AdaptiveAvgPool2d):
 
     @by_plan(lambda self: (self.output_size,))
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if is_empty(input):  # nothing to compute but PyTorch's strides and errors
+            return super().forward(input)
         reason = reason_to_fall_back_image(input)
-        if reason is None and 0 in input.shape[-2:]:
-            reason = "empty image"
         output_size = pair(self.output_size)
         if reason is None and (output_size is None or any(size is not None and size < 0 for size in output_size)):
             reason = f"output size {self.output_size}"

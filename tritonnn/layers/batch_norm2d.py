@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..ops.batch_norm2d import batch_norm2d_inference, batch_norm2d_training, batch_norm2d_update_
-from .layer import TritonLayer, by_plan, parameters, reason_to_fall_back_image
+from .layer import TritonLayer, by_plan, is_empty, parameters, reason_to_fall_back_image
 
 
 def _running_statistics(layer: nn.BatchNorm2d) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -31,7 +31,7 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
 
     def _compute(self, input: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(input)
-        if input.numel() == 0:  # nothing to compute, and PyTorch's formulas for the gradient do not expect it
+        if is_empty(input):  # nothing to compute, and PyTorch's formulas for the gradient do not expect it
             return super().forward(input)
         from_batch = self.training or (self.running_mean is None and self.running_var is None)
         reason = self._reason_to_fall_back(input, from_batch)

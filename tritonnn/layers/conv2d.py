@@ -6,14 +6,14 @@ from torch.nn import functional as F
 
 from ..ops.conv2d.op import conv2d
 from ..runtime.precision import autocast, convolutions_in_tf32
-from .layer import TritonLayer, batched, by_plan, pair, parameters, reason_to_fall_back_image, windows_fit
+from .layer import TritonLayer, batched, by_plan, is_empty, pair, parameters, reason_to_fall_back_image, windows_fit
 
 
 class TritonConv2d(TritonLayer, nn.Conv2d):
     """`torch.nn.Conv2d` with a Triton kernel: the same arguments, state_dict, results and errors.
 
     Shapes: [N, C, H, W] or [C, H, W] to [N, K, P, Q] or [K, P, Q]; float16, bfloat16, float32 (TF32 where
-    `torch.backends.cudnn` allows it) or float64. Falls back to PyTorch for other types.
+    `torch.backends.cudnn` allows it and it saves time) or float64. Falls back to PyTorch for other types.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
     """
 
@@ -35,7 +35,7 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
         convolutions_in_tf32,
     )
     def _convolve(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if input.numel() == 0 or weight.numel() == 0:  # nothing to compute but PyTorch's strides and errors
+        if is_empty(input) or is_empty(weight):  # nothing to compute but PyTorch's strides and errors
             return super()._conv_forward(input, weight, bias)
         stride, dilation = pair(self.stride), pair(self.dilation)
         reason = self._reason_to_fall_back(input, weight, bias)

@@ -1,5 +1,7 @@
 """A convolution or linear layer and what follows it, batch norm, residual sum, ReLU, in one kernel: for inference."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from ..runtime.precision import (
     autocast,
     autocast_type,
     convolution_allows_tf32,
+    convolution_in_tf32,
     convolution_input_precision,
     convolution_state,
     convolutions_in_tf32,
@@ -24,13 +27,13 @@ from .layer import TritonLayer, by_plan, pair, reason_to_fall_back, reason_to_fa
 
 
 class _Fused(TritonLayer, nn.Module):
-    """Holds the weight, in the model's type, and scale and bias, which stay in the type of the sums.
+    """Holds the weight, in the model's type, the bias in the type of the sums, and the scale (see `_scale_type`).
 
-    The scale is folded into a float32 or float64 weight, and then None: rounding a product of it to 16 bits would cost
-    precision that the kernel keeps by scaling the sums.
+    The scale is folded into weights that are packed as float32 or float64. Rounding a product of it to 16 bits would
+    cost precision, and may leave the range of float16: there the kernel scales the sums.
 
-    Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` has changed;
-    the `_recent` ones by what a call knows that has checked nothing: the type of its input and PyTorch's switch.
+    Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` or `scale` has
+    changed; the `_recent` ones by what a call knows that has checked nothing: its input's type and PyTorch's switch.
     `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y" or "into residual".
     """
 
@@ -47,10 +50,8 @@ class _Fused(TritonLayer, nn.Module):
         relu: bool,
     ) -> None:
         super().__init__()
-        if scale is not None and weight.element_size() > 2:
-            weight, scale = _scaled(weight, scale), None
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", None if scale is None else scale.to(_sum_type(weight)))
+        self.register_buffer("scale", None if scale is None else scale.to(_scale_type(weight)))
         self.register_buffer("bias", None if bias is None else bias.to(_sum_type(weight)))
         self.sums, self.relu = sums, relu
         self._packed: dict[tuple, _Packed] = {}
@@ -65,22 +66,25 @@ class _Fused(TritonLayer, nn.Module):
         return self.__dict__ | {"_packed": {}, "_recent": {}}
 
     def _apply(self, fn, recurse: bool = True) -> "_Fused":
-        before = {"scale": self.scale, "bias": self.bias}
+        before = {"scale": (self.scale, _scale_type), "bias": (self.bias, _sum_type)}
         super()._apply(fn, recurse)
-        for name, t in before.items():
-            if t is not None and getattr(self, name).dtype != _sum_type(self.weight):
-                setattr(self, name, t.to(self.weight.device, _sum_type(self.weight)))
+        for name, (t, type_for) in before.items():
+            if t is not None and getattr(self, name).dtype != type_for(self.weight):
+                setattr(self, name, t.to(self.weight.device, type_for(self.weight)))
         self._packed, self._recent = {}, {}
         return self
 
     def _packed_weight(self, dtype: torch.dtype, input_precision: str) -> "_Packed":
-        weight = self.weight
+        weight, scale = self.weight, self.scale
         key = (dtype, input_precision, weight.device)
         kept = self._packed.get(key)
-        if kept is None or not kept.is_of(weight):
+        if kept is None or not kept.is_of(weight, scale):
             filters = weight if weight.dim() == 4 else weight[:, :, None, None]
+            sources = _Source.of(weight), None if scale is None else _Source.of(scale)
+            if scale is not None and dtype.itemsize > 2:
+                filters, scale = _scaled(filters, scale), None
             packed = pack_weight(filters.to(dtype), input_precision)
-            kept = self._packed[key] = _Packed(weight.detach(), _version(weight), packed)
+            kept = self._packed[key] = _Packed(packed, None if scale is None else scale.float(), *sources)
         return kept
 
     def _reason_to_fall_back_types(self, x: torch.Tensor) -> str | None:
@@ -122,29 +126,75 @@ class _Fused(TritonLayer, nn.Module):
         return None
 
 
-class _Packed(NamedTuple):
-    """A packed weight, and the weight that it was made of: its memory is not given to another, at the same address."""
+class _Source(NamedTuple):
+    """A tensor that something was made of: its memory is not given to another, at the same address."""
 
-    source: torch.Tensor
+    tensor: torch.Tensor
     version: int
-    packed: torch.Tensor
 
-    def is_of(self, weight: torch.Tensor) -> bool:
-        return self.source.data_ptr() == weight.data_ptr() and self.version == _version(weight)
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_Source":
+        return cls(tensor.detach(), _version(tensor))
+
+    def is_still(self, tensor: torch.Tensor) -> bool:
+        return self.tensor.data_ptr() == tensor.data_ptr() and self.version == _version(tensor)
+
+
+class _Packed(NamedTuple):
+    """A packed weight, the scale [K] that is not in it, and what they were made of."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor | None
+    weight_source: _Source
+    scale_source: _Source | None
+
+    def is_of(self, weight: torch.Tensor, scale: torch.Tensor | None) -> bool:
+        if not self.weight_source.is_still(weight) or (self.scale_source is None) != (scale is None):
+            return False
+        return scale is None or self.scale_source.is_still(scale)
 
 
 def _version(weight: torch.Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
+class Filters(NamedTuple):
+    """What the size of a convolution's output depends on besides the image, and whether it uses TF32."""
+
+    weight_shape: torch.Size
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def output_shape(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
+        """[K, P, Q] for an image [(N,) C, H, W]."""
+        windows = zip(image_shape[-2:], self.weight_shape[2:], self.stride, self.padding, self.dilation)
+        return self.weight_shape[0], *(output_size(*window) for window in windows)
+
+    def pixels(self, image_shape: Sequence[int]) -> int:
+        """In the outputs of all images."""
+        return math.prod(image_shape[:-3]) * math.prod(self.output_shape(image_shape)[1:])
+
+    @property
+    def always_in_tf32(self) -> bool:
+        """Whether it uses TF32 for images of any size, where that is allowed."""
+        return convolution_in_tf32(0, self.weight_shape, self.groups, channels_last=True)
+
+    def in_tf32(self, image_shape: Sequence[int]) -> bool:
+        """The same for channels_last images [(N,) C, H, W]."""
+        return convolution_in_tf32(self.pixels(image_shape), self.weight_shape, self.groups, channels_last=True)
+
+
 class FusedConv2d(_Fused):
     """y = relu(scale * conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
 
-    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K], float32 or, for a float64
-    weight, float64; residual and y [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type
-    is added by PyTorch, and so are inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
+    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K]; residual and y
+    [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type is added by PyTorch, and so are
+    inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
 
-    Where convolutions use TF32, `round_output` rounds y to it, and `rounded_input` says that x has been.
+    Where convolutions use TF32, `round_output` rounds y to it, if all `readers` of y will use it for its size;
+    `rounded_input` says that x has been rounded so, if all of `fellow_readers`, which read x too, use TF32.
     """
 
     def __init__(
@@ -162,19 +212,20 @@ class FusedConv2d(_Fused):
         super().__init__(weight, scale, bias, sums, relu)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.rounded_input = self.round_output = False
+        self.readers: tuple[Filters, ...] = ()
+        self.fellow_readers: tuple[Filters, ...] = ()
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         (input,) = autocast(input)
         kept = self._recent.get((input.dtype, convolutions_in_tf32())) if plain_eager() else None
-        if kept is None or not kept.is_of(self._buffers["weight"]):
+        if kept is None or not kept.is_of(self._buffers["weight"], self._buffers["scale"]):
             return self._compute(input, residual)
-        return self._compute_again(input, residual, kept.packed)
+        return self._compute_again(input, residual, kept.packed, kept.scale)
 
     @by_plan(
         lambda self: (
             self._buffers["weight"].shape,
             self._buffers["weight"].dtype,
-            self._buffers["scale"],
             self._buffers["bias"],
             self.stride,
             self.padding,
@@ -184,20 +235,24 @@ class FusedConv2d(_Fused):
             self.relu,
             self.rounded_input,
             self.round_output,
+            self.readers,
+            self.fellow_readers,
         ),
         convolution_state,
     )
-    def _compute_again(self, x: torch.Tensor, residual: torch.Tensor | None, packed: torch.Tensor) -> torch.Tensor:
-        """With the weight packed before, which `_compute` finds for itself."""
+    def _compute_again(
+        self, x: torch.Tensor, residual: torch.Tensor | None, packed: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """With the weight packed before, and its scale, which `_compute` finds for itself."""
         return self._compute(x, residual)
 
     def _compute(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         reason = self._reason_to_fall_back(x)
         if reason is not None:
             return self._fall_back(reason, self._with_pytorch, x, residual)
-        _, channels, R, S = self.weight.shape
+        R, S = self.weight.shape[2:]
         apart = self._reason_to_add_apart(x, (*x.shape[:-3], *self.output_shape(x)), residual)
-        input_precision = convolution_input_precision(x, channels * R * S)
+        input_precision = self.input_precision(x)
         kept = self._packed_weight(x.dtype, input_precision)
         if plain_eager():
             self._recent[x.dtype, convolutions_in_tf32()] = kept
@@ -205,7 +260,7 @@ class FusedConv2d(_Fused):
         y = conv2d_fused(
             _images(x),
             kept.packed,
-            self.scale,
+            kept.scale,
             self.bias,
             None if added is None else _images(added),
             "relu" if self.relu and apart is None else "none",
@@ -216,10 +271,28 @@ class FusedConv2d(_Fused):
             self.dilation,
             self.groups,
             input_precision,
-            self.rounded_input,
-            self.round_output and apart is None and convolution_allows_tf32(x),
+            self.has_rounded(x),
+            apart is None and self.rounds_output_for(x),
         )
         return self._added_apart(y if x.dim() == 4 else y.squeeze(0), residual, apart)
+
+    @property
+    def filters(self) -> "Filters":
+        return Filters(self.weight.shape, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_precision(self, x: torch.Tensor) -> str:
+        return convolution_input_precision(x, self.weight, self.filters.pixels(x.shape))
+
+    def has_rounded(self, x: torch.Tensor) -> bool:
+        """Whether x [(N,) C, H, W] has been rounded to TF32, if this convolution of it is one in TF32."""
+        return self.rounded_input and all(reader.in_tf32(x.shape) for reader in self.fellow_readers)
+
+    def rounds_output_for(self, x: torch.Tensor) -> bool:
+        """Whether y is to be rounded to TF32 for its readers."""
+        if not self.round_output or not convolution_allows_tf32(x):
+            return False
+        y_shape = *x.shape[:-3], *self.output_shape(x)
+        return all(reader.in_tf32(y_shape) for reader in self.readers)
 
     @property
     def is_shortcut(self) -> bool:
@@ -228,8 +301,7 @@ class FusedConv2d(_Fused):
 
     def output_shape(self, x: torch.Tensor) -> tuple[int, int, int]:
         """[K, P, Q] for x [(N,) C, H, W]."""
-        windows = zip(x.shape[-2:], self.weight.shape[2:], self.stride, self.padding, self.dilation)
-        return self.weight.shape[0], *(output_size(*window) for window in windows)
+        return self.filters.output_shape(x.shape)
 
     def _reason_to_fall_back(self, x: torch.Tensor) -> str | None:
         reason = reason_to_fall_back_image(x, self.weight) or self._reason_to_fall_back_types(x)
@@ -262,15 +334,16 @@ class FusedSum(TritonLayer, nn.Module):
         (main, a), (shortcut, b) = operands
         if not self._in_one_kernel(main, a, shortcut, b):
             return self.last(x, self.other(z))
-        precisions = [convolution_input_precision(t, layer.weight[0].numel()) for layer, t in operands]
+        precisions = [layer.input_precision(t) for layer, t in operands]
+        kept, shortcut_kept = (layer._packed_weight(t.dtype, p) for (layer, t), p in zip(operands, precisions))
         return conv2d_with_shortcut(
             a,
-            main._packed_weight(a.dtype, precisions[0]).packed,
-            main.scale,
+            kept.packed,
+            kept.scale,
             main.bias,
             b,
-            shortcut._packed_weight(b.dtype, precisions[1]).packed,
-            shortcut.scale,
+            shortcut_kept.packed,
+            shortcut_kept.scale,
             shortcut.bias,
             "relu" if self.last.relu else "none",
             0.01,
@@ -280,10 +353,10 @@ class FusedSum(TritonLayer, nn.Module):
             main.dilation,
             shortcut.stride,
             precisions[0],
-            main.rounded_input,
+            main.has_rounded(a),
             precisions[1],
-            shortcut.rounded_input,
-            self.last.round_output and convolution_allows_tf32(a),
+            shortcut.has_rounded(b),
+            self.last.rounds_output_for(a if self.last is main else b),
         )
 
     @staticmethod
@@ -321,11 +394,12 @@ class FusedLinear(_Fused):
         *leading, C = x.shape
         K, rows = self.weight.shape[0], torch.Size(leading).numel()
         apart = self._reason_to_add_apart(x, (*leading, K), residual)
-        input_precision = matmul_input_precision(x, C)
+        input_precision = matmul_input_precision(x, self.weight)
+        kept = self._packed_weight(x.dtype, input_precision)
         y = conv2d_fused(
             x.reshape(rows, C, 1, 1),
-            self._packed_weight(x.dtype, input_precision).packed,
-            self.scale,
+            kept.packed,
+            kept.scale,
             self.bias,
             None if self.sums is None or apart else residual.reshape(rows, K, 1, 1),
             "relu" if self.relu and apart is None else "none",
@@ -382,6 +456,11 @@ def _images(x: torch.Tensor) -> torch.Tensor:
 
 def _sum_type(weight: torch.Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _scale_type(weight: torch.Tensor) -> torch.dtype:
+    """That of the sums where the kernel scales them, else what folds without a rounding of its own."""
+    return torch.float32 if weight.element_size() <= 2 else torch.float64
 
 
 def _scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

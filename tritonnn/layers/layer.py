@@ -76,6 +76,11 @@ def parameters(layer: nn.BatchNorm2d | nn.Conv2d | nn.Linear) -> tuple[torch.Ten
         return layer.weight, layer.bias
 
 
+def is_empty(x: object) -> bool:
+    """Whether x is a tensor without elements."""
+    return isinstance(x, torch.Tensor) and x.numel() == 0
+
+
 def reason_to_fall_back(
     x: torch.Tensor, *parameters: torch.Tensor | None, dtypes: Sequence[torch.dtype] = FLOATING_POINT
 ) -> str | None:
@@ -84,13 +89,17 @@ def reason_to_fall_back(
         return "forward-mode differentiation"
     if torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling():
         return "torch.func inside torch.compile"
+    if not isinstance(x, torch.Tensor):  # PyTorch asks its __torch_function__, if it has one
+        return f"input of type {type(x).__name__}"
     for t in (x, *parameters):
+        if t is None:
+            continue
         if type(t) not in PLAIN and hasattr(t, "__tensor_flatten__"):  # such as DTensor: made of other tensors
             return f"tensor of type {type(t).__name__}"
-    if x.is_nested:
-        return "nested tensor"
-    if x.layout != torch.strided:
-        return f"layout {x.layout}"
+        if t.is_nested:
+            return "nested tensor"
+        if t.layout != torch.strided:
+            return f"layout {t.layout}"
     if x.dtype not in dtypes:
         return f"dtype {x.dtype}"
     if any(p is not None and p.device != x.device for p in parameters):
@@ -100,7 +109,7 @@ def reason_to_fall_back(
 
 def reason_to_fall_back_image(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:
     """The same for an image, batched [N, C, H, W] or not [C, H, W]."""
-    if x.dim() not in (3, 4):
+    if isinstance(x, torch.Tensor) and x.dim() not in (3, 4):
         return f"{x.dim()} dimensions"
     return reason_to_fall_back(x, *parameters)
 

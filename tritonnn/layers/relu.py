@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from ..ops.relu import relu, relu_
+from ..ops.relu import RecordedInPlace, relu, relu_
+from ..runtime.launch_plan import plain_eager
+from ..runtime.operator import PLAIN
 from .layer import FLOATING_POINT, TritonLayer, by_plan, reason_to_fall_back, recorded
 
 SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -12,8 +14,9 @@ SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32,
 class TritonReLU(TritonLayer, nn.ReLU):
     """`torch.nn.ReLU` with a Triton kernel: the same arguments, results and errors; NaN stays NaN.
 
-    Any shape; floating-point and integer types. With `inplace`, where autograd records the input, a compiler looks on,
-    or its memory has gaps or repeats, the result is computed beside it and copied back.
+    Any shape; floating-point and integer types. With `inplace` the result is computed beside the input and copied back
+    where the memory of the input has gaps or repeats and where a recorded input is a view or somebody watches the
+    operators, such as a compiler.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU.html
     """
 
@@ -38,10 +41,18 @@ class TritonReLU(TritonLayer, nn.ReLU):
         reason = reason_to_fall_back(input, dtypes=SUPPORTED)
         if reason is not None:
             return self._fall_back(reason, super().forward, input)
-        if recorded(input) or torch.compiler.is_compiling() or not _is_dense(input):
+        if torch.compiler.is_compiling() or not _is_dense(input):  # a compiler makes do without the copy
             return input.copy_(relu(input))
+        if recorded(input):
+            return RecordedInPlace.apply(input) if plain_eager() and _is_result(input) else input.copy_(relu(input))
         relu_(input)
         return None
+
+
+def _is_result(x: torch.Tensor) -> bool:
+    """Whether x is a plain tensor that an operation made, neither a leaf nor, as far as one can know, a view."""
+    is_view = getattr(x, "_is_view", None)
+    return type(x) in PLAIN and not x.is_leaf and is_view is not None and not is_view()
 
 
 def _is_dense(x: torch.Tensor) -> bool:

@@ -144,6 +144,7 @@ def avg_pool2d_large_forward_kernel(
     DIVISOR_OVERRIDE: tl.constexpr,
     WHOLE: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    LANE: tl.constexpr,
     ACC: tl.constexpr,
     SPLITS: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -154,7 +155,7 @@ def avg_pool2d_large_forward_kernel(
 
     WHOLE: the window is the image, whose rows follow each other: its IMAGE pixels are one row of memory. With several
     SPLITS, partial [tiles, SPLITS, BLOCK_C] takes their sums, and semaphores [tiles], zero before and after, count
-    them; the last program adds them up in a fixed order.
+    them; the last program adds them up in a fixed order. A thread adds up its few pixels in LANE, the rest is in ACC.
     """
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     split = tl.program_id(0) % SPLITS
@@ -194,7 +195,7 @@ def avg_pool2d_large_forward_kernel(
 
     wait_for_predecessor(DEPENDENT)
     STEPS: tl.constexpr = (R * S + BLOCK_W * SPLITS - 1) // (BLOCK_W * SPLITS)
-    sums = tl.full((BLOCK_W, BLOCK_C), 0, ACC)
+    sums = tl.full((BLOCK_W, BLOCK_C), 0, LANE)
     for step in tl.range(STEPS, loop_unroll_factor=UNROLL):  # unrolled, loads do not wait for each other
         i = (step * SPLITS + split) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
         if WHOLE:
@@ -202,8 +203,8 @@ def avg_pool2d_large_forward_kernel(
         else:
             offs = (i // columns).to(tl.int64) * x_stride_h + (i % columns).to(tl.int64) * x_stride_w
         mask = (i < pixels)[:, None] & mask_c[None, :]
-        sums += tl.load(x_ptrs + offs[:, None], mask=mask, other=0.0).to(ACC)
-    total = tl.sum(sums, 0)  # [BLOCK_C]
+        sums += tl.load(x_ptrs + offs[:, None], mask=mask, other=0.0).to(LANE)
+    total = tl.sum(sums.to(ACC), 0)  # [BLOCK_C]
 
     start_successor(DEPENDENT)
     last = True
@@ -233,8 +234,8 @@ class LargeWindows(NamedTuple):
 
 LEAST_WINDOW = 32
 """Pixels of a window from which on many threads add them up."""
-TILE_BYTES = 4096
-"""Of a program: 128 threads load 16 bytes twice."""
+TILE_BYTES = {True: 8192, False: 4096}
+"""Of a program, in channels_last and else: 128 threads load 16 bytes four times or twice."""
 MOST_SPLITS = 64
 
 
@@ -245,9 +246,10 @@ def is_large(window: int) -> bool:
 
 def large_windows(outputs: int, C: int, window: int, element_size: int, channels_last: bool, gpu: Gpu) -> LargeWindows:
     """The tile runs along what is contiguous; few windows are split until the programs fill the GPU four times."""
-    elements = TILE_BYTES // element_size
-    if channels_last:
-        block_c = power_of_2(C, 1, 128 // element_size)
+    elements = TILE_BYTES[channels_last] // element_size
+    if channels_last:  # whole sectors of 32 bytes, as many as leave few lanes without a channel
+        blocks = [sectors * 32 // element_size for sectors in (4, 2, 1)]
+        block_c = power_of_2(C, 1, min(blocks, key=lambda block: 10 * ceil_div(C, block) * block // C))
         block_w = power_of_2(window, 1, elements // block_c)
     else:
         block_w = power_of_2(window, 1, elements)
@@ -335,6 +337,7 @@ def _run_large(x: torch.Tensor, y: torch.Tensor, windows: tuple, acc: tl.dtype) 
         *windows,
         WHOLE=(P, Q) == (1, 1) and windows[:2] == (H, W) and windows[4:6] == (0, 0) and x.stride(2) == W * x.stride(3),
         **dependent_launch(x),
+        LANE=accumulator(x.dtype),
         ACC=acc,
         **config._asdict(),
     )
@@ -384,13 +387,16 @@ def _launch_adaptive(x, output_size) -> torch.Tensor:
 
 
 def _setup_context_adaptive(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[0])
+    """A mean of whole images asks x for nothing but its shape: x may be overwritten."""
+    x, output_size = inputs
+    ctx.shape = x.shape
+    ctx.save_for_backward(None if tuple(output_size) == (1, 1) else x)
 
 
 def _backward_adaptive(ctx, grad_y):
     (x,) = ctx.saved_tensors
-    if grad_y.shape[2:] == (1, 1):  # PyTorch's mean: unlike the general formula deterministic
-        return grad_y.expand_as(x) / x.shape[2:].numel(), None
+    if x is None:  # PyTorch's mean: unlike the general formula deterministic
+        return grad_y.expand(ctx.shape) / ctx.shape[2:].numel(), None
     return torch.ops.aten._adaptive_avg_pool2d_backward(grad_y, x), None
 
 

@@ -22,13 +22,16 @@ def _launch(x, weight, bias) -> torch.Tensor:
         return y
     epilogue = Epilogue(bias=None if bias is None else bias.contiguous())
     x, weight, rows = (t[:, :, None, None] for t in (x, weight, y))
-    launch_unpacked(x, weight, rows, True, ((1, 1), (0, 0), (1, 1)), 1, matmul_input_precision, epilogue)
+    input_precision = matmul_input_precision(x, weight)
+    launch_unpacked(x, weight, rows, True, ((1, 1), (0, 0), (1, 1)), 1, input_precision, epilogue)
     return y
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    """Saves what `_backward` reads: x may be overwritten where the weight is frozen, and the other way round."""
     x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
 
 def _backward(ctx, grad_y):

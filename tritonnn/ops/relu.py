@@ -66,6 +66,20 @@ relu = register("relu(Tensor x) -> Tensor", _launch, _output, _setup_context, _b
 relu_ = register("relu_(Tensor(a!) x) -> ()", _launch_in_place, lambda x: None)
 
 
+class RecordedInPlace(torch.autograd.Function):
+    """relu_ of a dense x that autograd records, which keeps nothing but the result, for eager mode."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        relu_(x)
+        torch.autograd.graph.increment_version(x)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    backward = staticmethod(_backward)
+
+
 @torch.library.register_vmap("tritonnn::relu_", lib=LIBRARY)
 def _relu_in_place_batched(info, in_dims, x) -> tuple[None, None]:
     x.copy_(torch.ops.tritonnn.relu(x))  # the batch may have gaps or repeats that an example does not show

@@ -4,31 +4,36 @@ PyTorch has two switches for TF32, one for convolutions (on by default) and one 
 https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from . import hardware
 from .memory_format import is_channels_last
 
 CONVOLUTION, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 TINY_REDUCTION, SHORT_REDUCTION = 32, 256
+FEW_CHANNELS, FEW_FILTERS, FEW_PIXELS = 40, 15, 1 << 16
+"""Of a group, and of the output: what cuDNN computes in float32 has no more of one of them, or short sums."""
 
 
-def _input_precision(x: torch.Tensor, reduction: int, allow_tf32: bool, always: bool = False) -> str:
+def _on_tensor_cores(x: torch.Tensor) -> bool:
+    """Whether there is a choice: float32 on a GPU with TF32."""
+    return x.dtype == torch.float32 and hardware.gpu(x.device).capability >= (8, 0)
+
+
+def _input_precision(x: torch.Tensor, reduction: int, in_tf32: bool) -> str:
     """`tl.dot`'s input_precision for operands like x and sums of `reduction` products; it matters to float32 only.
 
-    `always` uses TF32 wherever it is allowed, else short sums do not.
-
     Strict float32 on NVIDIA's tensor cores is three TF32 products (of the leading and the trailing bits): on an H200
-    half the time of cuDNN's float32 and mostly a third of its error. Short sums wait for memory rather than for the
-    tensor cores, and cuDNN often computes them in float32 although TF32 is allowed, unless the image is channels_last.
-    Tiny ones, over an image's three channels, are computed in plain float32, whose error is smaller still.
+    half the time of cuDNN's float32 and mostly a third of its error. Tiny sums, over an image's three channels, are
+    computed in plain float32, whose error is smaller still.
 
     Infinities, NaN and huge operands come out as in float32; an operand below 2^-126 may count as zero.
     """
-    if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip:
+    if not _on_tensor_cores(x):
         return "ieee"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "ieee"
-    if allow_tf32 and (always or reduction > SHORT_REDUCTION):
+    if in_tf32:
         return "tf32"
     return "ieee" if reduction <= TINY_REDUCTION else "tf32x3"
 
@@ -43,25 +48,53 @@ def matmuls_in_tf32() -> bool:
     return MATMUL.fp32_precision == "tf32"
 
 
-def convolution_input_precision(x: torch.Tensor, reduction: int) -> str:
-    """For a convolution of x with filters of `reduction` weights."""
-    allow_tf32 = convolutions_in_tf32()
-    return _input_precision(x, reduction, allow_tf32, always=allow_tf32 and is_channels_last(x))
+def convolution_in_tf32(pixels: int, weight_shape: Sequence[int], groups: int, channels_last: bool) -> bool:
+    """Whether a convolution with so many pixels in its output, of all images, uses TF32 where that is allowed.
+
+    Its result is to be no less precise than cuDNN's, which computes many convolutions in float32 although TF32 is
+    allowed. Which ones depends on all sizes, in no simple way; of 6,600 tried on an H100 all those are small, or wait
+    for memory rather than for the tensor cores, so that strict float32 costs little there.
+    """
+    K, C, R, S = weight_shape
+    filters, reduction = K // groups, C * R * S
+    if (
+        C == 1
+        or filters < 8
+        or (R * S == 1 and (C <= 16 or groups > 1))
+        or (groups > 1 and reduction <= SHORT_REDUCTION)
+    ):
+        return False
+    if reduction > SHORT_REDUCTION and C > FEW_CHANNELS and filters > FEW_FILTERS:
+        return True
+    if channels_last and C >= 64 and C % 4 == 0 and filters >= 64:
+        return True
+    return pixels >= FEW_PIXELS and (channels_last or reduction > SHORT_REDUCTION)
+
+
+def convolution_input_precision(x: torch.Tensor, weight: torch.Tensor, pixels: int) -> str:
+    """For a convolution of x [(N,) C, H, W] with a weight [K, C / groups, R, S] and `pixels` N * P * Q."""
+    groups = x.shape[-3] // weight.shape[1]
+    in_tf32 = convolutions_in_tf32() and convolution_in_tf32(pixels, weight.shape, groups, is_channels_last(x))
+    return _input_precision(x, weight[0].numel(), in_tf32)
 
 
 def convolution_allows_tf32(x: torch.Tensor) -> bool:
     """Whether a convolution of x with large filters would use TF32."""
-    return convolution_input_precision(x, SHORT_REDUCTION + 1) == "tf32"
+    return convolutions_in_tf32() and _on_tensor_cores(x)
 
 
-def matmul_input_precision(x: torch.Tensor, reduction: int) -> str:
-    """For a matrix product of x along `reduction` elements."""
-    return _input_precision(x, reduction, matmuls_in_tf32())
+def matmul_input_precision(x: torch.Tensor, weight: torch.Tensor) -> str:
+    """For a product of x [M, C], or images [M, C, 1, 1], with the rows of a weight [K, C] or [K, C, 1, 1]."""
+    reduction = weight.shape[1]
+    return _input_precision(x, reduction, matmuls_in_tf32() and reduction > SHORT_REDUCTION)
 
 
 def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers."""
-    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+    """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers.
+
+    Where x is no tensor, they are left as they are, for its `__torch_function__`.
+    """
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()) or not isinstance(x, torch.Tensor):
         return x, *others
     return tuple(t if t is None else t.to(autocast_type(t)) for t in (x, *others))
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import tritonnn
 from tritonnn.ops.conv2d import dispatch, forms, tables
 from tritonnn.ops.conv2d.forms.form import Config, Form
+from tritonnn.ops.conv2d.forms.in_registers import InRegistersConfig
 from tritonnn.ops.conv2d.problem import Choice, Problem, Product
 from tritonnn.ops.conv2d.tables import Entry
 from tritonnn.runtime.hardware import Gpu
@@ -96,14 +97,15 @@ def test_a_process_without_it_passes_its_entries_over(toy, tmp_path, monkeypatch
 
 def test_configurations_of_two_forms_are_never_equal():
     """Choices are keys of what tuning tried."""
-    one, other = (config(BLOCK_M=16, BLOCK_C=16) for config in (forms.BY_NAME["depthwise"].config, _Another))
+    one, other = (config(BLOCK_N=16, BLOCK_K=16, num_warps=4) for config in (InRegistersConfig, _Another))
     assert one != other and len({Choice(one), Choice(other)}) == 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Another(Config):
-    BLOCK_M: int
-    BLOCK_C: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
 
 
 def test_names_are_their_own():

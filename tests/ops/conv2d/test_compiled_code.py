@@ -59,11 +59,13 @@ HALO_4X4 = HALO | IN_REGISTERS | dict(C=512, K=512, TILE_N=16, TILE_P=4, TILE_Q=
 AHEAD = dict(ROUND_X=True, ROUND_AHEAD=True)
 HALO_BY_2 = HALO | dict(C=64, K=128, N=None, TILE_N=1, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, STRIDE=2)
 HALO_BY_2 |= dict(X_SLOTS=3, W_SLOTS=7, STAGED=True, IN_SLOT=True, num_warps=8)
-DEPTHWISE = FILTER | EPILOGUE | dict(K=64, MULTIPLIER=1)
+DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, num_warps=4)
 MAX_POOL = FILTER | dict(
     DEPENDENT=True, RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None
 )
 AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
+LARGE_POOL = "ops.avg_pool2d:avg_pool2d_large_forward_kernel"
+WHOLE_IMAGES = AVG_POOL | dict(R=112, S=112, PADDING_H=0, PADDING_W=0, ADAPTIVE=True, WHOLE=True, UNROLL=4)
 NORMALIZE = dict(INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True)
 BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
 LAST, FIRST = "channels_last", "contiguous"
@@ -254,12 +256,25 @@ KERNELS = {
         KERNEL_OF["depthwise"],
         "bf16",
         LAST,
-        DEPTHWISE | BY_CHANNELS,
+        DEPTHWISE | dict(BLOCK_M=16, BLOCK_C=64),
+    ),
+    "conv2d, depthwise, contiguous": (
+        KERNEL_OF["depthwise"],
+        "fp32",
+        FIRST,
+        DEPTHWISE | dict(BLOCK_M=128, BLOCK_C=1),
     ),
     "max_pool2d": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
     "max_pool2d, contiguous": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
     "avg_pool2d": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", LAST, AVG_POOL | BY_CHANNELS),
     "avg_pool2d, contiguous": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", FIRST, AVG_POOL | BY_PIXELS),
+    "avg_pool2d, whole images": (LARGE_POOL, "bf16", LAST, WHOLE_IMAGES | dict(SPLITS=8, BLOCK_W=64, BLOCK_C=64)),
+    "avg_pool2d, whole images, contiguous": (
+        LARGE_POOL,
+        "fp32",
+        FIRST,
+        WHOLE_IMAGES | dict(SPLITS=1, BLOCK_W=1024, BLOCK_C=1, partial_ptr=None, semaphores_ptr=None),
+    ),
     "batch_norm2d": ("ops.batch_norm2d:batch_norm2d_normalize_kernel", "bf16", LAST, NORMALIZE | BY_CHANNELS),
     "batch_norm2d, contiguous": (
         "ops.batch_norm2d:batch_norm2d_normalize_kernel",
@@ -294,7 +309,10 @@ ROUNDS = [
     *BY_TAPS[2:],
 ]
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last", "padded rows"]
+GATHERS += ["conv2d, depthwise, contiguous"]
 """Kernels that read neighbouring pixels, one by one."""
+FEW_OUTPUTS = ["avg_pool2d, whole images", "avg_pool2d, whole images, contiguous", "conv2d, depthwise, contiguous"]
+"""Kernels of which a thread has one output, or a column of them."""
 
 
 def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> str:
@@ -315,7 +333,7 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     assert not [p.name for p in kernel.params if "stride" in p.name and p.annotation_type], "annotated strides"
     names, odd = kernel.arg_names, constants.get("odd", ())
     ones = ("stride_c", "stride_k") if memory_format == "channels_last" else ("stride_w", "stride_pixel")
-    types_of_sums = dict(ACC=tl.float32, INDEX=tl.int32, OFFSET=tl.int32)
+    types_of_sums = dict(ACC=tl.float32, LANE=tl.float32, INDEX=tl.int32, OFFSET=tl.int32)
     constants = {name: 1 for name in names if name.endswith(ones)} | types_of_sums | constants
     launched = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     constants = {name: value for name, value in constants.items() if name in names}
@@ -371,7 +389,7 @@ def test_no_pairs_of_16_bit_integers(name, ptx):
     assert not re.search(r"\.[su]16x2", ptx[name])
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in BY_TMA + FEW_PIXELS])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in BY_TMA + FEW_PIXELS + FEW_OUTPUTS])
 def test_stores_take_16_bytes(name, ptx):
     assert re.search(r"st\.global\.v4\.b32", ptx[name])
 

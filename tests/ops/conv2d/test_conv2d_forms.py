@@ -21,7 +21,7 @@ from tritonnn.ops.conv2d.forms import BY_NAME
 from tritonnn.ops.conv2d.forms import sliced_k as sliced_k_form
 from tritonnn.ops.conv2d.forms.depthwise import DepthwiseConfig
 from tritonnn.ops.conv2d.forms.form import Config
-from tritonnn.ops.conv2d.forms.tma import best_box, config_of
+from tritonnn.ops.conv2d.forms.tma import best_box, block_k_of, config_of
 from tritonnn.ops.conv2d.pack import pack_weight
 from tritonnn.ops.conv2d.problem import Choice, Problem, Product, Shortcut
 from tritonnn.tuning.harness import Harness
@@ -176,7 +176,7 @@ def test_tma(case, channels_last):
     x = image(*sizes.pop("x"), channels_last=True)
     product, exact = convolved(x, **sizes, channels_last=channels_last)
     box = best_box(x.shape[0], *exact.shape[2:], 64)
-    run(product, Choice(config_of(box, 32, 4, swap_ab=True, num_warps=4, num_stages=1)))
+    run(product, Choice(config_of(box, 32, 32, swap_ab=True, num_warps=4, num_stages=1)))
     torch.testing.assert_close(product.y.double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -268,15 +268,40 @@ def test_precision_of_operands(input_precision, form):
     elif form == "pointers":
         config = pointers(128, 32, 64)
     else:
-        config = config_of((2, 4, 8), 32, 4, swap_ab=form == "tma, SWAP_AB", num_warps=4, num_stages=1)
+        config = config_of((2, 4, 8), 32, 32, swap_ab=form == "tma, SWAP_AB", num_warps=4, num_stages=1)
     product = Product(x, packed, y, True, *window, 1, input_precision, rounds, Epilogue())
     run(product, Choice(config))
     assert float((y.double() - exact).norm() / exact.norm()) < 3e-7
 
 
+ONE_TAP = {"24 to 40": (24, 40, (1, 1)), "stride 2": (104, 72, (2, 1)), "whole blocks, stride 3": (64, 64, (3, 3))}
+
+
+@pytest.mark.parametrize("order", [("ieee", True), ("tf32", True), ("tf32", False), ("tf32x3", False)], ids=str)
+@pytest.mark.parametrize("name", ONE_TAP)
+def test_tma_of_one_tap_takes_any_channels_and_stride(name, order):
+    """The last block of the reduction ends with zeros, whatever lies behind."""
+    if DEVICE.type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    (c, k, stride), (input_precision, swap_ab) = ONE_TAP[name], order
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" and input_precision == "ieee" else torch.float32
+    x, weight = image(3, c, 8, 10, dtype=dtype, channels_last=True), image(k, c, 1, 1, dtype=dtype)
+    rounded = (tf32(x), tf32(weight)) if input_precision == "tf32" else (x, weight)
+    exact = F.conv2d(*(t.double() for t in rounded), None, stride)
+    y = torch.full(exact.shape, float("nan"), dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    packed = pack_weight(weight, input_precision)
+    window = stride, (0, 0), (1, 1), 1, input_precision, input_precision == "tf32"
+    operands = Product(x, packed, y, True, *window, Epilogue())
+    block_k, box = block_k_of(c, dtype.itemsize), best_box(3, *exact.shape[2:], 64)
+    run(operands, Choice(config_of(box, 64, block_k, swap_ab, 4, 1 if DEVICE.type == "cpu" else 3)))
+    assert worst_image(y, exact) < (
+        2**-8 if dtype == torch.bfloat16 else 2**-17 if input_precision == "tf32" else 2**-20
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("sizes", [((1, 8, 16), 128, 4, True, 8, 3), ((2, 8, 8), 64, 4, True, 4, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [((1, 8, 16), 128, 32, True, 8, 3), ((2, 8, 8), 64, 32, True, 4, 4)], ids=str)
 def test_swapped_operands_are_rounded(sizes, stride):
     window = (stride, stride), (1, 1), (1, 1)
     problem = Problem(40, 64, 32, 32, 128, 3, 3, *window, 1, torch.float32, "tf32", True, True, True, ("bias", "relu"))
@@ -308,7 +333,7 @@ def test_a_box_wastes_little(output, pixels, box):
 
 @pytest.mark.usefixtures("on_hopper")
 class TestWhatTmaCanRun:
-    config = config_of((1, 4, 16), 64, 2, swap_ab=True, num_warps=4, num_stages=3)
+    config = config_of((1, 4, 16), 64, 64, swap_ab=True, num_warps=4, num_stages=3)
 
     @pytest.mark.parametrize(
         "sizes, fits",
@@ -319,6 +344,11 @@ class TestWhatTmaCanRun:
             "odd sides": (dict(side=7, stride=(2, 2)), False),
             "two strides": (dict(stride=(1, 2)), False),
             "half a line": (dict(c=32), False),
+            "half a line, one tap": (dict(c=32, taps=1), True),
+            "no whole blocks, one tap": (dict(c=104, taps=1), True),
+            "no multiple of 16 bytes, one tap": (dict(c=100, taps=1), False),
+            "fewer channels than a block": (dict(c=8, taps=1), False),
+            "one tap, any stride": (dict(c=64, taps=1, side=7, stride=(3, 2)), True),
             "a line of float32": (dict(c=32, dtype=torch.float32), True),
             "float64": (dict(dtype=torch.float64), False),
             "groups": (dict(groups=2), False),
@@ -340,10 +370,10 @@ class TestWhatTmaCanRun:
         assert not can_run(product(epilogue=Epilogue(residual=residual)), direct)
 
     def test_orders_of_the_operands(self):
-        natural = config_of((1, 4, 16), 64, 2, swap_ab=False, num_warps=4, num_stages=3)
+        natural = config_of((1, 4, 16), 64, 64, swap_ab=False, num_warps=4, num_stages=3)
         assert not can_run(product(), Choice(natural))
         strict = product(dtype=torch.float32, input_precision="tf32x3")
-        tiles = {order: config_of((1, 4, 16), 64, 4, order, 4, 3) for order in (False, True)}
+        tiles = {order: config_of((1, 4, 16), 64, 32, order, 4, 3) for order in (False, True)}
         assert can_run(strict, Choice(tiles[False])) and not can_run(strict, Choice(tiles[True]))
 
     def test_on_another_gpu(self):
@@ -359,8 +389,8 @@ FORMS: dict[str, tuple[Config, int]] = {
     "pointers": (pointers(64, 32, 32), 1),
     "sliced_k": (sliced_k(1, 4, 16, 16, 32), 1),
     "sliced_k, split": (sliced_k(2, 4, 16, 16, 16), 1),
-    "tma": (config_of((1, 8, 8), LINE, 128 // LINE, swap_ab=True, num_warps=4, num_stages=1), 1),
-    "depthwise": (DepthwiseConfig(BLOCK_M=16, BLOCK_C=32), 64),
+    "tma": (config_of((1, 8, 8), LINE, LINE, swap_ab=True, num_warps=4, num_stages=1), 1),
+    "depthwise": (DepthwiseConfig(UNROLLED=True, STRIP=4, BLOCK_M=16, BLOCK_C=32, num_warps=4), 64),
 }
 """A configuration of each that has no tests of its own on a GPU, and the groups."""
 SPECIAL = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e30, -1e30, 3.0, -3.0, 6.0, 88.0, -88.0, 1e-30)

@@ -28,7 +28,7 @@ in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs
 
 FEW_CHANNELS = FewChannelsConfig(BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=3)
 IN_REGISTERS = InRegistersConfig(BLOCK_N=16, BLOCK_K=64, num_warps=8)
-TMA = config_of((1, 8, 16), 128, 2, swap_ab=True, num_warps=4, num_stages=4)
+TMA = config_of((1, 8, 16), 128, 64, swap_ab=True, num_warps=4, num_stages=4)
 
 
 def test_a_choice_in_words():

@@ -7,8 +7,6 @@ x: [N, C, H, W], any strides; weight: [K, C / groups, R, S]; y: [N, K, P, Q], ch
 computed by one of several forms (forms/), which dispatch.py picks.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from ...runtime import hardware
@@ -19,7 +17,6 @@ from ..window import output_size
 from .dispatch import choose, default_choice, form_of, run
 from .epilogue import Epilogue
 from .forms import sliced_k
-from .pack import channels_last, pack_weight
 from .problem import Product, Shortcut
 
 
@@ -46,7 +43,8 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     y = _empty(x, weight.shape[0], weight.shape[2:], *window, channels_last_y)
     if y.numel() > 0:
         epilogue = Epilogue(bias=None if bias is None else bias.contiguous())
-        launch_unpacked(x, weight, y, channels_last_y, window, groups, convolution_input_precision, epilogue)
+        input_precision = convolution_input_precision(x, weight, y.numel() // y.shape[1])
+        launch_unpacked(x, weight, y, channels_last_y, window, groups, input_precision, epilogue)
     return y
 
 
@@ -57,18 +55,15 @@ def launch_unpacked(
     channels_last_y: bool,
     window: tuple,
     groups: int,
-    precision_of: Callable[[torch.Tensor, int], str],
+    input_precision: str,
     epilogue: Epilogue,
 ) -> None:
     """Runs the product of x and a weight [K, C / groups, R, S], which is packed first where its form needs that."""
-    input_precision = precision_of(x, weight[0].numel())
     packed = weight.permute(0, 2, 3, 1)
     round_x = input_precision == "tf32"
     product = Product(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
     choice = choose(product)
-    packs = form_of(choice).packs_weight
-    packed = pack_weight(weight, input_precision) if packs else channels_last(weight)
-    run(product._replace(packed=packed), choice)
+    run(product._replace(packed=form_of(choice).pack(weight, input_precision)), choice)
 
 
 def _setup_context(ctx, inputs, output) -> None:

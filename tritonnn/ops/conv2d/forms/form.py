@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+import torch
 from triton.runtime.jit import JITFunction
 
 from ....runtime.hardware import Gpu
+from ..pack import channels_last, pack_weight
 from ..problem import Choice, Problem, Product
 
-MOST = {"num_warps": 16, "num_stages": 8, "X_SLOTS": 8, "W_SLOTS": 36, "PROGRAMS": 4}
-ANY_NUMBER = {"num_stages", "X_SLOTS", "W_SLOTS", "PROGRAMS"}
+MOST = {"num_warps": 16, "num_stages": 8, "STRIP": 8, "X_SLOTS": 8, "W_SLOTS": 36, "PROGRAMS": 4}
+ANY_NUMBER = {"num_stages", "STRIP", "X_SLOTS", "W_SLOTS", "PROGRAMS"}
 """Sizes that need not be powers of 2."""
 
 T = TypeVar("T", bound=Sequence[int])
@@ -38,7 +40,7 @@ class Config:
         return notes
 
     def __str__(self) -> str:
-        sizes = [n for name, n in vars(self).items() if name.startswith(("SPLITS", "SLICES", "TILE", "BLOCK"))]
+        sizes = [n for name, n in vars(self).items() if name.startswith(("SPLITS", "SLICES", "STRIP", "TILE", "BLOCK"))]
         return ", ".join([f"{self.form} {'x'.join(map(str, sizes))}", *self.notes])
 
     def is_usable(self) -> bool:
@@ -62,7 +64,7 @@ class Form(ABC):
     kernels: ClassVar[tuple[JITFunction, ...]]
     """The kernels of which compiling ahead is worth the while."""
     packs_weight: ClassVar[bool] = True
-    """Whether it reads a weight that `pack_weight` has rounded or split for the precision; else any, as it is."""
+    """Whether it reads a weight that is rounded or split for the precision; else any, as it is."""
     takes_shortcut: ClassVar[bool] = False
     most_candidates: ClassVar[int | None] = 6
     """How many of its candidates tuning tries."""
@@ -72,6 +74,10 @@ class Form(ABC):
     @property
     def name(self) -> str:
         return self.config.form
+
+    def pack(self, weight: torch.Tensor, input_precision: str) -> torch.Tensor:
+        """A weight [K, C / groups, R, S] as the kernel reads it, [K, R, S, C / groups] or, split, [3 * K, ...]."""
+        return pack_weight(weight, input_precision) if self.packs_weight else channels_last(weight)
 
     @abstractmethod
     def fits(self, product: Product) -> bool:

@@ -5,7 +5,8 @@
 
 A program owns a box of TILE_N images x TILE_P rows x TILE_Q columns of the output. For each filter tap and block of
 channels TMA loads the box of x that lies under it; what lies outside the image it fills with zeros, so padding takes
-neither masks nor addresses. For stride 2, x [N, H, W, C] is seen as [N, H/2, 2, W/2, 2*C]: a tap picks the parity.
+neither masks nor addresses. For stride 2, x [N, H, W, C] is seen as [N, H/2, 2, W/2, 2*C]: a tap picks the parity. A
+filter of one tap sees only the pixels that it reads, and any number of channels: the last block ends with zeros.
 """
 
 import functools
@@ -23,7 +24,7 @@ from ....device.arithmetic import FLUSH_STEPS, add_rounded_dot, add_split_dot, r
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
 from ....runtime import hardware
-from ....runtime.blocks import ceil_div
+from ....runtime.blocks import ceil_div, power_of_2
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
@@ -47,6 +48,8 @@ ROUNDING_TILES = [(64, 64, 4, 4), (128, 128, 8, 3)]
 """The same where x is rounded in shared memory."""
 NATURAL_TILES = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3)]
 """The same with operands in their natural order."""
+LEAST_CHANNELS = 16
+"""A block of the reduction has at least so many; with fewer most of it would be zeros."""
 PAIRED = 128, 4, 3
 """BLOCK_N, warps and stages of which two programs run on a multiprocessor. One alone loads too late.
 
@@ -134,11 +137,12 @@ def conv2d_tma_forward_kernel(
     back. Else acc [pixels, channels] = x @ weight.T, with x in registers, where it is rounded to TF32 or,
     "tf32x3", split; then weight_desc holds the weights rounded to TF32 and, K rows below, what that left of them, and
     the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. y_desc is a pointer
-    unless y is CHANNELS_LAST.
+    unless y is CHANNELS_LAST. Where BLOCK_K does not divide C, a filter has one tap, and its last block ends with
+    zeros.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    BLOCKS_C: tl.constexpr = C // BLOCK_K
+    BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = R * S * BLOCKS_C
 
     tile = tl.program_id(0)
@@ -208,7 +212,10 @@ class TmaForm(Form):
     kernels = (conv2d_tma_forward_kernel,)
 
     def fits(self, product: Product) -> bool:
-        """A pixel's channels are a multiple of 128 bytes; for stride 2 the image has even sides. Verified on Hopper."""
+        """A pixel's channels are a multiple of 16 bytes under a filter of one tap, else of 128.
+
+        For stride 2 the image then has even sides. Verified on Hopper.
+        """
         x, stride = product.x, product.stride
         if triton.knobs.runtime.interpret or x.dtype == torch.float64 or product.groups > 1:
             return False
@@ -216,32 +223,37 @@ class TmaForm(Form):
             return False
         if not hardware.gpu(x.device).is_hopper:
             return False
-        _, C, H, W = x.shape
-        size = x.element_size()
-        even = H % 2 == 0 and W % 2 == 0
-        strided = stride[0] == stride[1] and (stride[0] == 1 or (stride[0] == 2 and even))
-        return strided and C * size % 128 == 0 and product.y.shape[1] * size % 16 == 0
+        C, size = x.shape[1], x.element_size()
+        if product.y.shape[1] * size % 16 != 0:
+            return False
+        if _has_one_tap(product):
+            return C * size % 16 == 0 and C >= LEAST_CHANNELS
+        return C * size % 128 == 0 and (tuple(stride) == (1, 1) or _fits_by_parity(product))
 
     def takes(self, product: Product, choice: Choice) -> bool:
         orders = {"tf32x3": [False], "tf32": [False, True]}.get(product.input_precision, [True])
-        fits = choice.config.SWAP_AB in orders and product.x.shape[1] % choice.config.BLOCK_K == 0
+        config, C = choice.config, product.x.shape[1]
+        # Blocks that end with zeros were verified with four warps.
+        blocks = C % config.BLOCK_K == 0 or (_has_one_tap(product) and config.num_warps == 4)
+        fits = config.SWAP_AB in orders and blocks
         return fits and (choice.copies_x or product.is_aligned)
 
     def default(self, product: Product) -> Choice | None:
         if not self.fits(product) or not (product.x.stride(1) == 1 or product.taps > 1):
             return None
         copies_x = product.reads_apart or product.rounds_often
-        if not (copies_x or product.is_aligned):
+        if not (copies_x or product.is_aligned) or _is_narrow(product):
             return None
         swap_ab = product.input_precision != "tf32x3" and (copies_x or not product.round_x)
         N, K, P, Q = product.y.shape
         reduction, gpu = product.packed[0].numel(), hardware.gpu(product.x.device)
-        config = default_config(N, P, Q, K, reduction, product.x.element_size(), swap_ab, gpu)
+        block_k = block_k_of(product.x.shape[1], product.x.element_size())
+        config = default_config(N, P, Q, K, reduction, block_k, product.x.element_size(), swap_ab, gpu)
         return Choice(config, copies_x)
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
         """Both orders of the operands; TF32's x is to be rounded on the way to the product, or by a copy before it."""
-        size = problem.dtype.itemsize
+        size, block_k = problem.dtype.itemsize, block_k_of(problem.c, problem.dtype.itemsize)
         swap_ab = problem.input_precision != "tf32x3"
         orders = [(SWAP_AB_TILES, True, problem.round_x)] if swap_ab else [(NATURAL_TILES, False, False)]
         if swap_ab and problem.round_x and problem.channels_last_x:
@@ -249,9 +261,9 @@ class TmaForm(Form):
         for tiles, swap_ab, rounds in orders:
             for block_m, block_n, num_warps, num_stages in by_waves(problem, tiles, gpu):
                 rows = block_m + (block_n if swap_ab or problem.input_precision == "tf32" else 2 * block_n)
-                if max(num_stages * rows * 128, block_m * block_n * size) <= gpu.shared_memory:
+                if max(num_stages * rows * block_k * size, block_m * block_n * size) <= gpu.shared_memory:
                     box = best_box(problem.n, *problem.output, block_m)
-                    config = config_of(box, block_n, size, swap_ab, num_warps, num_stages)
+                    config = config_of(box, block_n, block_k, swap_ab, num_warps, num_stages)
                     yield Choice(config, copies_x=rounds or not problem.channels_last_x)
 
     def run(self, product: Product, config: TmaConfig) -> None:
@@ -266,11 +278,13 @@ class TmaForm(Form):
             config.BLOCK_N,
             config.BLOCK_K,
         )
-        if product.stride[0] == 1:
-            x_desc = TensorDescriptor.from_tensor(_pixels(x), [tile_n, tile_p, tile_q, block_k])
-        else:
+        by_parity = product.stride[0] > 1 and _fits_by_parity(product)
+        if by_parity:
             x = _pixels(x).view(N, H // 2, 2, W // 2, 2 * C)
             x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, 1, tile_q, block_k])
+        else:  # of one tap, or of stride 1
+            x = _pixels(x)[:, :: product.stride[0], :: product.stride[1]]
+            x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, tile_q, block_k])
         weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
         y_box = [tile_n, tile_p, tile_q, block_n]
         y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if product.channels_last_y else y
@@ -297,7 +311,7 @@ class TmaForm(Form):
             K,
             R,
             S,
-            product.stride[0],
+            2 if by_parity else 1,
             *product.padding,
             *product.dilation,
             **epilogue.flags,
@@ -308,6 +322,34 @@ class TmaForm(Form):
             FLUSH=FLUSH_STEPS,
             **config.constants,
         )
+
+
+def _has_one_tap(product: Product) -> bool:
+    """Whether a pixel of y sees one pixel of x."""
+    return product.taps == 1 and tuple(product.padding) == (0, 0)
+
+
+def _is_narrow(product: Product) -> bool:
+    """Whether blocks of 64 output channels would be mostly empty, and loads by pointers take 16 bytes as well.
+
+    On an H100, 64 images: 48 to 48 channels of 56x56 13.4 us by pointers, 17.8 by TMA; 32 to 16 of 112x112 27 and 34;
+    144 to 32 of 28x28 5.9 and 7.1.
+    """
+    C, K = product.x.shape[1], product.y.shape[1]
+    lines = C * product.x.element_size() % 128 == 0
+    return _has_one_tap(product) and K < 64 and not lines and K % 16 == C % 16 == 0
+
+
+def _fits_by_parity(product: Product) -> bool:
+    """Whether a stride of 2 can be seen as the choice of a parity: of even sides and whole lines of 128 bytes."""
+    _, C, H, W = product.x.shape
+    even = H % 2 == 0 and W % 2 == 0
+    return tuple(product.stride) == (2, 2) and even and C * product.x.element_size() % 128 == 0
+
+
+def block_k_of(c: int, element_size: int) -> int:
+    """Channels of a block: a line of 128 bytes, or fewer where there are fewer."""
+    return power_of_2(c, 16, 128 // element_size)
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
@@ -329,16 +371,15 @@ def best_box(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
 
 
 def config_of(
-    box: tuple[int, int, int], block_n: int, element_size: int, swap_ab: bool, num_warps: int, num_stages: int
+    box: tuple[int, int, int], block_n: int, block_k: int, swap_ab: bool, num_warps: int, num_stages: int
 ) -> TmaConfig:
-    """With lines of 128 bytes of channels."""
     tile_n, tile_p, tile_q = box
     return TmaConfig(
         TILE_N=tile_n,
         TILE_P=tile_p,
         TILE_Q=tile_q,
         BLOCK_N=block_n,
-        BLOCK_K=128 // element_size,
+        BLOCK_K=block_k,
         SWAP_AB=swap_ab,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -346,24 +387,26 @@ def config_of(
 
 
 def default_config(
-    n: int, p: int, q: int, k: int, reduction: int, element_size: int, swap_ab: bool, gpu: Gpu
+    n: int, p: int, q: int, k: int, reduction: int, block_k: int, element_size: int, swap_ab: bool, gpu: Gpu
 ) -> TmaConfig:
     """For y [n, p, q, k] as sums of `reduction` products.
 
     Measured on an H200, and on an H100, over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results).
     """
-    half = element_size == 2
+    half, enough = element_size == 2, gpu.enough_programs
     if not swap_ab:
         tiles = [(64, 64, 4, 3)] if k <= 64 else [(64, 128, 4, 3), (64, 64, 4, 4)]
-    elif k <= 64:
+    elif k <= 64 or reduction * element_size < 128:  # memory bounds it: as many pixels as fit
         tiles = [(256, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)] if half else [(128, 64, 4, 4), (64, 64, 4, 4)]
     elif half and reduction <= 1152:
         tiles = [(128, 128, 4, 3), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
     else:
         tiles = [(256, 128, 8, 3 if half else 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
+    if reduction % block_k != 0:  # of one tap, with four warps
+        tiles, enough = [tile for tile in tiles if tile[2] == 4], 2 * gpu.multiprocessors // 3
     # The largest tiles that keep most multiprocessors busy, those of pairs all of them.
     for block_m, block_n, num_warps, num_stages in tiles:
-        least = gpu.multiprocessors + 1 if (block_n, num_warps, num_stages) == PAIRED else gpu.enough_programs
+        least = gpu.multiprocessors + 1 if (block_n, num_warps, num_stages) == PAIRED else enough
         if ceil_div(n * p * q, block_m) * ceil_div(k, block_n) >= least:
             break
-    return config_of(best_box(n, p, q, block_m), block_n, element_size, swap_ab, num_warps, num_stages)
+    return config_of(best_box(n, p, q, block_m), block_n, block_k, swap_ab, num_warps, num_stages)
