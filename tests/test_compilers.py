@@ -31,6 +31,24 @@ def test_a_fallback_compiles_without_graph_breaks_and_is_reported():
     assert report.fallbacks == {"": {"dtype torch.complex64": 1}}
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_relu_compiles_without_graph_breaks(inplace, recorded):
+    torch._dynamo.reset()
+    layer = tritonnn.TritonReLU(inplace)
+    compiled = torch.compile(lambda x: layer(x + 1), fullgraph=True, backend="aot_eager")
+    x = image(2, 3, 4, 4).requires_grad_(recorded)
+    assert torch.equal(compiled(x), torch.relu(x + 1))
+
+
+def test_an_inplace_relu_in_compiled_code_overwrites_what_the_caller_sees():
+    torch._dynamo.reset()
+    layer, x = tritonnn.TritonReLU(inplace=True), image(2, 3, 4, 4)
+    expected, version = torch.relu(x), x._version
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(x, expected) and torch.equal(y, expected) and x._version > version
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_inductor_compiles_without_graph_breaks(training):

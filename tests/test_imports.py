@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "clocks": {"clocks"},
     "latency": BELOW_LAYERS | {"clocks", "layers", "swap", "latency"},
     "fusion": BELOW_LAYERS | {"layers", "swap", "fusion"},
+    "command": {"clocks", "swap", "latency", "command"},
+    "__main__": {"latency", "command"},  # and the public names
     "tuning": BELOW_LAYERS | {"clocks", "layers", "swap", "latency", "fusion", "tuning"},
 }
 """By the folder of `tritonnn`, or the file in it."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import tritonnn
+
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 PACKAGES = ("tritonnn", "lit_modules")
 IMPORT_ALL = f"""
@@ -55,3 +57,7 @@ def test_tables_and_marker_for_type_checkers_are_in_the_wheel(installed):
     assert tables and {file.name for file in (installed / "tritonnn" / "tables").iterdir()} == tables
     assert all(json.loads((installed / "tritonnn" / "tables" / name).read_text())["choices"] for name in tables)
     assert (installed / "tritonnn" / "py.typed").exists()
+
+
+def test_the_version_of_the_wheel_is_that_of_the_package(installed):
+    assert (installed / f"tritonnn-{tritonnn.__version__}.dist-info").is_dir()

@@ -12,6 +12,8 @@ from .runtime.cache_keys import settle_cache_keys
 from .swap import KINDS, SwapReport, kind_of, restore, swap, swapped
 from .tuning.tune import TuningReport, tune
 
+__version__ = "0.1.0"
+
 __all__ = [
     "KINDS",
     "FusedNetwork",
@@ -25,6 +27,7 @@ __all__ = [
     "TritonMaxPool2d",
     "TritonReLU",
     "TuningReport",
+    "__version__",
     "fuse",
     "kind_of",
     "restore",

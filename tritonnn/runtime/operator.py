@@ -78,7 +78,8 @@ def _shortest_way(plans: Plans, on_gpu: Callable, on_cpu: Callable, op: Callable
     """Runs the kernel where nobody watches, which saves the time of PyTorch's dispatcher; `op` where somebody may.
 
     Watchers are autograd, compilers, tracers, the transforms of torch.func (which call `transformed`), and modes and
-    subclasses of tensors that see the operators called.
+    subclasses of tensors that see the operators called. The call raises RuntimeError for ONNX, which has no operator
+    to put in the kernel's place.
     """
 
     def call(*args):
@@ -92,9 +93,29 @@ def _shortest_way(plans: Plans, on_gpu: Callable, on_cpu: Callable, op: Callable
                     return plans.run(described, args, on_cpu, *args)
         elif transforms_are_active():
             return transformed(*args)
+        _refuse_onnx()
         return op(*args)
 
     return call
+
+
+def _refuse_onnx() -> None:
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "ONNX has no Triton kernels: restore the model first (tritonnn.restore) and export that; instead of a "
+            "fused network export the model that it was made of"
+        )
+
+
+def _unless_for_onnx(fake: Callable) -> Callable:
+    """What runs where ONNX's newer exporter looks at the operator, and where its older one does not."""
+
+    @functools.wraps(fake)
+    def checked(*args):
+        _refuse_onnx()
+        return fake(*args)
+
+    return checked
 
 
 def _by_plan(plans: Plans, launch: Callable) -> Callable:
@@ -126,7 +147,7 @@ def register(
     LIBRARY.define(schema)
     LIBRARY.impl(name, _by_plan(plans, on_gpu), "CUDA")
     LIBRARY.impl(name, _by_plan(plans, on_cpu), "CPU")
-    torch.library.register_fake(f"tritonnn::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"tritonnn::{name}", _unless_for_onnx(fake), lib=LIBRARY)
     op = getattr(torch.ops.tritonnn, name).default
     if backward is None:
         return _shortest_way(plans, on_gpu, on_cpu, op, op)

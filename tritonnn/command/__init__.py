@@ -1,0 +1,1 @@
+"""What `python -m tritonnn NETWORK` is made of."""
