@@ -8,6 +8,7 @@ from torch import nn
 
 import tritonnn
 from lit_modules.resnet import ResNet18
+from tritonnn.fusion import cuda_graphs
 from tritonnn.fusion.cuda_graphs import CAPTURE_AT_CALL, MAX_GRAPHS
 
 
@@ -139,10 +140,33 @@ class TestCudaGraph:
             for _ in range(3):
                 torch.testing.assert_close(graphed(x), 3 * before, rtol=0.02, atol=0.02)
 
-    def test_a_network_that_overwrites_its_input_is_not_captured(self):
+    def test_outputs_lie_as_without_graphs(self):
+        """Views with gaps, repeated elements and a part of an image."""
+
+        class Views(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Conv2d(4, 4, 1)
+
+            def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                y = self.layer(x)
+                return y[:, :1], y[..., ::2], y.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3), y[:0]
+
+        model = trained(Views(), torch.float32)
+        graphed, x = tritonnn.fuse(model, cuda_graph=True), image(2, 4, 8, 8)
+        with torch.no_grad():
+            expected = model(x)
+            for _ in range(4):
+                for actual, y in zip(graphed(x), expected, strict=True):
+                    torch.testing.assert_close(actual, y)
+                    assert actual.stride() == y.stride()
+
+    @pytest.mark.parametrize("through_data", [False, True])
+    def test_a_network_that_overwrites_its_input_is_not_captured(self, through_data):
         class Overwriting(nn.Sequential):
             def forward(self, x: torch.Tensor) -> torch.Tensor:
-                x += 1
+                overwritten = x.data if through_data else x
+                overwritten += 1
                 return super().forward(x)
 
         model = trained(Overwriting(nn.Conv2d(4, 4, 3), nn.ReLU()))
@@ -171,3 +195,22 @@ class TestCudaGraph:
             with torch.no_grad():
                 torch.testing.assert_close(graphed(x), model(x))
         assert list(graphed._graphs.refused.values()) == ["the network changes its parameters or buffers"]
+
+
+@pytest.mark.parametrize(
+    "view",
+    {
+        "dense": lambda x: x.permute(0, 2, 3, 1),
+        "a part": lambda x: x[:, 1:2, ::2, 1:],
+        "repeated": lambda x: x[:, :, :1, :1].expand(-1, -1, 3, 5),
+        "nothing": lambda x: x[:0],
+    }.values(),
+    ids=["dense", "a part", "repeated", "nothing"],
+)
+def test_what_is_handed_out_lies_as_it_did_and_is_its_own(view):
+    x = torch.randn(2, 3, 4, 6)
+    y, copied = view(x), cuda_graphs._clone(view(x))
+    assert torch.equal(copied, y) and copied.stride() == y.stride()
+    before = copied.clone()
+    x.zero_()
+    assert torch.equal(copied, before)

@@ -136,7 +136,9 @@ class CudaGraphs:
                     for _ in range(2):  # compiles, tunes, packs weights
                         call(*args, **kwargs)
                 torch.cuda.current_stream().wait_stream(side)
-                if versions != [x._version for x in inputs if isinstance(x, Tensor)]:
+                overwritten = versions != [x._version for x in inputs if isinstance(x, Tensor)]
+                # Writes through `.data` count no version.
+                if overwritten or not all(_same(x, y) for x, y in zip(inputs, leaves) if isinstance(x, Tensor)):
                     self.refused[key] = "the network overwrites its inputs"
                     return None
                 held = [(*place, t, t.data_ptr(), _version(t)) for place, t in _tensors(network)]
@@ -206,4 +208,15 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _clone(x: object) -> object:
-    return x.clone() if isinstance(x, Tensor) else x
+    """A tensor of its own with the same strides, also where these leave gaps or repeat elements."""
+    if not isinstance(x, Tensor):
+        return x
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    if x.numel() == 0 or x.layout != torch.strided or extent == x.numel():
+        return x.clone()
+    return x.as_strided((extent,), (1,)).clone().as_strided(x.shape, x.stride())
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether all values are equal, NaN to NaN."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-GLUON_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
-"""Of Triton, with which what the compiler makes of the kernels in Gluon was checked."""
+GLUON_VERSIONS = ("3.6.",)
+"""Of Triton, with which the results of the kernels in Gluon were checked on a GPU. They compile with 3.7 to 3.9 as well."""
 
 
 @dataclass(frozen=True)
