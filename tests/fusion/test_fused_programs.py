@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.compare import image
+from helpers.compare import DEVICE, image
 from helpers.fused import Net, assert_same
 from helpers.trained import trained
 from torch import Tensor, nn
@@ -121,9 +121,9 @@ OPTIONS = {
     "tuple": ((1, 1), lambda y, size: F.adaptive_avg_pool2d(y, size), (2, 2)),
     "list": ([1, 1], lambda y, size: F.adaptive_avg_pool2d(y, size), [2, 2]),
     "dict": ({"k": 1}, lambda y, o: y * o["k"], {"k": 3}),
-    "tensor": (torch.ones(1), lambda y, t: y * t, torch.full((1,), 2.0)),
+    "tensor": (torch.ones(1, device=DEVICE), lambda y, t: y * t, torch.full((1,), 2.0, device=DEVICE)),
     "empty tuple": ((), lambda y, extra: sum(extra, y), (1.0, 2.0)),
-    "None": (None, masked, torch.full((6, 6), 3.0)),
+    "None": (None, masked, torch.full((6, 6), 3.0, device=DEVICE)),
     "number": (2.0, lambda y, n: y * n, 5.0),
     "string": ("mean", lambda y, how: getattr(y, how)((2, 3)), "amax"),
     "type": (torch.float64, lambda y, dtype: y.to(dtype), torch.float32),
@@ -158,7 +158,8 @@ def test_arguments_by_keyword_alone_and_any_number_of_them():
 
     same_at_every_call(Keywords())
     same_at_every_call(Keywords(), scale=2.0)
-    same_at_every_call(Keywords(), torch.ones(1), torch.ones(1), more=torch.ones(1))
+    one = torch.ones(1, device=DEVICE)
+    same_at_every_call(Keywords(), one, one, more=one)
 
 
 def test_copies_of_a_network_with_options():
@@ -283,7 +284,7 @@ def sets_an_attribute(net: Net, x: Tensor) -> Tensor:
 
 
 def adds_up_in_a_tensor_of_its_own(net: Net, x: Tensor) -> Tensor:
-    total = torch.zeros(1, dtype=x.dtype)
+    total = torch.zeros(1, dtype=x.dtype, device=x.device)
     total += net.a(x).sum()
     return total
 

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 import triton
-from helpers.compare import image
+from helpers.compare import DEVICE, image
 from helpers.gpus import H100
 from torch import nn
 from torch.autograd import forward_ad
@@ -113,13 +113,13 @@ def network() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(128, 4),
     )
-    return nn.Sequential(*layers).eval()
+    return nn.Sequential(*layers).eval().to(DEVICE)
 
 
 @pytest.mark.parametrize("part", capabilities.CHECKS)
 def test_without_a_part_the_numbers_are_the_same_and_the_reports_say_so(part, monkeypatch):
     """Swapped, fused, differentiated and under torch.func."""
-    x, pytorch, swapped = torch.randn(2, 4, 8, 8), network(), network()
+    x, pytorch, swapped = torch.randn(2, 4, 8, 8, device=DEVICE), network(), network()
     monkeypatch.setitem(capabilities.CHECKS, part, (lambda: False, "it is done otherwise"))
     report = tritonnn.swap(swapped)
     fused = tritonnn.fuse(network())
@@ -215,6 +215,7 @@ GONE = {
 }
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("gone", GONE)
 def test_without_a_part_of_gluon_the_other_forms_are_left(gone):
     """In a process of its own."""

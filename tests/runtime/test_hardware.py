@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from helpers.compare import DEVICE
 from helpers.gpus import A100, H100
 
 import tritonnn
@@ -86,6 +87,6 @@ def test_layers_fall_back_on_gpus_that_are_too_old(capability, reason, monkeypat
     assert hardware.reason_against(torch.device("cuda", 0)) == reason
     assert hardware.reason_against(torch.device("cpu")) is None
     monkeypatch.setattr(layer, "reason_against", lambda device: reason)
-    linear = tritonnn.TritonLinear(2, 3)
-    y = linear(torch.ones(1, 2))
+    linear = tritonnn.TritonLinear(2, 3, device=DEVICE)
+    y = linear(torch.ones(1, 2, device=DEVICE))
     assert y.shape == (1, 3) and dict(linear.fallbacks) == ({reason: 1} if reason else {})

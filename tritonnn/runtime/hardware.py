@@ -7,7 +7,7 @@ import torch
 import triton
 
 GLUON_VERSIONS = ("3.6.",)
-"""Of Triton, with which the results of the kernels in Gluon were checked on a GPU. They compile with 3.7 to 3.9 as well."""
+"""Of Triton, with which the results of the kernels in Gluon were checked on a GPU; with 3.7 to 3.9 they compile."""
 
 
 @dataclass(frozen=True)
