@@ -26,6 +26,50 @@ from .window import output_size
 
 
 @triton.jit
+def window_of(
+    p,
+    q,
+    H,
+    W,
+    P,
+    Q,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    COUNT_INCLUDE_PAD: tl.constexpr,
+    DIVISOR_OVERRIDE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(h_first, w_first, h_end, w_end, divisor) of output pixel (p, q); the first ones may lie in the padding."""
+    if ADAPTIVE:
+        h_first = p * H // P
+        w_first = q * W // Q
+        h_end = ((p + 1) * H + P - 1) // P
+        w_end = ((q + 1) * W + Q - 1) // Q
+        divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
+    else:
+        h_first = p * STRIDE_H - PADDING_H
+        w_first = q * STRIDE_W - PADDING_W
+        h_end = tl.minimum(h_first + R, H + PADDING_H)  # a ceil_mode window ends with the padding
+        w_end = tl.minimum(w_first + S, W + PADDING_W)
+        if DIVISOR_OVERRIDE != 0:
+            divisor = tl.full(h_first.shape, DIVISOR_OVERRIDE, ACC)
+        elif COUNT_INCLUDE_PAD:
+            divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
+        else:
+            rows = tl.minimum(h_end, H) - tl.maximum(h_first, 0)
+            columns = tl.minimum(w_end, W) - tl.maximum(w_first, 0)
+            divisor = rows.to(ACC) * columns.to(ACC)
+        h_end = tl.minimum(h_end, H)
+        w_end = tl.minimum(w_end, W)
+    return h_first, w_first, h_end, w_end, divisor
+
+
+@triton.jit
 def avg_pool2d_forward_kernel(
     x_ptr,
     y_ptr,
@@ -73,27 +117,24 @@ def avg_pool2d_forward_kernel(
     c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
     mask_c = c < C
 
-    if ADAPTIVE:
-        h_first = p * H // P
-        w_first = q * W // Q
-        h_end = ((p + 1) * H + P - 1) // P
-        w_end = ((q + 1) * W + Q - 1) // Q
-        divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
-    else:
-        h_first = p * STRIDE_H - PADDING_H
-        w_first = q * STRIDE_W - PADDING_W
-        h_end = tl.minimum(h_first + R, H + PADDING_H)  # a ceil_mode window ends with the padding
-        w_end = tl.minimum(w_first + S, W + PADDING_W)
-        if DIVISOR_OVERRIDE != 0:
-            divisor = tl.full((BLOCK_M,), DIVISOR_OVERRIDE, ACC)
-        elif COUNT_INCLUDE_PAD:
-            divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
-        else:
-            rows = tl.minimum(h_end, H) - tl.maximum(h_first, 0)
-            columns = tl.minimum(w_end, W) - tl.maximum(w_first, 0)
-            divisor = rows.to(ACC) * columns.to(ACC)
-        h_end = tl.minimum(h_end, H)
-        w_end = tl.minimum(w_end, W)
+    h_first, w_first, h_end, w_end, divisor = window_of(
+        p,
+        q,
+        H,
+        W,
+        P,
+        Q,
+        R,
+        S,
+        STRIDE_H,
+        STRIDE_W,
+        PADDING_H,
+        PADDING_W,
+        ADAPTIVE,
+        COUNT_INCLUDE_PAD,
+        DIVISOR_OVERRIDE,
+        ACC,
+    )
 
     wait_for_predecessor(DEPENDENT)
     x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (c * x_stride_c)[None, :]
@@ -167,26 +208,28 @@ def avg_pool2d_large_forward_kernel(
     q = pixel % Q
     c = (tile % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
     mask_c = c < C
-    if ADAPTIVE:
-        h_first = (p.to(tl.int64) * H // P).to(tl.int32)
-        w_first = (q.to(tl.int64) * W // Q).to(tl.int32)
-        h_end = (((p + 1).to(tl.int64) * H + P - 1) // P).to(tl.int32)
-        w_end = (((q + 1).to(tl.int64) * W + Q - 1) // Q).to(tl.int32)
-        divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
-    else:
-        h_first = p * STRIDE_H - PADDING_H
-        w_first = q * STRIDE_W - PADDING_W
-        h_end = tl.minimum(h_first + R, H + PADDING_H)  # a ceil_mode window ends with the padding
-        w_end = tl.minimum(w_first + S, W + PADDING_W)
-        divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
-        h_first = tl.maximum(h_first, 0)
-        w_first = tl.maximum(w_first, 0)
-        h_end = tl.minimum(h_end, H)
-        w_end = tl.minimum(w_end, W)
-        if DIVISOR_OVERRIDE != 0:
-            divisor = tl.full((), DIVISOR_OVERRIDE, ACC)
-        elif not COUNT_INCLUDE_PAD:
-            divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
+    h_first, w_first, h_end, w_end, divisor = window_of(
+        p.to(tl.int64),
+        q.to(tl.int64),
+        H,
+        W,
+        P,
+        Q,
+        R,
+        S,
+        STRIDE_H,
+        STRIDE_W,
+        PADDING_H,
+        PADDING_W,
+        ADAPTIVE,
+        COUNT_INCLUDE_PAD,
+        DIVISOR_OVERRIDE,
+        ACC,
+    )
+    h_first = tl.maximum(h_first, 0).to(tl.int32)
+    w_first = tl.maximum(w_first, 0).to(tl.int32)
+    h_end = h_end.to(tl.int32)
+    w_end = w_end.to(tl.int32)
     columns = w_end - w_first
     pixels = IMAGE if WHOLE else tl.maximum(h_end - h_first, 0) * tl.maximum(columns, 0)
     x_ptrs = x_ptr + n * x_stride_n + (c * x_stride_c)[None, :]  # [1, BLOCK_C]

@@ -37,6 +37,7 @@ class FusedLayer(TritonLayer, nn.Module):
     weight: torch.Tensor
     scale: torch.Tensor | None
     bias: torch.Tensor | None
+    groups: int = 1
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class FusedLayer(TritonLayer, nn.Module):
             sources = _Source.of(weight), None if scale is None else _Source.of(scale)
             if scale is not None and dtype.itemsize > 2:
                 filters, scale = _scaled(filters, scale), None
-            packed = pack_filters(filters.to(dtype), input_precision, getattr(self, "groups", 1))
+            packed = pack_filters(filters.to(dtype), input_precision, self.groups)
             kept = self._packed[key] = _Packed(packed, None if scale is None else scale.float(), *sources)
         return kept
 
