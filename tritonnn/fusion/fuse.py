@@ -19,7 +19,7 @@ from ..layers.fused.linear import FusedPooledLinear
 from ..layers.layer import TritonLayer
 from ..swap import kind_of, swap
 from .cuda_graphs import CudaGraphs
-from .functionalize import pure_graph
+from .functionalize import functionalize
 from .fused_graph import FusedGraph
 from .report import FusionReport, few, join
 from .rewrite import fuse_graph
@@ -184,7 +184,7 @@ def _graph_of(module: nn.Module, name: str, report: FusionReport, parts: dict[st
         reason = f"it is a {type(module).__name__}"
     else:
         try:
-            traced = pure_graph(module)
+            traced = functionalize(module)
         except Exception as error:  # whatever the module's code makes of symbolic inputs
             reason = describe(error)
         else:

@@ -20,7 +20,7 @@ from ..layers.max_pool2d import TritonMaxPool2d
 from ..layers.relu import TritonReLU
 from ..swap import kind_of, swap
 from .formats import as_pytorch_puts_it, keep_formats
-from .functionalize import PureGraph
+from .functionalize import FunctionalGraph
 from .fused_graph import FusedGraph
 from .known_functions import flattens_images
 from .report import FusionReport, join
@@ -73,7 +73,7 @@ class _Chain:
         return (x,) if self.add is None else (x, _summands(self.add)[self.add_first])
 
 
-def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionReport) -> FusedGraph:
+def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: FusionReport) -> FusedGraph:
     """The traced module `root`, called `name`, with everything fused that can be; tells `report`."""
     graph = traced.graph
     keep_formats(traced)
@@ -129,7 +129,7 @@ def _keep(node: fx.Node, root: nn.Module, modules: dict[str, nn.Module]) -> None
     modules[node.target] = tensor
 
 
-def _join_shortcuts(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
+def _join_shortcuts(traced: FunctionalGraph, modules: dict[str, nn.Module]) -> None:
     """Two fused convolutions whose results are added become one node where one of them is a shortcut.
 
     The first of them runs later then: nothing may be overwritten in between.
@@ -152,7 +152,7 @@ def _join_shortcuts(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
         traced.graph.erase_node(source)
 
 
-def _chains(traced: PureGraph) -> list[_Chain]:
+def _chains(traced: FunctionalGraph) -> list[_Chain]:
     """In the order of running. A sum of two convolutions goes to the one that is computed last."""
     chains: list[_Chain] = []
     claimed: set[fx.Node] = set()
@@ -176,7 +176,7 @@ def _chains(traced: PureGraph) -> list[_Chain]:
     return chains[::-1]
 
 
-def _pool_before(node: fx.Node, traced: PureGraph) -> fx.Node | None:
+def _pool_before(node: fx.Node, traced: FunctionalGraph) -> fx.Node | None:
     """The average pool whose result a linear layer gets, flattened, if nothing else does."""
     flatten = _input(node)
     if flatten is None or kind_of(traced.module(node)) != "linear" or _hooked(flatten, traced):
@@ -189,21 +189,21 @@ def _pool_before(node: fx.Node, traced: PureGraph) -> fx.Node | None:
     return pool if _only_user(pool, traced) is flatten and _only_user(flatten, traced) is node else None
 
 
-def _only_user(node: fx.Node, traced: PureGraph) -> fx.Node | None:
+def _only_user(node: fx.Node, traced: FunctionalGraph) -> fx.Node | None:
     """The one node that uses the result, if nothing is overwritten up to there."""
     users = list(node.users)
     return users[0] if len(users) == 1 and traced.stage[users[0]] == traced.stage[node] else None
 
 
-def _is_plain_sum(node: fx.Node | None, traced: PureGraph) -> bool:
+def _is_plain_sum(node: fx.Node | None, traced: FunctionalGraph) -> bool:
     return node in traced.pure and traced.is_add(node) and _summands(node) is not None
 
 
-def _is_norm(node: fx.Node, traced: PureGraph) -> bool:
+def _is_norm(node: fx.Node, traced: FunctionalGraph) -> bool:
     return kind_of(traced.module(node)) == "batch_norm2d"
 
 
-def _hooked(node: fx.Node, traced: PureGraph) -> bool:
+def _hooked(node: fx.Node, traced: FunctionalGraph) -> bool:
     module = traced.module(node)
     return module is not None and is_changed(module)
 
@@ -227,7 +227,7 @@ def _operands(node: fx.Node) -> tuple[object, object]:
     return a, b
 
 
-def _reason_to_leave(node: fx.Node, traced: PureGraph) -> str | None:
+def _reason_to_leave(node: fx.Node, traced: FunctionalGraph) -> str | None:
     """Why a convolution or linear layer is no fused one."""
     layer = traced.module(node)
     if is_changed(layer):
@@ -254,7 +254,7 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int] | None:
     return (top, left) if (top, left) == (bottom, right) else None
 
 
-def _reason_not_to_fold(node: fx.Node, traced: PureGraph) -> str | None:
+def _reason_not_to_fold(node: fx.Node, traced: FunctionalGraph) -> str | None:
     norm = traced.module(node)
     if is_changed(norm):
         return why_changed(norm)
@@ -270,13 +270,13 @@ def _reason_not_to_fold(node: fx.Node, traced: PureGraph) -> str | None:
     return _reason_not_to_join(source, node, traced)
 
 
-def _reason_not_to_join(source: fx.Node, node: fx.Node, traced: PureGraph) -> str | None:
+def _reason_not_to_join(source: fx.Node, node: fx.Node, traced: FunctionalGraph) -> str | None:
     if len(source.users) > 1:
         return "what it follows is used elsewhere too"
     return None if traced.stage[source] == traced.stage[node] else "something may be overwritten before it"
 
 
-def _report_apart(traced: PureGraph, chains: list[_Chain], name: str, report: FusionReport) -> None:
+def _report_apart(traced: FunctionalGraph, chains: list[_Chain], name: str, report: FusionReport) -> None:
     fused = {node for chain in chains for node in chain.nodes}
     tails = {chain.tail for chain in chains}
     for node in traced.graph.nodes:
@@ -293,7 +293,7 @@ def _report_apart(traced: PureGraph, chains: list[_Chain], name: str, report: Fu
         report.apart[join(name, node.target if node.op == "call_module" else node.name)] = reason
 
 
-def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: PureGraph) -> str:
+def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: FunctionalGraph) -> str:
     if node in traced.overwriting and node in traced.shared:
         return "it overwrites what others may see"
     if _hooked(node, traced):
@@ -307,7 +307,7 @@ def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: PureGrap
     return next((reason for reason in reasons if reason), "it does not follow directly")
 
 
-def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
+def _fused_layer(chain: _Chain, traced: FunctionalGraph) -> nn.Module:
     layer = traced.module(chain.layer)
     weight, scale, bias = layer.weight.detach(), None, layer.bias
     if chain.norm:
@@ -391,7 +391,7 @@ def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None
         modules[node.target].signed_zeros = not all(after_relu(n) for n in pools if n.target == node.target)
 
 
-def _describe(chain: _Chain, traced: PureGraph) -> str:
+def _describe(chain: _Chain, traced: FunctionalGraph) -> str:
     steps = [kind_of(traced.module(node)) for node in (chain.pool, chain.layer) if node]
     steps += ["batch_norm2d"] * (chain.norm is not None) + ["residual"] * (chain.add is not None)
     steps += [traced.activation(chain.activation).name] if chain.activation else []
@@ -412,7 +412,7 @@ def _pool(node: fx.Node) -> nn.Module | None:
     return module(**arguments).eval()
 
 
-def _rewrite_rest(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
+def _rewrite_rest(traced: FunctionalGraph, modules: dict[str, nn.Module]) -> None:
     """ReLUs and pools as Triton layers, sums and other activations that are PyTorch's beside their operands."""
     relu = "functional_relu"
     while relu in modules:
