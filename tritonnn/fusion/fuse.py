@@ -23,7 +23,7 @@ from .functionalize import functionalize
 from .fused_graph import FusedGraph
 from .report import FusionReport, few, join
 from .rewrite import fuse_graph
-from .tracing import WRAPPERS, describe, has_hooks, is_layer
+from .tracing import WRAPPERS, has_hooks, in_a_line, is_layer
 
 
 class FusedForward:
@@ -186,7 +186,7 @@ def _graph_of(module: nn.Module, name: str, report: FusionReport, parts: dict[st
         try:
             traced = functionalize(module)
         except Exception as error:  # whatever the module's code makes of symbolic inputs
-            reason = describe(error)
+            reason = in_a_line(error)
         else:
             graph = fuse_graph(module, traced, name, report)
             for target, why in traced.opaque.items():

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
 from ..layers.fused.activation import NO_ACTIVATION, PYTORCH, Activation
-from ..layers.fused.base import Filters, batch_norm_as_affine
+from ..layers.fused.base import batch_norm_as_affine
 from ..layers.fused.conv2d import FusedConv2d, FusedSum
 from ..layers.fused.linear import FusedLinear, FusedPooledLinear
 from ..layers.layer import FLOATING_POINT, pair
@@ -24,6 +24,7 @@ from .functionalize import FunctionalGraph
 from .fused_graph import FusedGraph
 from .known_functions import flattens_images
 from .report import FusionReport, join
+from .round_ahead import round_ahead
 from .tracing import in_place, is_changed, why_changed
 
 # Functions that only look at tensors.
@@ -96,7 +97,7 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
         chain.tail.replace_all_uses_with(fused)
         for node in reversed(chain.nodes):
             graph.erase_node(node)
-        report.fused[join(name, target)] = _describe(chain, traced)
+        report.fused[join(name, target)] = _in_words(chain, traced)
         report.modules[join(name, target)] = modules[target]
     _join_shortcuts(traced, modules)
     _rewrite_rest(traced, modules)
@@ -107,7 +108,7 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
             modules[node.target].to(memory_format=torch.channels_last)
         elif node.op == "get_attr":
             _keep(node, root, modules)
-    _round_ahead(graph, modules)
+    round_ahead(graph, modules)
     _drop_signs_of_zeros(graph, modules)
     return FusedGraph(modules, graph, type(root).__name__).eval()
 
@@ -336,49 +337,6 @@ def _fused_layer(chain: _Chain, traced: FunctionalGraph) -> nn.Module:
     )
 
 
-def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Marks convolutions that only convolutions read: in TF32 they round their result, so that readers need not.
-
-    A result that is only added, as a residual, needs no rounding. Where a reader uses TF32 for large outputs only, the
-    convolution knows it, and its readers each other: it is read directly, so that all see the size of its result.
-    """
-
-    def fused(node: fx.Node) -> list[tuple[FusedConv2d, fx.Node]]:
-        """The convolutions of a fused node and their inputs."""
-        match modules[node.target] if node.op == "call_module" else None:
-            case FusedConv2d() as conv:
-                return [(conv, node.args[0])]
-            case FusedSum() as both:
-                return list(zip((both.last, both.other), node.args))
-        return []
-
-    def selects(node: fx.Node) -> bool:
-        """Its results are among its inputs, or zero."""
-        return node.op == "call_module" and kind_of(modules[node.target]) in ("max_pool2d", "relu")
-
-    def readers(node: fx.Node) -> tuple[Filters, ...]:
-        """Of those that read a node directly, the ones that do not always use TF32."""
-        convolutions = [conv for user in node.users for conv, x in fused(user) if x is node]
-        return tuple(conv.filters for conv in convolutions if not conv.filters.always_in_tf32)
-
-    only_convolved: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if any(map(selects, (node, *node.users))) and readers(node):
-            continue
-        if (fused(node) or selects(node)) and all(fused(user) or user in only_convolved for user in node.users):
-            if any(user.args[0] is node or any(x is node for _, x in fused(user)) for user in node.users):
-                only_convolved.add(node)
-    for node in graph.nodes:
-        for conv, source in fused(node):
-            while selects(source):
-                source = source.all_input_nodes[0]
-            conv.rounded_input = bool(fused(source)) and source in only_convolved
-            conv.fellow_readers = readers(source)
-        for conv, _ in fused(node)[:1]:  # the other one of a sum gives no result of its own
-            conv.round_output = node in only_convolved
-            conv.readers = readers(node)
-
-
 def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Max pools whose every input comes out of a ReLU see no -0.0."""
 
@@ -391,7 +349,7 @@ def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None
         modules[node.target].signed_zeros = not all(after_relu(n) for n in pools if n.target == node.target)
 
 
-def _describe(chain: _Chain, traced: FunctionalGraph) -> str:
+def _in_words(chain: _Chain, traced: FunctionalGraph) -> str:
     steps = [kind_of(traced.module(node)) for node in (chain.pool, chain.layer) if node]
     steps += ["batch_norm2d"] * (chain.norm is not None) + ["residual"] * (chain.add is not None)
     steps += [traced.activation(chain.activation).name] if chain.activation else []
