@@ -7,41 +7,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
-from ..layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
-from ..layers.fused.activation import NO_ACTIVATION, PYTORCH, Activation
+from ..layers.fused.activation import NO_ACTIVATION
 from ..layers.fused.base import batch_norm_as_affine
 from ..layers.fused.conv2d import FusedConv2d, FusedSum
 from ..layers.fused.linear import FusedLinear, FusedPooledLinear
 from ..layers.layer import FLOATING_POINT, pair
-from ..layers.max_pool2d import TritonMaxPool2d
-from ..layers.relu import TritonReLU
 from ..swap import kind_of, swap
 from .formats import as_pytorch_puts_it, keep_formats
 from .functionalize import FunctionalGraph
 from .fused_graph import FusedGraph
-from .known_functions import flattens_images
+from .known_functions import flattens_images, operands, unused_name
 from .report import FusionReport, join
+from .rest import drop_signs_of_zeros, rewrite_rest
 from .round_ahead import round_ahead
 from .tracing import in_place, is_changed, why_changed
 
 # Functions that only look at tensors.
 NO_COMPUTATION = ("getattr", "getitem", "size", "dim", as_pytorch_puts_it.__name__, "eq", "_assert")
-
-POOLS = {
-    F.adaptive_avg_pool2d: (TritonAdaptiveAvgPool2d, ("input", "output_size")),
-    F.avg_pool2d: (
-        TritonAvgPool2d,
-        ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    ),
-    F.max_pool2d: (
-        TritonMaxPool2d,
-        ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-    ),
-}
-"""Function to module and its arguments, in order."""
 
 
 @dataclass
@@ -89,7 +72,7 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
         calls[layer] += 1
         target = layer if calls[layer] == 1 else f"{layer}_call{calls[layer]}"
         if target != layer or layer in kept or any(layer.startswith(f"{name}.") for name in traced.opaque):
-            target = _unused(target.replace(".", "_") if target == layer else target, modules)
+            target = unused_name(target.replace(".", "_") if target == layer else target, modules)
         modules[target] = _fused_layer(chain, traced)
         with graph.inserting_before(chain.tail):
             fused = graph.call_module(target, chain.inputs)
@@ -100,7 +83,7 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
         report.fused[join(name, target)] = _in_words(chain, traced)
         report.modules[join(name, target)] = modules[target]
     _join_shortcuts(traced, modules)
-    _rewrite_rest(traced, modules)
+    rewrite_rest(traced, modules)
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
             report.stayed[join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
@@ -109,14 +92,8 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
         elif node.op == "get_attr":
             _keep(node, root, modules)
     round_ahead(graph, modules)
-    _drop_signs_of_zeros(graph, modules)
+    drop_signs_of_zeros(graph, modules)
     return FusedGraph(modules, graph, type(root).__name__).eval()
-
-
-def _unused(name: str, modules: dict[str, nn.Module]) -> str:
-    while name in modules:
-        name += "_"
-    return name
 
 
 def _keep(node: fx.Node, root: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -217,15 +194,9 @@ def _input(node: fx.Node) -> fx.Node | None:
 
 def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two operands of a plain sum of two different values."""
-    a, b = _operands(node)
+    a, b = operands(node)
     plain = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
     return (a, b) if plain and node.kwargs.get("alpha", 1) == 1 else None
-
-
-def _operands(node: fx.Node) -> tuple[object, object]:
-    named = {key: value for key, value in node.kwargs.items() if key in ("input", "other")}
-    a, b, *_ = [*node.args, *named.values(), None, None]
-    return a, b
 
 
 def _reason_to_leave(node: fx.Node, traced: FunctionalGraph) -> str | None:
@@ -337,67 +308,11 @@ def _fused_layer(chain: _Chain, traced: FunctionalGraph) -> nn.Module:
     )
 
 
-def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Max pools whose every input comes out of a ReLU see no -0.0."""
-
-    def after_relu(node: fx.Node) -> bool:
-        source = modules.get(node.all_input_nodes[0].target) if node.all_input_nodes[0].op == "call_module" else None
-        return getattr(source, "activation", None) == Activation("relu") or kind_of(source) == "relu"
-
-    pools = [n for n in graph.nodes if n.op == "call_module" and kind_of(modules[n.target]) == "max_pool2d"]
-    for node in pools:
-        modules[node.target].signed_zeros = not all(after_relu(n) for n in pools if n.target == node.target)
-
-
 def _in_words(chain: _Chain, traced: FunctionalGraph) -> str:
     steps = [kind_of(traced.module(node)) for node in (chain.pool, chain.layer) if node]
     steps += ["batch_norm2d"] * (chain.norm is not None) + ["residual"] * (chain.add is not None)
     steps += [traced.activation(chain.activation).name] if chain.activation else []
     return " + ".join(steps)
-
-
-def _pool(node: fx.Node) -> nn.Module | None:
-    """The module that does what a function of torch.nn.functional does in this graph."""
-    if node.op != "call_function" or node.target not in POOLS:
-        return None
-    module, names = POOLS[node.target]
-    arguments = dict(zip(names, node.args)) | node.kwargs
-    arguments.pop("input", None)
-    if set(arguments) - set(names) or any(isinstance(leaf, fx.Node) for leaf in tree_leaves(arguments)):
-        return None
-    if "stride" in arguments and not arguments["stride"]:  # None or an empty list
-        del arguments["stride"]
-    return module(**arguments).eval()
-
-
-def _rewrite_rest(traced: FunctionalGraph, modules: dict[str, nn.Module]) -> None:
-    """ReLUs and pools as Triton layers, sums and other activations that are PyTorch's beside their operands."""
-    relu = "functional_relu"
-    while relu in modules:
-        relu += "_"
-    for node in traced.graph.nodes:
-        overwrites = node.op == "call_module" and getattr(traced.modules.get(node.target), "inplace", False)
-        activation = traced.activation(node) if node in traced.pure else None
-        if activation == Activation("relu") and (node.op != "call_module" or overwrites):
-            source = _operands(node)[0]
-            node.op, node.target, node.args, node.kwargs = "call_module", relu, (source,), {}
-            modules[relu] = TritonReLU().eval()
-        elif activation is not None and node in traced.once_in_place:
-            slope = {"negative_slope": activation.slope} if activation.name == "leaky_relu" else {}
-            node.op, node.target, node.args = "call_function", PYTORCH[activation.name], _operands(node)[:1]
-            node.kwargs = slope
-        elif node in traced.pure and node.target in (in_place, "add_"):
-            node.op, node.target, node.args = "call_function", add_beside, node.args[:2]
-        elif (pool := _pool(node)) is not None:
-            source = _operands(node)[0]
-            target = _unused(f"functional_{node.name}", modules)
-            modules[target] = pool
-            node.op, node.target, node.args, node.kwargs = "call_module", target, (source,), {}
-
-
-def add_beside(x: object, other: object, alpha: float = 1) -> object:
-    """What x += alpha * other makes of a tensor x, in its type, without overwriting it."""
-    return x.clone().add_(other, alpha=alpha) if isinstance(x, torch.Tensor) else x + other
 
 
 def _function_name(node: fx.Node) -> str:
