@@ -1,4 +1,4 @@
-"""The pass over a network's graph: which nodes become one kernel, and what becomes of the others."""
+"""Which nodes of a network's graph become one kernel: convolutions and linear layers with what follows them."""
 
 import copy
 import operator
@@ -52,7 +52,10 @@ class _Chain:
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """Of the fused node, as the graph is now: the residual may have been fused already."""
+        """The inputs of the fused node.
+
+        They are read from the graph as it is now, where the residual may be fused already.
+        """
         x = _input(self.pool or self.layer)
         return (x,) if self.add is None else (x, _summands(self.add)[self.add_first])
 
@@ -115,7 +118,7 @@ def _keep(node: fx.Node, root: nn.Module, modules: dict[str, nn.Module]) -> None
 def _join_shortcuts(traced: FunctionalGraph, modules: dict[str, nn.Module]) -> None:
     """Two fused convolutions whose results are added become one node where one of them is a shortcut.
 
-    The first of them runs later then: nothing may be overwritten in between.
+    The first one then runs later than before, so nothing may be overwritten in between.
     """
 
     def fused(node: fx.Node) -> bool:
@@ -136,7 +139,7 @@ def _join_shortcuts(traced: FunctionalGraph, modules: dict[str, nn.Module]) -> N
 
 
 def _chains(traced: FunctionalGraph) -> list[_Chain]:
-    """In the order of running. A sum of two convolutions goes to the one that is computed last."""
+    """The chains, in the order of running. A sum of two convolutions belongs to the one that is computed last."""
     chains: list[_Chain] = []
     claimed: set[fx.Node] = set()
     for node in reversed(traced.graph.nodes):

@@ -1,7 +1,7 @@
-"""What there is of Triton's and PyTorch's private parts, checked once: a part that is not as it was known is not used.
+"""Which private parts of Triton and PyTorch can be used: each is checked once, and unused if it has changed.
 
-Without it the public way is taken, which gives the same numbers, later; `notes` says so, and the reports do. The parts
-were known with triton 3.6 to 3.9 and torch 2.11 to 2.14.
+The public way then gives the same numbers and takes longer; `notes` and the reports say so. The checks were written for
+triton 3.6 to 3.9 and torch 2.11 to 2.14.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from . import hardware
 
 LAUNCHER = ("self", "gridX", "gridY", "gridZ", "stream", "function")
 AND_HOOKS = (*LAUNCHER, "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
-"""Parameters of Triton's launchers; in 3.6 those of the hooks are among its `args`."""
+"""Parameters of Triton's launchers. In 3.6 the launch metadata and hooks are part of `args`."""
 DESCRIPTOR = {"base", "shape", "strides", "block_shape", "layout", "padding", "round_f32_to_tf32"}
 """Fields of descriptors, of which `base` alone is an address."""
 PRIVATE_OF_TORCH = {
@@ -113,7 +113,7 @@ CHECKS: dict[str, tuple[Callable[[], bool], str]] = {
     "watchers": (_knows_watchers, "every call goes through PyTorch's dispatcher, which takes the host longer"),
     "workspaces": (_knows_workspaces, "networks are not captured in CUDA graphs"),
 }
-"""Part to what checks it, and what is done without it."""
+"""For each part the check, and what is done without the part."""
 _OF_TORCH = ("watchers", "workspaces")
 
 

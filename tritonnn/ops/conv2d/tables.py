@@ -33,7 +33,7 @@ FORMER_NAMES = {
 }
 """What forms and sizes were called in tables of earlier versions, which are read as well."""
 SAME_CHIP = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
-"""GPUs that differ in their memory only: what was not tuned on the one takes the choices of the other."""
+"""GPUs that differ in memory only, to the GPU whose choices count where it has none of its own."""
 
 _tables: dict[int, ChainMap[Problem, Choice]] = {}
 _recorded: list[Problem] | None = None
@@ -109,12 +109,12 @@ def cache_folder() -> Path:
 
 
 def file_name(gpu: str, version: str | None = None) -> str:
-    """Of a GPU's table for a version of Triton, the one that runs unless it is given."""
+    """The name of a GPU's table for a version of Triton; by default for the one that runs."""
     return f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}-triton-{version or triton.__version__}.json"
 
 
 def read(path: Path) -> dict[Problem, Entry]:
-    """A table without entries that this version cannot use; a file that is no table counts as empty, with a warning."""
+    """The entries of a table that this version can use. A file that is no table counts as empty, with a warning."""
     try:
         rows = json.loads(path.read_text())["choices"]
         entries = [_from_json(row) for row in rows]

@@ -46,13 +46,13 @@ SWAP_AB_TILES = [
 ]
 """BLOCK_M, BLOCK_N, warps, stages that tuning tries with swapped operands."""
 ROUNDING_TILES = [(64, 64, 4, 4), (128, 128, 8, 3)]
-"""The same where x is rounded in shared memory."""
+"""As SWAP_AB_TILES, where x is rounded in shared memory."""
 NATURAL_TILES = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3)]
-"""The same with operands in their natural order."""
+"""As SWAP_AB_TILES, with operands in their natural order."""
 LEAST_CHANNELS = 16
 """A block of the reduction has at least so many; with fewer most of it would be zeros."""
 PAIRED = 128, 4, 3
-"""BLOCK_N, warps and stages of which two programs run on a multiprocessor. One alone loads too late.
+"""BLOCK_N, warps and stages with which two programs fit a multiprocessor: a single one would wait for its loads.
 
 On an H100, 128 images, a program a multiprocessor: bfloat16, 128 to 256 channels, stride 2, 12.7 us, with a fourth
 stage 9.8; strict float32, 512 channels, 145, with half as many columns and a fourth stage 102.
@@ -332,7 +332,7 @@ def _has_one_tap(product: Product) -> bool:
 
 
 def _is_narrow(product: Product) -> bool:
-    """Whether blocks of 64 output channels would be mostly empty, and loads by pointers take 16 bytes as well.
+    """Whether blocks of 64 output channels would be mostly empty, and the form "pointers" loads 16 bytes at a time too.
 
     On an H100, 64 images: 48 to 48 channels of 56x56 13.4 us by pointers, 17.8 by TMA; 32 to 16 of 112x112 27 and 34;
     144 to 32 of 28x28 5.9 and 7.1.
