@@ -25,7 +25,7 @@ from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div, power_of_2
-from ....runtime.capabilities import rounding_on_load
+from ....runtime.capabilities import rounding_on_load, rounds_on_load
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
@@ -210,6 +210,7 @@ class TmaForm(Form):
     """x in channels_last, on the tensor cores. A residual is in channels_last, and then so is y."""
 
     config = TmaConfig
+    loads_by_descriptor = True
     kernels = (conv2d_tma_forward_kernel,)
 
     def fits(self, product: Product) -> bool:
@@ -242,10 +243,11 @@ class TmaForm(Form):
     def default(self, product: Product) -> Choice | None:
         if not self.fits(product) or not (product.x.stride(1) == 1 or product.taps > 1):
             return None
-        copies_x = product.reads_apart or product.rounds_often
+        rounds = product.round_x and not rounds_on_load()
+        copies_x = product.reads_apart or (rounds and product.rounds_often)
         if not (copies_x or product.is_aligned) or _is_narrow(product):
             return None
-        swap_ab = product.input_precision != "tf32x3" and (copies_x or not product.round_x)
+        swap_ab = product.input_precision != "tf32x3" and (copies_x or not rounds)
         N, K, P, Q = product.y.shape
         reduction, gpu = product.packed[0].numel(), hardware.gpu(product.x.device)
         block_k = block_k_of(product.x.shape[1], product.x.element_size())
@@ -253,19 +255,20 @@ class TmaForm(Form):
         return Choice(config, copies_x)
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
-        """Both orders of the operands; TF32's x is to be rounded on the way to the product, or by a copy before it."""
+        """Both orders of the operands; TF32's x is rounded as it is loaded, on the way to the product, or by a copy."""
         size, block_k = problem.dtype.itemsize, block_k_of(problem.c, problem.dtype.itemsize)
         swap_ab = problem.input_precision != "tf32x3"
-        orders = [(SWAP_AB_TILES, True, problem.round_x)] if swap_ab else [(NATURAL_TILES, False, False)]
-        if swap_ab and problem.round_x and problem.channels_last_x:
+        rounds = problem.round_x and not rounds_on_load()
+        orders = [(SWAP_AB_TILES, True, rounds)] if swap_ab else [(NATURAL_TILES, False, False)]
+        if swap_ab and rounds and problem.channels_last_x:
             orders = [(NATURAL_TILES[:3], False, False), (ROUNDING_TILES, True, False), (SWAP_AB_TILES, True, True)]
-        for tiles, swap_ab, rounds in orders:
+        for tiles, swap_ab, copies_x in orders:
             for block_m, block_n, num_warps, num_stages in by_waves(problem, tiles, gpu):
                 rows = block_m + (block_n if swap_ab or problem.input_precision == "tf32" else 2 * block_n)
                 if max(num_stages * rows * block_k * size, block_m * block_n * size) <= gpu.shared_memory:
                     box = best_box(problem.n, *problem.output, block_m)
                     config = config_of(box, block_n, block_k, swap_ab, num_warps, num_stages)
-                    yield Choice(config, copies_x=rounds or not problem.channels_last_x)
+                    yield Choice(config, copies_x or not problem.channels_last_x)
 
     def run(self, product: Product, config: TmaConfig) -> None:
         x, weight, y, epilogue = product.x, product.packed, product.y, product.epilogue
