@@ -140,7 +140,7 @@ class TestOnAGpu:
         problem = Problem(
             40, 64, 32, 32, 128, 3, 3, *window, 1, torch.float32, "tf32", True, True, True, ("bias", "relu")
         )
-        config = config_of((1, 8, 16), 128, 4, True, 8, 3)
+        config = config_of((1, 8, 16), 128, 32, True, 8, 3)
         if form == "tma_halo":
             slots = (3, 7) if stride == 2 else (3, 6)
             config = tile((1, 8, 16), 128, 4, slots=slots, store="registers", num_warps=8, programs=1)
