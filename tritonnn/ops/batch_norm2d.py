@@ -16,6 +16,7 @@ from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import LIBRARY, each_example, register
+from .batch_norm2d_backward import batch_norm2d_backward, statistics_dtype
 
 
 @triton.jit
@@ -171,10 +172,6 @@ def batch_norm2d_update_kernel(
     tl.store(running_var_ptr + c, round_to(var, DTYPE), mask=mask)
 
 
-def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _is_channels_last(x: torch.Tensor) -> bool:
     """Whether PyTorch's output is channels_last: of a tensor that fits both formats it is contiguous on a CPU."""
     if x.device.type != "cpu":
@@ -244,7 +241,7 @@ def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     steps = triton.next_power_of_2(ceil_div(blocks_m * blocks_c, 1024))  # about 1,024 programs, 1,024 splits at most
     splits = ceil_div(blocks_m, steps)
     acc = accumulator(x.dtype)
-    dtype = _statistics_dtype(x)
+    dtype = statistics_dtype(x)
     partial = torch.empty(3, splits, C, dtype=torch.float64, device=x.device)
     mean, var, inverse = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(3))
     launch(
@@ -287,7 +284,7 @@ def _launch_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    C, dtype = x.shape[1], _statistics_dtype(x)
+    C, dtype = x.shape[1], statistics_dtype(x)
     return _output(x), x.new_empty(C, dtype=dtype), x.new_empty(C, dtype=dtype)
 
 
@@ -324,11 +321,7 @@ def _setup_context_training(ctx, inputs, output) -> None:
 
 def _backward_training(ctx, grad_y, *_):
     x, weight, mean, var = ctx.saved_tensors
-    (weight,) = _contiguous(weight)
-    grads = torch.ops.aten.native_batch_norm_backward(
-        grad_y, x, weight, None, None, mean, torch.rsqrt(var + ctx.eps), True, ctx.eps, ctx.needs_input_grad[:3]
-    )
-    return *grads, None
+    return *_gradients(ctx, grad_y, x, weight, mean, var, True), None
 
 
 def _setup_context_inference(ctx, inputs, output) -> None:
@@ -337,15 +330,15 @@ def _setup_context_inference(ctx, inputs, output) -> None:
 
 
 def _backward_inference(ctx, grad_y):
-    x, *parameters = ctx.saved_tensors
-    weight, mean, var = _contiguous(*parameters)
-    dtype = _statistics_dtype(x)
-    # On a GPU the formula for channels_last takes these in place of the running statistics.
-    saved = mean.to(dtype), torch.rsqrt(var.to(dtype) + ctx.eps)
-    grads = torch.ops.aten.native_batch_norm_backward(
-        grad_y, x, weight, mean, var, *saved, False, ctx.eps, ctx.needs_input_grad[:3]
-    )
-    return *grads, None, None, None
+    x, weight, mean, var = ctx.saved_tensors
+    return *_gradients(ctx, grad_y, x, weight, mean, var, False), None, None, None
+
+
+def _gradients(ctx, grad_y, x, weight, mean, var, training: bool) -> Iterator[torch.Tensor | None]:
+    """Those of x, weight and bias that are needed."""
+    needed = tuple(ctx.needs_input_grad[:3])
+    grads = batch_norm2d_backward(grad_y, x, weight, mean, var, ctx.eps, training, needed)
+    return (grad if wanted else None for grad, wanted in zip(grads, needed))
 
 
 batch_norm2d_inference = register(
