@@ -7,7 +7,7 @@ import torch
 
 from ..runtime.operator import register_gradient
 from ..runtime.precision import matmul_input_precision, matmuls_in_tf32
-from .conv2d.backward import weight as weight_gradient
+from .conv2d.backward.weight_dispatch import run_weight
 from .conv2d.dispatch import launch_unpacked
 from .conv2d.epilogue import Epilogue
 
@@ -52,7 +52,7 @@ def _launch_weight(g, x) -> torch.Tensor:
         return grad_weight.zero_()
     if grad_weight.numel() > 0:
         precision = matmul_input_precision(g, x.T)
-        weight_gradient.run(_image(g), _image(x), _image(grad_weight), WINDOW, 1, precision)
+        run_weight(_image(g), _image(x), _image(grad_weight), WINDOW, 1, precision)
     return grad_weight
 
 

@@ -9,7 +9,8 @@ from ....runtime.precision import (
     convolution_weight_gradient_precision,
     convolutions_in_tf32,
 )
-from . import input, weight
+from . import input
+from .weight_dispatch import run_weight
 
 
 def _input_output(g, filters, size, channels_last, *_) -> torch.Tensor:
@@ -50,7 +51,7 @@ def _launch_weight(g, x, size, channels_last, stride, padding, dilation, groups)
     grad_weight = _weight_output(g, x, size, channels_last)
     if grad_weight.numel() > 0:
         precision = convolution_weight_gradient_precision(x, grad_weight, g.numel() // g.shape[1])
-        weight.run(g, x, grad_weight, (stride, padding, dilation), groups, precision)
+        run_weight(g, x, grad_weight, (stride, padding, dilation), groups, precision)
     return grad_weight
 
 

@@ -15,7 +15,6 @@ from ....device.arithmetic import accumulator, index_type, round_to
 from ....runtime import hardware
 from ....runtime.blocks import INTERPRETER_TILE, ceil_div, power_of_2
 from ....runtime.launch_plan import launch
-from ..pack import channels_last
 from .arithmetic import add_product
 
 MOST_SPLITS = 128
@@ -76,13 +75,12 @@ def conv2d_backward_weight_kernel(
     mask_k = offs_k < K
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     mask_n = offs_n < R * S * C
+    c = offs_n % C
     if ONE_TAP:
         tap = pid_n * BLOCK_N // C
-        c = pid_n * BLOCK_N % C + tl.arange(0, BLOCK_N)
         r = tap // S * DILATION_H - PADDING_H
         s = tap % S * DILATION_W - PADDING_W
     else:
-        c = offs_n % C
         r = (offs_n // C // S * DILATION_H - PADDING_H)[None, :]
         s = (offs_n // C % S * DILATION_W - PADDING_W)[None, :]
     g_ptrs = g_ptr + ((group * K + offs_k) * g_stride_k)[None, :]
@@ -157,18 +155,19 @@ def combine(partial: torch.Tensor, grad_weight: torch.Tensor) -> None:
     )
 
 
-def splits_of(blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
-    """(splits, steps): programs that share a tile, and blocks of pixels of each; about four programs a multiprocessor.
+def splits_of(blocks: int, tiles: int, programs: int) -> tuple[int, int]:
+    """(splits, steps): programs that share a tile, and blocks of pixels of each; no more than `programs` in all.
 
-    Steps are constants of the kernel, so that few numbers of them occur: 1, 2, 3, 4, 6, 8, 12, ...
+    Steps are constants of the kernel: where they are many, few numbers of them occur.
     """
-    steps = max(ceil_div(blocks * tiles, 4 * multiprocessors), ceil_div(blocks, MOST_SPLITS))
-    least = 1 << (steps.bit_length() - 1)
-    steps = next(n for n in (least, least + least // 2, 2 * least) if n >= steps)
+    splits = min(max(programs // tiles, 1), blocks, MOST_SPLITS)
+    steps = ceil_div(blocks, splits)
+    unit = 1 << max(steps.bit_length() - 4, 0)
+    steps = ceil_div(steps, unit) * unit
     return ceil_div(blocks, steps), steps
 
 
-def run_pointers(
+def run(
     g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tuple, groups: int, input_precision: str
 ) -> None:
     """Fills grad_weight [K, C / groups, R, S]; g [N, K, P, Q] and x [N, C, H, W] have any strides."""
@@ -187,7 +186,7 @@ def run_pointers(
     else:
         block_m, block_n, block_k, num_warps, num_stages = power_of_2(K, 16, 32), power_of_2(size, 16, 32), 16, 4, 2
     tiles = ceil_div(K, block_m) * ceil_div(size, block_n) * groups
-    splits, steps = splits_of(ceil_div(M, block_k), tiles, hardware.gpu(x.device).multiprocessors)
+    splits, steps = splits_of(ceil_div(M, block_k), tiles, 4 * hardware.gpu(x.device).multiprocessors)
     acc = accumulator(x.dtype)
     dtype = torch.float64 if acc == tl.float64 else torch.float32
     partial = torch.empty(splits, groups * K, size, dtype=dtype, device=x.device)
@@ -221,12 +220,3 @@ def run_pointers(
         num_stages=num_stages,
     )
     combine(partial, grad_weight)
-
-
-def run(
-    g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tuple, groups: int, input_precision: str
-) -> None:
-    """Fills grad_weight [K, C / groups, R, S]; g [N, K, P, Q] and x [N, C, H, W] have any strides."""
-    if not triton.knobs.runtime.interpret:  # blocks of channels are loaded for one pixel after the other
-        g, x = (t if t.stride(1) == 1 or t.shape[1] < 16 else channels_last(t).permute(0, 3, 1, 2) for t in (g, x))
-    run_pointers(g, x, grad_weight, window, groups, input_precision)
