@@ -257,7 +257,10 @@ def test_opcheck(name, differentiable):
         differentiable = [i for i, arg in enumerate(arguments[:count]) if isinstance(arg, torch.Tensor)]
         for i in differentiable:
             arguments[i].requires_grad_()
-    torch.library.opcheck(getattr(torch.ops.tritonnn, name), arguments)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if differentiable and name == "conv2d_backward_weight":  # PyTorch's formula does not take symbolic sizes
+        checks = checks[:-1]
+    torch.library.opcheck(getattr(torch.ops.tritonnn, name), arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

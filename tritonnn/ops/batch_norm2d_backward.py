@@ -17,7 +17,17 @@ from ..runtime.blocks import ceil_div, pixel_blocks
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import register_gradient
-from .channel_sums import no_sums, partial_sums, store_sums, sum_of_splits
+from .channel_sums import (
+    NO_MASK,
+    Mask,
+    affine,
+    no_sums,
+    normalized,
+    partial_sums,
+    passed_by_relu,
+    store_sum,
+    sum_of_splits,
+)
 
 
 @triton.jit
@@ -39,30 +49,28 @@ def batch_norm2d_backward_combine_kernel(
     HAS_COEFFICIENTS: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    """One program owns BLOCK_C channels; partial is [2, SPLITS, C], the sums of g and of g * (x - mean).
+    """One program owns a channel; partial is [2, C, SPLITS], the sums of g and of g * (x - mean).
 
     coefficients [3, C]: of g, of x - mean, and the constant, whose sum is grad_x.
     """
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    mask = c < C
-    inverse = 1 / tl.sqrt(tl.load(var_ptr + c, mask=mask, other=1.0).to(tl.float64) + eps)
+    c = tl.program_id(0).to(tl.int64)
+    inverse = 1 / tl.sqrt(tl.load(var_ptr + c).to(tl.float64) + eps)
     if HAS_SUMS:
-        sums = sum_of_splits(partial_ptr, 0, c, SPLITS, C, BLOCK_SPLITS)
-        products = sum_of_splits(partial_ptr, 1, c, SPLITS, C, BLOCK_SPLITS)
+        sums = sum_of_splits(partial_ptr, c, SPLITS, BLOCK_SPLITS)
+        products = sum_of_splits(partial_ptr, C + c, SPLITS, BLOCK_SPLITS)
         if HAS_GRAD_WEIGHT:
-            store_sums(grad_weight_ptr + c, products * inverse, mask)
+            store_sum(grad_weight_ptr + c, products * inverse)
         if HAS_GRAD_BIAS:
-            store_sums(grad_bias_ptr + c, sums, mask)
+            store_sum(grad_bias_ptr + c, sums)
     if HAS_COEFFICIENTS:
         scale = inverse
         if HAS_WEIGHT:
-            scale *= tl.load(weight_ptr + c, mask=mask, other=0.0).to(tl.float64)
-        store_sums(coefficients_ptr + c, scale, mask)
+            scale *= tl.load(weight_ptr + c).to(tl.float64)
+        store_sum(coefficients_ptr + c, scale)
         if TRAINING:
-            store_sums(coefficients_ptr + C + c, -scale * inverse * inverse * (products / M), mask)
-            store_sums(coefficients_ptr + 2 * C + c, -scale * (sums / M), mask)
+            store_sum(coefficients_ptr + C + c, -scale * inverse * inverse * (products / M))
+            store_sum(coefficients_ptr + 2 * C + c, -scale * (sums / M))
 
 
 @triton.jit
@@ -72,6 +80,9 @@ def batch_norm2d_backward_input_kernel(
     mean_ptr,
     coefficients_ptr,
     grad_x_ptr,
+    inverse_ptr,
+    weight_ptr,
+    bias_ptr,
     M,
     C,
     PIXELS,
@@ -79,12 +90,18 @@ def batch_norm2d_backward_input_kernel(
     stride_c,
     stride_pixel,
     TRAINING: tl.constexpr,
+    BY_INPUT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels, the first one the last of them."""
+    """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels, the first one the last of them.
+
+    BY_INPUT: ReLU follows, and masks g as in `channel_sums_partial_kernel`.
+    """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -93,13 +110,18 @@ def batch_norm2d_backward_input_kernel(
     mask = (offs_m < M)[:, None] & mask_c[None, :]
     offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
     offs = offs[:, None] + (c * stride_c)[None, :]
-    grad_x = tl.load(g_ptr + offs, mask=mask, other=0.0).to(ACC)
-    grad_x *= tl.load(coefficients_ptr + c, mask=mask_c, other=0.0)[None, :]
+    g = tl.load(g_ptr + offs, mask=mask, other=0.0)
     if TRAINING:
         mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
         of_x = tl.load(coefficients_ptr + C + c, mask=mask_c, other=0.0)[None, :]
         constant = tl.load(coefficients_ptr + 2 * C + c, mask=mask_c, other=0.0)[None, :]
-        grad_x += (tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC) - mean) * of_x + constant
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+    if BY_INPUT:
+        scale, bias = affine(inverse_ptr, weight_ptr, bias_ptr, c, mask_c, HAS_WEIGHT, HAS_BIAS, ACC)
+        g = passed_by_relu(g, normalized(x, mean, scale, bias, g.dtype).to(ACC))
+    grad_x = g.to(ACC) * tl.load(coefficients_ptr + c, mask=mask_c, other=0.0)[None, :]
+    if TRAINING:
+        grad_x += (x - mean) * of_x + constant
     tl.store(grad_x_ptr + offs, round_to(grad_x, grad_x_ptr.dtype.element_ty), mask=mask)
 
 
@@ -111,21 +133,42 @@ def _outputs(g, x, weight, mean, var, eps, training, output_mask) -> tuple[torch
 
 
 def _launch(g, x, weight, mean, var, eps, training, output_mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = grad_x, grad_weight, grad_bias = _outputs(g, x, weight, mean, var, eps, training, output_mask)
-    channels_last = is_channels_last(x)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    g, x = g.contiguous(memory_format=memory_format), x.contiguous(memory_format=memory_format)
+    gradients = _outputs(g, x, weight, mean, var, eps, training, output_mask)
+    g, x = dense(g, x), dense(x, x)
     weight, mean, var = (None if t is None else t.contiguous() for t in (weight, mean, var))
-    wants_x, wants_weight, wants_bias = output_mask
+    run(g, x, weight, mean, var, eps, training, gradients, NO_MASK)
+    return gradients
+
+
+def dense(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """t [N, C, H, W] with the strides of a gradient of x, itself if it has them."""
+    return t.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+
+
+def run(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    training: bool,
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    relu: Mask,
+) -> None:
+    """Fills the gradients of x, weight and bias that are not empty; all of `dense` strides."""
+    grad_x, grad_weight, grad_bias = gradients
+    wants_x, wants_weight, wants_bias = (grad.numel() > 0 for grad in gradients)
+    channels_last = is_channels_last(x)
     N, C, H, W = x.shape
     M = N * H * W
     acc = accumulator(x.dtype)
     has_sums = wants_weight or wants_bias or training
-    sums = partial_sums(g, channels_last, x, mean) if has_sums else no_sums(C, x.device)
+    sums = partial_sums(g, channels_last, x, mean, relu) if has_sums else no_sums(C, x.device)
     coefficients = torch.empty(3, C, dtype=torch.float64 if acc == tl.float64 else torch.float32, device=x.device)
     launch(
         batch_norm2d_backward_combine_kernel,
-        sums.grid,
+        (C,),
         sums.partial,
         weight,
         var,
@@ -149,21 +192,24 @@ def _launch(g, x, weight, mean, var, eps, training, output_mask) -> tuple[torch.
         launch(
             batch_norm2d_backward_input_kernel,
             (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),),
-            g,
+            g if relu.masked is None else relu.masked,
             x,
             mean,
             coefficients,
             grad_x,
+            relu.inverse,
+            relu.weight,
+            relu.bias,
             M,
             C,
             H * W,
             *pixel_strides(grad_x, channels_last),
             TRAINING=training,
+            **relu.flags,
             ACC=acc,
             INDEX=index_type(M + blocks.BLOCK_M),
             **blocks._asdict(),
         )
-    return gradients
 
 
 def _formula(g, x, weight, mean, var, eps, training, output_mask) -> tuple[torch.Tensor | None, ...]:
