@@ -1,18 +1,21 @@
 """The operators of gradients: PyTorch's numbers for every argument that forward takes, to the second order."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
-from helpers.compare import DEVICE, image, network
+from helpers.compare import DEVICE, image, network, tf32
 from torch import nn
 
 import tritonnn
 from tritonnn.ops import avg_pool2d_backward, batch_norm2d_backward, linear_backward, max_pool2d_backward, relu_backward
 from tritonnn.ops import channel_sums as sums
+from tritonnn.ops.conv2d.backward import input_tma, weight_tma
 from tritonnn.ops.conv2d.backward import op as conv2d
 from tritonnn.ops.conv2d.backward.input import Taps
 from tritonnn.ops.window import output_size
+from tritonnn.runtime import hardware
 
 CONVOLUTIONS = {
     "3x3": ((2, 8, 6, 7), (5, 8, 3, 3), (1, 1), (1, 1), (1, 1), 1),
@@ -174,6 +177,55 @@ def test_relu_keeps_the_gradient_of_nan():
     g = torch.tensor([1.0, 2.0, float("nan"), 4.0, float("inf")], device=DEVICE)
     expected = torch.ops.aten.threshold_backward(g, y, 0)
     torch.testing.assert_close(relu_backward.relu_backward(g, y), expected, equal_nan=True, rtol=0, atol=0)
+
+
+BY_TMA = {
+    "rows follow each other": ((3, 64, 8, 16), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "several images a box": ((7, 64, 4, 4), (128, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "sides of no power of 2": ((2, 64, 6, 12), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "odd sides, dilated": ((5, 64, 7, 7), (64, 64, 3, 3), (1, 1), (2, 2), (2, 2), 1),
+    "strided": ((3, 64, 8, 16), (128, 64, 3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "1x1": ((3, 128, 8, 8), (64, 128, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "1x1, strided": ((3, 64, 8, 16), (128, 64, 1, 1), (2, 2), (0, 0), (1, 1), 1),
+    "5x4, strided, padding of a pair": ((2, 64, 12, 8), (64, 64, 5, 4), (2, 2), (2, 1), (1, 1), 1),
+    "2x2, strided": ((2, 64, 8, 8), (64, 64, 2, 2), (2, 2), (0, 0), (1, 1), 1),
+}
+
+
+@pytest.mark.parametrize("programs", [1, 5, 64, 1000])
+@pytest.mark.parametrize("case", BY_TMA)
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="needs Triton's interpreter, which runs the kernels anywhere")
+def test_gradient_of_the_weight_by_tma(case, programs, monkeypatch):
+    """However many programs share the work: of one tile, or of several."""
+    g, x, weight, window = convolution(BY_TMA[case], True, torch.float32)
+    gpu = dataclasses.replace(hardware.INTERPRETER, multiprocessors=programs)
+    monkeypatch.setattr(hardware, "gpu", lambda device: gpu)
+    monkeypatch.setattr(weight_tma, "LEAST_SHARE", 1)
+    config = weight_tma.default_config(weight.shape[0], weight.shape[1], weight.shape[3])._replace(PROGRAMS=1)
+    actual = torch.full_like(weight, float("nan"))
+    weight_tma.run(g, x, actual, window[:3], config)
+    expected = conv2d._weight_formula(g.double(), x.double(), tuple(weight.shape), True, *window)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [case for case, (*_, stride, _, _, _) in BY_TMA.items() if stride == (2, 2)])
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="needs Triton's interpreter, which runs the kernels anywhere")
+def test_gradient_of_a_strided_input_by_tma(case):
+    g, x, weight, window = convolution(BY_TMA[case], True, torch.float32)
+    actual = torch.full_like(x, float("nan"))
+    input_tma.run(g, weight, actual, window[1])
+    rounded = tf32(g).double(), tf32(weight).double()
+    expected = conv2d._input_formula(*rounded, tuple(x.shape), True, *window)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_all_units_are_shared_out():
+    """Each box of each tile to one program, no more than two tiles to a program."""
+    for boxes, tiles, programs in itertools.product((1, 7, 40, 129, 8192), (1, 3, 9, 144, 500), (1, 132, 264)):
+        padded, share = weight_tma.share_of(boxes, tiles, programs)
+        assert padded >= boxes and 1 <= share <= padded
+        if padded > boxes:
+            assert padded % share == 0 and padded - boxes < share
 
 
 STRIDED = {

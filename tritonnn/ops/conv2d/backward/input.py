@@ -23,59 +23,9 @@ from ....runtime.launch_plan import launch
 from ..dispatch import launch_unpacked
 from ..epilogue import Epilogue
 from ..pack import channels_last
+from . import input_tma
 from .arithmetic import add_product
-
-
-@triton.jit
-def exchanged_filters_kernel(
-    weight_ptr,
-    y_ptr,
-    stride_k,
-    stride_c,
-    stride_r,
-    stride_s,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    FLIP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One program owns BLOCK_C x BLOCK_K channels of one tap.
-
-    C and K count the channels of a group; weight is [groups * K, C, R, S], y [groups * C, R, S, K].
-    """
-    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    pid = tl.program_id(0)
-    k = pid % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    c = pid // BLOCKS_K % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    tap = pid // (BLOCKS_K * BLOCKS_C) % (R * S)
-    group = (pid // (BLOCKS_K * BLOCKS_C * R * S)).to(tl.int64)
-    r = tap // S
-    s = tap % S
-    mask = (c < C)[:, None] & (k < K)[None, :]
-    offs = ((group * K + k) * stride_k)[None, :] + (c.to(tl.int64) * stride_c)[:, None]
-    offs += r.to(tl.int64) * stride_r + s.to(tl.int64) * stride_s
-    weight = tl.load(weight_ptr + offs, mask=mask)
-    if FLIP:
-        tap = R * S - 1 - tap
-    tl.store(y_ptr + (((group * C + c) * (R * S) + tap) * K)[:, None] + k[None, :], weight, mask=mask)
-
-
-def exchanged_filters(weight: torch.Tensor, groups: int, flip: bool) -> torch.Tensor:
-    """A weight [K, C / groups, R, S] as [C, R, S, K / groups], contiguous, its taps reversed to `flip` them."""
-    K, C, R, S = weight.shape
-    K //= groups
-    y = weight.new_empty(groups * C, R, S, K)
-    side = 512 if triton.knobs.runtime.interpret else 32
-    block_c, block_k = power_of_2(C, 1, side), power_of_2(K, 1, side)
-    grid = (ceil_div(C, block_c) * ceil_div(K, block_k) * R * S * groups,)
-    launch(
-        exchanged_filters_kernel, grid, weight, y, *weight.stride(), C, K, R, S, flip, BLOCK_C=block_c, BLOCK_K=block_k
-    )
-    return y
+from .filters import exchanged_filters
 
 
 class Taps(NamedTuple):
@@ -211,6 +161,9 @@ def _run_by_classes(g, weight, grad_x, window, groups, input_precision) -> None:
     N, P, Q = g.shape[0], *g.shape[2:]
     if not triton.knobs.runtime.interpret and g.stride(1) != 1 and g.shape[1] >= 16:
         g = channels_last(g).permute(0, 3, 1, 2)
+    if input_tma.fits(g, grad_x, window, groups, input_precision):
+        input_tma.run(g, weight, grad_x, window[1])
+        return
     packed = exchanged_filters(weight, groups, flip=False)
     for residues, taps in _classes(window, (R, S), grad_x.shape[2:]):
         part = grad_x[:, :, residues[0] :: window[0][0], residues[1] :: window[0][1]]

@@ -27,7 +27,7 @@ def _launch_input(g, filters, size, channels_last, stride, padding, dilation, gr
 
 
 def _input_formula(g, filters, size, channels_last, stride, padding, dilation, groups) -> torch.Tensor:
-    x = g.new_empty(()).expand(size)
+    x = empty_image(tuple(size), g, channels_last)  # of which the shape matters
     arguments = None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
     return torch.ops.aten.convolution_backward(g, x, filters, *arguments)[0]
 
@@ -56,7 +56,7 @@ def _launch_weight(g, x, size, channels_last, stride, padding, dilation, groups)
 
 
 def _weight_formula(g, x, size, channels_last, stride, padding, dilation, groups) -> torch.Tensor:
-    filters = g.new_empty(()).expand(size)
+    filters = empty_image(tuple(size), g, channels_last)
     arguments = None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
     return torch.ops.aten.convolution_backward(g, x, filters, *arguments)[1]
 
