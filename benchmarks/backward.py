@@ -68,19 +68,35 @@ CONVOLUTIONS = {
         (2048, 512, 7, 1, 1),
         (512, 512, 7, 3, 1),
     ],
+    "grouped": [
+        (32, 32, 112, 3, 1, 32),
+        (96, 96, 112, 3, 2, 96),
+        (144, 144, 56, 3, 1, 144),
+        (192, 192, 28, 3, 1, 192),
+        (384, 384, 14, 3, 1, 384),
+        (576, 576, 14, 3, 2, 576),
+        (960, 960, 7, 3, 1, 960),
+        (96, 96, 56, 7, 1, 96),
+        (128, 128, 56, 3, 1, 32),
+        (256, 256, 56, 3, 2, 32),
+        (256, 256, 28, 3, 1, 32),
+        (1024, 1024, 7, 3, 1, 32),
+    ],
 }
-"""Channels in and out, side of the image, of the filter, stride."""
-IMAGES = {"resnet18": 512, "resnet50": 64}
+"""Channels in and out, side of the image, of the filter, stride, groups where there are several."""
+IMAGES = {"resnet18": 512, "resnet50": 64, "grouped": 64}
 NORMS = {
     "resnet18": [(64, 32), (128, 16), (256, 8), (512, 4)],
     "resnet50": [(64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7)],
+    "grouped": [],
 }
 """Channels and side of what is normalised, and goes through ReLU."""
 POOLS = {
     "resnet18": [("max", 64, 32, 3, 1, 1), ("avg", 512, 4, 4, 4, 0), ("adaptive", 512, 4, 4, 4, 0)],
     "resnet50": [("max", 64, 112, 3, 2, 1), ("adaptive", 2048, 7, 7, 7, 0)],
+    "grouped": [],
 }
-LINEAR = {"resnet18": (512, 10), "resnet50": (2048, 1000)}
+LINEAR = {"resnet18": [(512, 10)], "resnet50": [(2048, 1000)], "grouped": []}
 
 
 class Gradient(NamedTuple):
@@ -107,12 +123,13 @@ def gradients(network: str, dtype: torch.dtype, channels_last: bool) -> Iterator
         ours, formula = batch_norm2d_backward.batch_norm2d_backward, batch_norm2d_backward._formula
         yield Gradient(f"batch norm {C}x{side}", ours, formula, arguments)
         yield Gradient(f"relu {C}x{side}", relu_backward.relu_backward, relu_backward._formula, (g, x.relu()))
-    for C, K, side, size, stride in CONVOLUTIONS[network]:
-        x, weight = image(N, C, side, side), image(K, C, size, size) / (C * size * size) ** 0.5
+    for C, K, side, size, stride, *several in CONVOLUTIONS[network]:
+        groups = several[0] if several else 1
+        x, weight = image(N, C, side, side), image(K, C // groups, size, size) / (C // groups * size * size) ** 0.5
         padding = (size - 1) // 2
         out = (side + 2 * padding - size) // stride + 1
-        g, window = image(N, K, out, out), ((stride,) * 2, (padding,) * 2, (1, 1), 1)
-        name = f"{C}x{side} to {K}, {size}x{size}/{stride}"
+        g, window = image(N, K, out, out), ((stride,) * 2, (padding,) * 2, (1, 1), groups)
+        name = f"{C}x{side} to {K}, {size}x{size}/{stride}" + (f", {groups} groups" if several else "")
         if C > 3:
             arguments = g, weight, tuple(x.shape), channels_last, *window
             ours, formula = conv2d_backward.conv2d_backward_input, conv2d_backward._input_formula
@@ -139,11 +156,11 @@ def gradients(network: str, dtype: torch.dtype, channels_last: bool) -> Iterator
                 return g.expand(*g.shape[:2], *size) / (size[0] * size[1])
 
         yield Gradient(f"{kind} pool {C}x{side}, {size}x{size}/{stride}", ours, formula, arguments)
-    C, K = LINEAR[network]
-    g, x, weight = (torch.randn(shape, device="cuda").to(dtype) for shape in ((N, K), (N, C), (K, C)))
-    yield Gradient(f"linear input {C} to {K}", linear_backward.linear_backward_input, torch.matmul, (g, weight))
-    ours = linear_backward.linear_backward_weight
-    yield Gradient(f"linear weight {C} to {K}", ours, lambda g, x: g.T @ x, (g, x))
+    for C, K in LINEAR[network]:
+        g, x, weight = (torch.randn(shape, device="cuda").to(dtype) for shape in ((N, K), (N, C), (K, C)))
+        yield Gradient(f"linear input {C} to {K}", linear_backward.linear_backward_input, torch.matmul, (g, weight))
+        ours = linear_backward.linear_backward_weight
+        yield Gradient(f"linear weight {C} to {K}", ours, lambda g, x: g.T @ x, (g, x))
 
 
 def wanted(outputs: object) -> list[torch.Tensor]:
@@ -203,9 +220,9 @@ def main() -> None:
                 clocks[name]()
             timings, _ = alternate(clocks, args.seconds, (3, 20))
             pytorch, ours = (1e3 * timings[name].median for name in ("pytorch", "ours"))
-            print(f"{gradient.name:34} {pytorch:8.1f} {ours:8.1f} {pytorch / ours:6.2f}x{said}", flush=True)
+            print(f"{gradient.name:44} {pytorch:8.1f} {ours:8.1f} {pytorch / ours:6.2f}x{said}", flush=True)
         except Exception as error:
-            print(f"{gradient.name:34} {type(error).__name__}: {str(error)[:200]}", flush=True)
+            print(f"{gradient.name:44} {type(error).__name__}: {str(error)[:200]}", flush=True)
 
 
 def first_call(gradient: Gradient) -> None:

@@ -5,11 +5,18 @@ import itertools
 
 import pytest
 import torch
-from helpers.compare import DEVICE, image, network, tf32
+from helpers.compare import DEVICE, TOLERANCE, assert_close, image, network, tf32
 from torch import nn
 
 import tritonnn
-from tritonnn.ops import avg_pool2d_backward, batch_norm2d_backward, linear_backward, max_pool2d_backward, relu_backward
+from tritonnn.ops import (
+    avg_pool2d_backward,
+    batch_norm2d_backward,
+    batch_norm2d_relu,
+    linear_backward,
+    max_pool2d_backward,
+    relu_backward,
+)
 from tritonnn.ops import channel_sums as sums
 from tritonnn.ops.conv2d.backward import input_tma, weight_tma
 from tritonnn.ops.conv2d.backward import op as conv2d
@@ -473,3 +480,45 @@ def test_the_others_on_real_shapes(dtype, layout):
             error, noise = (float((y.double() - exact).norm() / exact.norm()) for y in (first, pytorchs))
             assert torch.equal(first, second)
             assert error <= 1.2 * noise + 1e-7, (error, noise)
+
+
+@pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_batch_norm_with_relu(dtype, residual, layout):
+    """Values and gradients of the three operations after each other, by PyTorch."""
+    x, other = (1 + 2 * image(4, 6, 5, 7, dtype=dtype, channels_last=layout) for _ in range(2))
+    parameters = [image(6, dtype=torch.float32 if dtype == torch.bfloat16 else dtype) for _ in range(2)]
+    tensors = [t if t is None else t.requires_grad_() for t in (x, other if residual else None, *parameters)]
+
+    def pytorchs(x, residual, weight, bias):
+        y = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True)
+        return (y if residual is None else y + residual).relu()
+
+    g = image(4, 6, 5, 7, dtype=dtype, channels_last=layout)
+    exact_tensors = [t if t is None else t.detach().double().requires_grad_() for t in tensors]
+    exact = pytorchs(*exact_tensors)
+    actual, mean, var, _ = batch_norm2d_relu.batch_norm2d_relu(*tensors, 1e-5)
+    assert_close(actual, exact.detach(), dtype)
+    assert actual.is_contiguous(memory_format=torch.channels_last if layout else torch.contiguous_format)
+    assert_close(mean, x.double().mean((0, 2, 3)), dtype)
+    safe = exact.detach().abs() + (exact.detach() == 0) > 0.05  # where a rounding does not decide on ReLU's mask
+    g = g * safe
+    wanted, exact_wanted = ([t for t in of if t is not None] for of in (tensors, exact_tensors))
+    grads = torch.autograd.grad(actual, wanted, g)
+    for grad, expected in zip(grads, torch.autograd.grad(exact, exact_wanted, g.double())):
+        tolerance = 10 * TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_batch_norm_with_relu_to_the_second_order(residual):
+    tensors = [image(2, 3, 3, 2, dtype=torch.float64), image(2, 3, 3, 2, dtype=torch.float64) if residual else None]
+    tensors += [image(3, dtype=torch.float64), image(3, dtype=torch.float64)]
+    tensors = [t if t is None else t.requires_grad_() for t in tensors]
+
+    def first(*tensors):
+        return batch_norm2d_relu.batch_norm2d_relu(*tensors, 1e-5)[0]
+
+    assert torch.autograd.gradcheck(first, tensors)
+    assert torch.autograd.gradgradcheck(first, tensors)

@@ -27,6 +27,7 @@ def batch_norm2d_normalize_kernel(
     bias_ptr,
     mean_ptr,
     var_ptr,
+    residual_ptr,
     M,
     C,
     eps: tl.float64,
@@ -35,6 +36,8 @@ def batch_norm2d_normalize_kernel(
     stride_c,
     stride_pixel,
     INVERTED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
@@ -44,7 +47,8 @@ def batch_norm2d_normalize_kernel(
 ):
     """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels; x and y share their strides.
 
-    INVERTED: var_ptr is to 1 / sqrt(var + eps), computed before.
+    INVERTED: var_ptr is to 1 / sqrt(var + eps), computed before. The residual has the strides of y; what is added up
+    and goes through ReLU was rounded before, as if each were an operation of its own.
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
@@ -64,7 +68,13 @@ def batch_norm2d_normalize_kernel(
     y = (tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC) - mean[None, :]) * scale[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
-    tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
+    y = round_to(y, y_ptr.dtype.element_ty)
+    if HAS_RESIDUAL:
+        y = y.to(ACC) + tl.load(residual_ptr + offs, mask=mask, other=0.0).to(ACC)
+        y = round_to(y, y_ptr.dtype.element_ty)
+    if RELU:
+        y = tl.where(y.to(ACC) < 0, tl.zeros_like(y), y)
+    tl.store(y_ptr + offs, y, mask=mask)
 
 
 @triton.jit
@@ -193,7 +203,7 @@ def _output(x, *_) -> torch.Tensor:
     return empty_image(x.shape, x, _is_channels_last(x))
 
 
-def _normalize(x, weight, bias, mean, var, eps, inverted=False) -> torch.Tensor:
+def normalize(x, weight, bias, mean, var, eps, inverted=False, residual=None, relu=False) -> torch.Tensor:
     channels_last = _is_channels_last(x)
     x, y = _dense(x), _output(x)
     if y.numel() == 0:
@@ -212,12 +222,15 @@ def _normalize(x, weight, bias, mean, var, eps, inverted=False) -> torch.Tensor:
         bias,
         mean,
         var,
+        residual,
         M,
         C,
         eps,
         H * W,
         *pixel_strides(y, channels_last),
         INVERTED=inverted,
+        HAS_RESIDUAL=residual is not None,
+        RELU=relu,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         ACC=accumulator(x.dtype),
@@ -227,7 +240,7 @@ def _normalize(x, weight, bias, mean, var, eps, inverted=False) -> torch.Tensor:
     return y
 
 
-def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, biased variance and 1 / sqrt(var + eps) of each channel."""
     channels_last = _is_channels_last(x)
     x = _dense(x)
@@ -279,8 +292,8 @@ def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _launch_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mean, var, inverse = _statistics(x, eps)
-    return _normalize(x, weight, bias, mean, inverse, eps, inverted=True), mean, var
+    mean, var, inverse = batch_statistics(x, eps)
+    return normalize(x, weight, bias, mean, inverse, eps, inverted=True), mean, var
 
 
 def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -343,7 +356,7 @@ def _gradients(ctx, grad_y, x, weight, mean, var, training: bool) -> Iterator[to
 
 batch_norm2d_inference = register(
     "batch_norm2d_inference(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor",
-    _normalize,
+    normalize,
     _output,
     _setup_context_inference,
     _backward_inference,
