@@ -1,7 +1,7 @@
 """The gradients of layers, each alone, by Triton's kernels and by PyTorch's: times on the GPU, and errors.
 
     python benchmarks/backward.py                           # ResNet18, 512 images of 32x32, bfloat16, channels_last
-    python benchmarks/backward.py --case tf32-nchw --network resnet50
+    python benchmarks/backward.py --case bf16-nhwc tf32-nchw --network resnet50 grouped
 
 A line for each gradient: its time in PyTorch and here, in microseconds, how many times faster that is, both errors
 against float64 in the 2-norm, and whether a second run gave the same bits. Calls are replayed from CUDA graphs, in
@@ -186,25 +186,32 @@ def errors(gradient: Gradient) -> tuple[float, float, bool]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, default="bf16-nhwc")
-    parser.add_argument("--network", choices=CONVOLUTIONS, default="resnet18")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["bf16-nhwc"])
+    parser.add_argument("--network", nargs="+", choices=CONVOLUTIONS, default=["resnet18"])
     parser.add_argument("--only", default="", help="gradients whose name contains this")
     parser.add_argument("--seconds", type=float, default=0.1, help="for the clocks of a gradient")
-    parser.add_argument("--minutes", type=float, default=10, help="after which no other gradient is begun")
+    parser.add_argument("--minutes", type=float, default=10, help="after which no other gradient of a network is begun")
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--cudnn-benchmark", action="store_true")
     args = parser.parse_args()
-    dtype, tf32, channels_last = CASES[args.case]
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     torch.backends.cudnn.benchmark = args.cudnn_benchmark
     torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {args.network}, {args.case}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for case in args.case:
+        for network in args.network:
+            measure(case, network, args)
+
+
+def measure(case: str, network: str, args: argparse.Namespace) -> None:
+    """Prints the lines of a network's gradients."""
+    dtype, tf32, channels_last = CASES[case]
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     start = time.perf_counter()
-    measured = [g for g in gradients(args.network, dtype, channels_last) if args.only in g.name]
+    measured = [g for g in gradients(network, dtype, channels_last) if args.only in g.name]
     with ThreadPoolExecutor(16) as pool:  # kernels are compiled beside each other
         list(pool.map(first_call, measured))
     torch.cuda.synchronize()
-    print(f"compiled in {time.perf_counter() - start:.0f} s")
+    print(f"{network}, {case}: compiled in {time.perf_counter() - start:.0f} s")
     for gradient in measured:
         if time.perf_counter() - start > 60 * args.minutes:
             print("out of time")
