@@ -15,7 +15,8 @@ _LOCAL = _Local()
 
 
 class _Counting(Protocol):
-    fallbacks: "Counter[str]"
+    @property
+    def fallbacks(self) -> "Counter[str]": ...
 
 
 def count_backward_in(layer: _Counting) -> None:
