@@ -140,7 +140,7 @@ def test_flop_counter(training):
             model(images()).sum().backward()
         flops.append(counter.get_flop_counts()["Global"].values())
     assert sum(flops[0]) > 0
-    assert sorted(flops[1]) == sorted(flops[0])
+    assert sum(flops[1]) == sum(flops[0])  # a gradient of PyTorch's is two operators here
 
 
 def test_feature_extractor_of_torchvision():

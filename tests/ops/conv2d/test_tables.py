@@ -14,7 +14,7 @@ from helpers.problems import COPIED, HALF, POINTERS, SLICED, problem, sliced_k
 from torch import nn
 
 import tritonnn
-from tritonnn.ops.conv2d import op, tables
+from tritonnn.ops.conv2d import dispatch, op, tables
 from tritonnn.ops.conv2d.forms.few_channels import FewChannelsConfig
 from tritonnn.ops.conv2d.forms.in_registers import InRegistersConfig
 from tritonnn.ops.conv2d.forms.tma import config_of
@@ -210,8 +210,9 @@ class TestLaunches:
             ran.append(choice)
             right(product, choice)
 
-        right = op.run
-        monkeypatch.setattr(op, "run", run)
+        right = dispatch.run
+        for caller in (dispatch, op):
+            monkeypatch.setattr(caller, "run", run)
         return ran
 
     @pytest.mark.parametrize("choice", [SLICED, POINTERS, COPIED], ids=str)
