@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision import datasets
 
+from lit_modules.augmentation import MEAN, STD
+from lit_modules.batches import Batches
 from lit_modules.command_line import UserError
-from lit_modules.data import CIFAR10, MEAN, STD, Digits, ImageFolder, data_module_from_checkpoint, read_image
+from lit_modules.data import CIFAR10, Digits, ImageFolder, data_module_from_checkpoint, read_image
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def folder(tmp_path):
     return tmp_path / "pets"
 
 
-def colours(loader: DataLoader) -> list[tuple[int, ...]]:
+def colours(loader: Batches) -> list[tuple[int, ...]]:
     """Of images that are one colour each."""
     pixels = torch.cat([images[:, :, 0, 0] for images, _ in loader])
     return [tuple(pixel) for pixel in ((pixels * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().int().tolist()]
@@ -50,9 +51,9 @@ def test_image_folder_gives_every_image_once_resized_and_normalised(folder, in_m
 def test_validation_split_is_the_same_each_time_and_not_augmented():
     first, second = Digits(), Digits()
     first.setup("fit"), torch.manual_seed(1), second.setup("fit")
-    for (images, labels), (images_again, labels_again) in zip(first.val_set, second.val_set):
-        assert torch.equal(images, images_again) and labels == labels_again
-    assert not torch.equal(first.train_set[0][0], first.train_set[0][0])
+    for (images, labels), (images_again, labels_again) in zip(first.val_dataloader(), second.val_dataloader()):
+        assert torch.equal(images, images_again) and torch.equal(labels, labels_again)
+    assert len(first.val_set) == 29 and len(first.train_set) == 1408
 
 
 def test_digits_are_split_into_train_and_test_without_overlap():
