@@ -63,9 +63,10 @@ class Augmentation(NamedTuple):
             return torch.rand(shape, generator=generator, device=device)
 
         offsets = torch.randint(-self.padding, self.padding + 1, (2, count), generator=generator, device=device)
+        down, right = offsets.unbind()
         if not self.erase:
-            nothing = torch.zeros_like(offsets[0])
-            return Draws(*offsets, flip, nothing, nothing, nothing, nothing)
+            nothing = torch.zeros_like(down)
+            return Draws(down, right, flip, nothing, nothing, nothing, nothing)
         area = size**2 * (ERASED_AREA[0] + uniform(count, ERASING_TRIES) * (ERASED_AREA[1] - ERASED_AREA[0]))
         low, high = (math.log(ratio) for ratio in ERASED_RATIO)
         ratio = (low + uniform(count, ERASING_TRIES) * (high - low)).exp()
@@ -75,7 +76,7 @@ class Augmentation(NamedTuple):
         erased = fits.any(1) & (uniform(count) < self.erase)
         height, width = (sizes.gather(1, chosen).squeeze(1) * erased for sizes in (height, width))
         top, left = ((uniform(count) * (size - extent + 1)).long() for extent in (height, width))
-        return Draws(*offsets, flip, top, left, height, width)
+        return Draws(down, right, flip, top, left, height, width)
 
     def apply(self, images: Tensor, chosen: Tensor, draws: Draws) -> Tensor:
         """Normalised float32 [B, 3, S, S] of the `chosen` [B] among uint8 images [N, 3, S, S]; `draws` are theirs."""

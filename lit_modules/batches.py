@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lit_modules.augmentation import Augmentation, Draws, normalise
@@ -39,23 +39,20 @@ class Batches:
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        self.dataset, self.sampler, self.batch_size, self.drop_last = dataset, sampler, batch_size, drop_last
+        self.dataset, self.batch_sampler = dataset, BatchSampler(sampler, batch_size, drop_last)
         self.device, self.augmentation, self.seed = torch.device(device), augmentation, seed
         self._on_cuda = self.device.type == "cuda"
         if not isinstance(dataset, TensorDataset):
             self._loader = DataLoader(
                 _Numbered(dataset),
-                batch_size,
-                sampler=sampler,
-                drop_last=drop_last,
+                batch_sampler=self.batch_sampler,
                 num_workers=num_workers,
                 persistent_workers=num_workers > 0,
                 pin_memory=self._on_cuda,
             )
 
     def __len__(self) -> int:
-        count = len(self.sampler)  # type: ignore[arg-type]
-        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         draws = None
@@ -71,8 +68,8 @@ class Batches:
     def _resident(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """All images, a batch's labels, which images of all are its, and their numbers."""
         images, labels = self.dataset.tensors
-        order = self._sent(torch.tensor(list(self.sampler), dtype=torch.int64))
-        for chosen in order.split(self.batch_size)[: len(self)]:
+        order = self._sent(torch.tensor(list(self.batch_sampler.sampler), dtype=torch.int64))
+        for chosen in order.split(self.batch_sampler.batch_size)[: len(self)]:
             yield images, labels[chosen], chosen, chosen
 
     def _loaded(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -86,7 +83,8 @@ class Batches:
             )
 
     def _draw(self, size: int) -> Draws:
-        epoch = self.sampler.epoch if isinstance(self.sampler, DistributedSampler) else 0
+        sampler = self.batch_sampler.sampler
+        epoch = sampler.epoch if isinstance(sampler, DistributedSampler) else 0
         return self.augmentation.draw(len(self.dataset), size, epoch, self.seed, self.device)  # type: ignore[arg-type]
 
     def _sent(self, tensor: Tensor) -> Tensor:

@@ -133,7 +133,8 @@ class ImageData(LightningDataModule, ABC):
         drop_last = len(self.train_set) >= self.batch_size  # type: ignore[arg-type]
         rank = self.trainer.global_rank if self.trainer else 0
         seed = self._same_everywhere(torch.initial_seed() % 2**32)
-        sampler: DistributedSampler = DistributedSampler(self.train_set, world, rank, seed=seed, drop_last=drop_last)
+        shuffle = not (self.trainer and self.trainer.overfit_batches)  # which are to be the same in every epoch
+        sampler: DistributedSampler = DistributedSampler(self.train_set, world, rank, shuffle, seed, drop_last)
         return self._batches(self.train_set, sampler, batch_size, drop_last, self.augmentation, seed)
 
     def val_dataloader(self) -> Batches:
@@ -188,8 +189,8 @@ class ImageData(LightningDataModule, ABC):
     def _evaluation_batches(self, dataset: Dataset) -> Batches:
         """Every image once: Lightning's own choice under DDP would repeat some to make the ranks even."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        sampler = UnrepeatedDistributedSampler(dataset, shuffle=False) if distributed else SequentialSampler(dataset)
-        return self._batches(dataset, sampler, self._batch_size())
+        sampler = UnrepeatedDistributedSampler(dataset, shuffle=False) if distributed else None
+        return self._batches(dataset, sampler or SequentialSampler(dataset), self._batch_size())  # type: ignore[arg-type]
 
     def _batches(
         self,

@@ -46,7 +46,9 @@ class GraphedStep:
         self, compute: Compute, parameters: Sequence[nn.Parameter], memory_format: torch.memory_format
     ) -> None:
         self.compute, self.parameters, self.memory_format = compute, list(parameters), memory_format
-        self._forget()
+        self._key: tuple | None = None
+        self._size = self._steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._side = torch.cuda.Stream()
         self._flat: Tensor | None = None
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -55,8 +57,7 @@ class GraphedStep:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         key = images.shape, images.dtype, labels.shape, tuple(p.requires_grad for p in self.parameters)
         if key != self._key and len(images) >= self._size:
-            self._forget()
-            self._key, self._size = key, len(images)
+            self._key, self._size, self._steps, self._graph = key, len(images), 0, None
         if key != self._key:
             loss, hits = self._run(images.contiguous(memory_format=self.memory_format), labels)
         elif self._steps < WARM_UP:
@@ -78,16 +79,11 @@ class GraphedStep:
             distributed.all_reduce(self._flat, distributed.ReduceOp.AVG)
         return loss, hits
 
-    def _forget(self) -> None:
-        self._key: tuple | None = None
-        self._size = self._steps = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-
     def _record(self, images: Tensor, labels: Tensor) -> None:
         self._images = torch.empty_like(images, memory_format=self.memory_format)
         self._labels = torch.empty_like(labels)
         with torch.no_grad():
-            torch._foreach_mul_(self.parameters, 1.0)  # whatever is kept of weights as they were is made anew
+            torch._foreach_mul_(list(self.parameters), 1.0)  # whatever is kept of weights as they were is made anew
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that writes checkpoints, may do what a recording thread may not.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):

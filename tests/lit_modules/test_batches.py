@@ -49,7 +49,7 @@ def test_every_image_comes_once(dataset, drop_last, sizes):
 def test_another_epoch_has_another_order_and_other_crops():
     batches = shuffled(RESIDENT)
     first, again = list(batches), list(batches)
-    batches.sampler.set_epoch(1)
+    batches.batch_sampler.sampler.set_epoch(1)
     second = list(batches)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again))
     assert not torch.equal(torch.cat([labels for _, labels in first]), torch.cat([labels for _, labels in second]))
