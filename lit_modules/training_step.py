@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 
+from tritonnn.fusion.cuda_graphs import release_workspaces
+
 Compute = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(images, labels) to the loss and the hits."""
 
@@ -84,6 +86,7 @@ class GraphedStep:
         self._labels = torch.empty_like(labels)
         with torch.no_grad():
             torch._foreach_mul_(list(self.parameters), 1.0)  # whatever is kept of weights as they were is made anew
+        release_workspaces()
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that writes checkpoints, may do what a recording thread may not.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
