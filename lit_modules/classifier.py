@@ -92,6 +92,9 @@ class ImageClassifier(LightningModule):
         _check("momentum", momentum, 0 < momentum < 1, "more than 0 and less than 1")
         _check("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0, and finite")
         _check("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "from 0 to 1")
+        kinds = [triton_layers] if isinstance(triton_layers, str) else triton_layers
+        known = triton_layers in ("none", "all") or kinds and set(kinds) <= set(tritonnn.KINDS)
+        _check("triton_layers", triton_layers, known, f"none, all or any of {', '.join(tritonnn.KINDS)}")
         self.save_hyperparameters()
         self.network = ResNet18(stem, width, num_classes, in_channels)
         self.memory_format = torch.contiguous_format
@@ -264,6 +267,6 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) / 2 * (math.cos(math.pi * share) + 1)
 
 
-def _check(name: str, value: float, holds: bool, may_be: str) -> None:
+def _check(name: str, value: Any, holds: Any, may_be: str) -> None:
     if not holds:
         raise ValueError(f"{name} must be {may_be}, got {value}")

@@ -179,3 +179,77 @@ def test_data_module_comes_back_from_a_checkpoint(data):
 def test_checkpoint_of_other_data_is_an_error(arguments, message):
     with pytest.raises(UserError, match=message):
         data_module_from_checkpoint({"datamodule_hyper_parameters": arguments})
+
+
+class TestDecodedOnce:
+    @pytest.fixture(autouse=True)
+    def counted(self, tmp_path, monkeypatch):
+        """The files that were decoded."""
+        monkeypatch.setenv("TRITONNN_CACHE_DIR", str(tmp_path / "cache"))
+        decoded = []
+        monkeypatch.setattr("lit_modules.data.read_image", lambda path: decoded.append(path) or read_image(path))
+        return decoded
+
+    @staticmethod
+    def labels_and_images(folder, size=32):
+        data = ImageFolder(str(folder), 100, size, num_workers=0)
+        data.prepare_data()
+        data.setup("test")
+        ((images, labels),) = data.test_dataloader()
+        return images, labels
+
+    def test_and_found_again(self, folder, counted):
+        first = self.labels_and_images(folder)
+        data = ImageFolder(str(folder), num_workers=0)
+        data.setup("test")
+        assert len([path for path in counted if "/test/" in path]) == 6
+        assert all(map(torch.equal, first, self.labels_and_images(folder)))
+        assert not list(folder.parent.rglob("*.part"))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda file: Image.new("RGB", (40, 50), (1, 2, 3)).save(file),
+            lambda file: file.unlink(),
+            lambda file: file.rename(file.with_name("z.png")),
+            lambda file: shutil.copy(file, file.with_name("new.png")),
+            lambda file: file.rename(file.parents[1] / "cat" / "new.png"),
+        ],
+        ids=["other pixels", "removed", "renamed", "added", "another class"],
+    )
+    def test_and_again_where_a_file_has_changed(self, folder, counted, change):
+        self.labels_and_images(folder)
+        change(folder / "test" / "dog" / "1.png")
+        again = self.labels_and_images(folder)
+        shutil.rmtree(folder.parent / "cache")
+        assert all(map(torch.equal, again, self.labels_and_images(folder)))
+
+    def test_another_size_is_another_file(self, folder, counted):
+        self.labels_and_images(folder), self.labels_and_images(folder, size=16)
+        before = len(counted)
+        self.labels_and_images(folder), self.labels_and_images(folder, size=16)
+        assert len(counted) == before
+
+    @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", None])
+    def test_a_file_that_cannot_be_read_is_made_anew(self, folder, counted, content):
+        images, _ = self.labels_and_images(folder)
+        for path in (folder.parent / "cache").rglob("*.pt"):
+            path.write_bytes(path.read_bytes()[:900] if content is None else content)
+        before = len(counted)
+        assert torch.equal(self.labels_and_images(folder)[0], images) and len(counted) > before
+        before = len(counted)
+        assert torch.equal(self.labels_and_images(folder)[0], images) and len(counted) == before
+
+    def test_without_a_folder_to_write_to_nothing_is_kept(self, folder, monkeypatch):
+        (folder.parent / "file").write_text("no folder")
+        monkeypatch.setenv("TRITONNN_CACHE_DIR", str(folder.parent / "file"))
+        assert len(self.labels_and_images(folder)[0]) == 6
+
+
+@pytest.mark.parametrize("world, batch_size, message", [(2, 5, "5 cannot be shared out among 2 devices")])
+def test_a_batch_is_shared_out_evenly(world, batch_size, message, monkeypatch):
+    data = Digits(batch_size, num_workers=0)
+    data.setup("fit")
+    monkeypatch.setattr(data, "_world_size", lambda: world)
+    with pytest.raises(UserError, match=message):
+        data.train_dataloader()
