@@ -144,7 +144,8 @@ class ImageClassifier(LightningModule):
             parameters = [p for p in self.parameters() if p.requires_grad]
             self._step = GraphedStep(compute, parameters, self.memory_format)
             if isinstance(self.trainer.model, DistributedDataParallel):
-                self.trainer.model.require_backward_grad_sync = False  # the step averages gradients
+                self.trainer.model.require_backward_grad_sync = False  # the step averages gradients,
+                torch._dynamo.config.optimize_ddp = False  # so that there is no need to cut the network in buckets
 
     def _why_no_graph(self) -> str:
         """Why no CUDA graph can hold a step of this training; "" where one can."""

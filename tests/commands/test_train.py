@@ -366,6 +366,7 @@ def test_two_processes_train_and_count_every_test_image_once():
 
     (best,) = Path("checkpoints/pets/version_0").glob("best*.ckpt")
     classifier, checkpoint = load_classifier(best)
+    assert checkpoint["global_step"] == 5  # of 11 images two make a step, one on each process
     loader = data_module_from_checkpoint(checkpoint, batch_size=7)
     loader.setup("test")
     ((images, labels),) = loader.test_dataloader()
