@@ -156,6 +156,8 @@ class ImageClassifier(LightningModule):
             return "does not go with trainer.accumulate_grad_batches"
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return "does not go with trainer.precision 16-mixed, which scales the loss by what it was before"
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
+            return "does not go with trainer.sync_batchnorm"
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             return f"does not go with trainer.strategy {type(trainer.strategy).__name__}"
         return ""
