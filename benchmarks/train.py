@@ -54,8 +54,8 @@ class Training:
         self.network = build().cuda().to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         if variant == "swapped":
             tritonnn.swap(self.network)
-        compute = classification(self.network, label_smoothing=0.1)
-        self.compute: Compute = torch.compile(compute, dynamic=False) if variant == "compiled" else compute
+        self.plain, self.compiled = classification(self.network, label_smoothing=0.1), variant == "compiled"
+        self.compute: Compute = torch.compile(self.plain, dynamic=False) if self.compiled else self.plain
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.SGD(
             self.parameters, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
@@ -73,7 +73,7 @@ class Training:
         return loss.detach()
 
     def as_train_py(self) -> Callable[[Tensor, Tensor], Tensor]:
-        step = GraphedStep(self.compute, self.parameters, torch.channels_last)
+        step = GraphedStep(self.plain, self.parameters, torch.channels_last, self.compiled)
 
         def run(images: Tensor, labels: Tensor) -> Tensor:
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):

@@ -35,19 +35,27 @@ class GraphedStep:
     """Gives loss and hits of a batch and leaves the gradients in the parameters, as one launch for the CPU.
 
     The first steps run as they are, then forward and backward pass are recorded as one CUDA graph, which each later
-    step replays on its own images. Batches of another size run without, and larger ones are recorded anew. Between
-    processes the gradients, which lie one after the other in memory, are averaged in one call.
+    step replays on its own images. Batches of another size, such as the last of an epoch, run without, and larger ones
+    are recorded anew. Between processes the gradients, which lie one after the other in memory, are averaged in one
+    call.
 
     Args:
         compute: loss and hits of a batch.
         parameters: that take gradients.
         memory_format: of the images.
+        compile: have `torch.compile` make faster kernels for what is recorded.
     """
 
     def __init__(
-        self, compute: Compute, parameters: Sequence[nn.Parameter], memory_format: torch.memory_format
+        self,
+        compute: Compute,
+        parameters: Sequence[nn.Parameter],
+        memory_format: torch.memory_format,
+        compile: bool = False,
     ) -> None:
-        self.compute, self.parameters, self.memory_format = compute, list(parameters), memory_format
+        self._plain = compute
+        self._recorded = torch.compile(compute, dynamic=False) if compile else compute
+        self.parameters, self.memory_format = list(parameters), memory_format
         self._key: tuple | None = None
         self._size = self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -61,12 +69,12 @@ class GraphedStep:
         if key != self._key and len(images) >= self._size:
             self._key, self._size, self._steps, self._graph = key, len(images), 0, None
         if key != self._key:
-            loss, hits = self._run(images.contiguous(memory_format=self.memory_format), labels)
+            loss, hits = self._run(self._plain, images.contiguous(memory_format=self.memory_format), labels)
         elif self._steps < WARM_UP:
             self._steps += 1
             self._side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._side):
-                loss, hits = self._run(images.contiguous(memory_format=self.memory_format), labels)
+                loss, hits = self._run(self._recorded, images.contiguous(memory_format=self.memory_format), labels)
             torch.cuda.current_stream().wait_stream(self._side)
         else:
             if self._graph is None:
@@ -90,10 +98,10 @@ class GraphedStep:
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that writes checkpoints, may do what a recording thread may not.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._outputs = self._run(self._images, self._labels)
+            self._outputs = self._run(self._recorded, self._images, self._labels)
         self._gradients = [parameter.grad for parameter in self.parameters]
 
-    def _run(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, compute: Compute, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self._flat is None:
             for parameter in self.parameters:
                 parameter.grad = None
@@ -101,7 +109,7 @@ class GraphedStep:
             self._flat.zero_()
             for parameter, view in zip(self.parameters, self._views):
                 parameter.grad = view
-        loss, hits = self.compute(images, labels)
+        loss, hits = compute(images, labels)
         with torch.autocast(images.device.type, enabled=False):
             loss.backward()
         return loss.detach(), hits

@@ -217,7 +217,7 @@ def test_help_lists_every_argument(capsys):
 
 def test_bare_command_is_cifar10():
     cli = train.command_line(QUIET)
-    assert cli.datamodule.name == "cifar10" and cli.trainer.max_epochs == 90
+    assert cli.datamodule.name == "cifar10" and cli.trainer.max_epochs == 60
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_224", "digits"])

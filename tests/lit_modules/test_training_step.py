@@ -41,9 +41,7 @@ class TestGraphed:
         graphed = small_network()
         eager = copy.deepcopy(graphed)
         compute, plain = classification(graphed, 0.1), classification(eager, 0.1)
-        step = GraphedStep(
-            torch.compile(compute) if compiled else compute, list(graphed.parameters()), torch.channels_last
-        )
+        step = GraphedStep(compute, list(graphed.parameters()), torch.channels_last, compiled)
         optimizers = [torch.optim.SGD(network.parameters(), 0.01, fused=True) for network in (graphed, eager)]
         for seed, count in enumerate(counts):
             images, labels = batch(count, seed)
