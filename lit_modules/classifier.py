@@ -119,6 +119,8 @@ class ImageClassifier(LightningModule):
             tritonnn.swap(self.network, layers=self.hparams.triton_layers)
 
     def teardown(self, stage: str) -> None:
+        if self._graphed:
+            self.zero_grad()  # they lie in the graph's memory, which is free then
         self._step, self._graphed = None, False
         if self.hparams.triton_layers != "none":
             tritonnn.restore(self.network)
