@@ -1,4 +1,4 @@
-"""The LightningModule: ResNet18 trained as a classifier, with torchmetrics for what it is worth."""
+"""The LightningModule: a network trained as a classifier, with torchmetrics for what it is worth."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_modules.resnet import ResNet18, Stem
+from lit_modules.networks import RESNET18, classification_network
+from lit_modules.resnet import Stem
 
 Batch = tuple[Tensor, Tensor]
 
@@ -41,10 +42,13 @@ class MeanLoss(MeanMetric):
 
 
 class ImageClassifier(LightningModule):
-    """ResNet18 trained by SGD with Nesterov momentum on a one-cycle schedule.
+    """A network, ResNet18 unless told otherwise, trained by SGD with Nesterov momentum on a one-cycle schedule.
 
     Args:
-        stem, width, num_classes, in_channels: see `ResNet18`; at least two classes.
+        stem: of resnet18: "cifar" for images of 32x32, "imagenet" for 224x224.
+        width: of resnet18: channels of the first stage.
+        num_classes: number of logits, at least two; the data's.
+        in_channels: channels of the images; the data's.
         lr: peak learning rate, for the data module's batch size; more than 0.
         warmup: fraction of the training in which the rate rises from `lr` / 25 to `lr`; then it falls to zero.
         momentum: of SGD, more than 0 and less than 1.
@@ -52,6 +56,7 @@ class ImageClassifier(LightningModule):
         label_smoothing: of the training loss, from 0 to 1; validation and test use the plain cross entropy.
         channels_last: train on GPUs in the channels_last memory format; afterwards the network is contiguous. Never on
             a CPU, where PyTorch 2.11's backward of a strided 1x1 convolution writes out of bounds in that format.
+        network: "resnet18", torchvision.models.NAME, timm/NAME, or package.module.Class with an argument num_classes.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -71,6 +76,7 @@ class ImageClassifier(LightningModule):
         weight_decay: float = 5e-4,
         label_smoothing: float = 0.1,
         channels_last: bool = True,
+        network: str = RESNET18,
     ) -> None:
         super().__init__()
         _check("width", width, width >= 1, "at least 1")
@@ -82,7 +88,7 @@ class ImageClassifier(LightningModule):
         _check("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0, and finite")
         _check("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "from 0 to 1")
         self.save_hyperparameters()
-        self.network = ResNet18(stem, width, num_classes, in_channels)
+        self.network = classification_network(network, num_classes, in_channels, stem, width)
         self.memory_format = torch.contiguous_format
         self.train_metrics = accuracies(num_classes).clone(prefix="train/")
         self.val_metrics = accuracies(num_classes).clone(prefix="val/")
@@ -91,8 +97,9 @@ class ImageClassifier(LightningModule):
         self.test_loss = MeanLoss()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [N, num_classes] of normalised images [N, in_channels, S, S]."""
-        return self.network(images)
+        """Logits [N, num_classes] of normalised images [N, in_channels, S, S], without those of auxiliary heads."""
+        logits = self.network(images)
+        return logits[0] if self.training and isinstance(logits, tuple) else logits
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.hparams.channels_last and self.trainer.strategy.root_device.type == "cuda":
