@@ -68,7 +68,7 @@ def resumes(checkpoint: dict[str, Any], optimizer: Namespace | None) -> bool:
     """Whether a checkpoint has the state of the optimizer that the command line asks for, or of the network's own."""
     if not optimizer:
         return all("lr_lambdas" in schedule for schedule in checkpoint.get("lr_schedulers") or [{}])
-    asked_for = instantiate_class(([torch.nn.Parameter(torch.zeros(1))],), optimizer)
+    asked_for = instantiate_class(([torch.nn.Parameter(torch.zeros(1))],), optimizer.as_dict())
     return [_options(state) for state in checkpoint.get("optimizer_states", [])] == [_options(asked_for.state_dict())]
 
 
