@@ -161,7 +161,8 @@ class _Formats:
             return None
         first, kind = inputs[0], kind_of(module)
         if kind == "conv2d":
-            return self._convolved(node, module)
+            # Padding that is no zeros is put into a copy of the image, whose format depends on the device.
+            return self._convolved(node, module) if module.padding_mode == "zeros" else None
         if all(x.exact for x in inputs):
             return None
         if node in self.traced.overwriting or node in self.traced.once_in_place:

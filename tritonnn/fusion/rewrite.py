@@ -102,13 +102,18 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
             report.stayed[join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
-        elif kind_of(modules.get(node.target)) == "conv2d" and not is_changed(modules[node.target]):
+        elif _makes_channels_last(modules.get(node.target)):
             modules[node.target].to(memory_format=torch.channels_last)
         elif node.op == "get_attr":
             _keep(node, root, modules)
     _round_ahead(graph, modules)
     _drop_signs_of_zeros(graph, modules)
     return FusedGraph(modules, graph, type(root).__name__).eval()
+
+
+def _makes_channels_last(module: nn.Module | None) -> bool:
+    """Whether it is a convolution of its own that is to, as fused ones do; others come out as PyTorch puts them."""
+    return kind_of(module) == "conv2d" and not is_changed(module) and module.padding_mode == "zeros"
 
 
 def _unused(name: str, modules: dict[str, nn.Module]) -> str:
