@@ -1,4 +1,4 @@
-"""The LightningModule: ResNet18 trained as a classifier, with torchmetrics for what it is worth."""
+"""The LightningModule: a network trained as a classifier, with torchmetrics for what it is worth."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import tritonnn
-from lit_modules.resnet import ResNet18, Stem
+from lit_modules.networks import RESNET18, classification_network
+from lit_modules.resnet import Stem
 from lit_modules.training_step import Compute, GraphedStep, classification
 
 Batch = tuple[Tensor, Tensor]
@@ -45,10 +46,13 @@ class MeanLoss(MeanMetric):
 
 
 class ImageClassifier(LightningModule):
-    """ResNet18 trained by SGD with Nesterov momentum on a one-cycle schedule.
+    """A network, ResNet18 unless told otherwise, trained by SGD with Nesterov momentum on a one-cycle schedule.
 
     Args:
-        stem, width, num_classes, in_channels: see `ResNet18`; at least two classes.
+        stem: of resnet18: "cifar" for images of 32x32, "imagenet" for 224x224.
+        width: of resnet18: channels of the first stage.
+        num_classes: number of logits, at least two; the data's.
+        in_channels: channels of the images; the data's.
         lr: peak learning rate, for the data module's batch size; more than 0.
         warmup: fraction of the training in which the rate rises from `lr` / 25 to `lr`; then it falls to zero.
         momentum: of SGD, more than 0 and less than 1.
@@ -61,6 +65,7 @@ class ImageClassifier(LightningModule):
             of a minute.
         cuda_graph: record forward and backward pass of a step as a CUDA graph, which the CPU launches at once; None
             does where it can: on a GPU, without accumulated gradients, in a precision that scales no loss.
+        network: "resnet18", torchvision.models.NAME, timm/NAME, or package.module.Class with an argument num_classes.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -83,6 +88,7 @@ class ImageClassifier(LightningModule):
         triton_layers: str | list[str] = "none",
         compile: bool = False,
         cuda_graph: bool | None = None,
+        network: str = RESNET18,
     ) -> None:
         super().__init__()
         _check("width", width, width >= 1, "at least 1")
@@ -97,7 +103,7 @@ class ImageClassifier(LightningModule):
         known = triton_layers in ("none", "all") or kinds and set(kinds) <= set(tritonnn.KINDS)
         _check("triton_layers", triton_layers, known, f"none, all or any of {', '.join(tritonnn.KINDS)}")
         self.save_hyperparameters()
-        self.network = ResNet18(stem, width, num_classes, in_channels)
+        self.network = classification_network(network, num_classes, in_channels, stem, width)
         self.memory_format = torch.contiguous_format
         self._step: Compute | None = None
         self._graphed = False
@@ -107,8 +113,9 @@ class ImageClassifier(LightningModule):
         self.test_loss = MeanLoss()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [N, num_classes] of normalised images [N, in_channels, S, S]."""
-        return self.network(images)
+        """Logits [N, num_classes] of normalised images [N, in_channels, S, S], without those of auxiliary heads."""
+        logits = self.network(images)
+        return logits[0] if self.training and isinstance(logits, tuple) else logits
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -143,7 +150,7 @@ class ImageClassifier(LightningModule):
             self._step = torch.compile(compute, dynamic=False) if hparams.compile else compute
         else:
             parameters = [p for p in self.parameters() if p.requires_grad]
-            self._step = GraphedStep(compute, parameters, self.memory_format, hparams.compile)
+            self._step = GraphedStep(compute, parameters, self.memory_format, hparams.compile, bool(hparams.cuda_graph))
             if isinstance(self.trainer.model, DistributedDataParallel):
                 self.trainer.model.require_backward_grad_sync = False  # the step averages gradients,
                 torch._dynamo.config.optimize_ddp = False  # so that there is no need to cut the network in buckets
