@@ -66,6 +66,14 @@ def pure_graph(root: nn.Module) -> PureGraph:
     return traced
 
 
+def pure_training_graph(root: nn.Module) -> PureGraph:
+    """The same for a network in training, where dropout is no identity."""
+    graph, opaque = trace(root)
+    traced = PureGraph(graph, dict(root.named_modules(remove_duplicate=False)), opaque)
+    _make_pure(traced)
+    return traced
+
+
 def _remove_identities(traced: PureGraph) -> None:
     """In eval mode they hand on the very tensor they get."""
     for node in traced.graph.nodes:

@@ -20,6 +20,7 @@ from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import register
+from .max_pool2d_backward import max_pool2d_backward
 from .window import output_size
 
 
@@ -183,8 +184,7 @@ def _backward(ctx, grad_y, _):
     x, indices = ctx.saved_tensors
     if indices is None:
         indices = max_pool2d(x, *ctx.arguments, True)[1]
-    grad_x = torch.ops.aten.max_pool2d_with_indices_backward(grad_y, x, *ctx.arguments, indices)
-    return grad_x, *[None] * 7
+    return max_pool2d_backward(grad_y, x, *ctx.arguments, indices), *[None] * 7
 
 
 max_pool2d = register(
