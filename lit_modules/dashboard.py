@@ -49,8 +49,11 @@ def _metrics(result: EvaluationResult, side: str) -> dict[str, float]:
     """Tag to value, the same tags for both sides, but for times that a network without swapped layers has not."""
     last = result.proof.main
     quality = last.quality if last and side == "triton" else result.proof.pytorch
-    metrics = {"top-1": quality.top1, "top-5": quality.top5, "loss": quality.loss}
-    if last:  # PyTorch's are those of the yardstick: against itself in the other memory format
+    metrics = {"top-1": quality.top1, "top-5": quality.top5, "loss": quality.loss} if quality else {}
+    logged = result.proof.sides.get(last.name if last and side == "triton" else "pytorch")
+    if logged and not quality:
+        metrics |= logged.metrics
+    if last and last.agreement:  # PyTorch's are those of the yardstick: against itself in the other memory format
         agreement = last.agreement if side == "triton" else result.proof.yardstick_agreement
         metrics["differing predictions"] = agreement.differing
         metrics["largest logit difference x 1e6"] = agreement.largest_logit_difference * 1e6

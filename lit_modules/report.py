@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from lit_modules.agreement import Agreement, Quality
-from lit_modules.evaluation_result import EvaluationResult, LatencyResult, LayerRow, Pair, Proof, timing
+from lit_modules.evaluation_result import EvaluationResult, LatencyResult, LayerRow, Pair, Proof, SideResult, timing
 from tritonnn.latency import Latency
 
 EXAMPLES_SHOWN = 10
@@ -33,7 +33,9 @@ def tables(result: EvaluationResult) -> list[Table]:
     """Details first, so that a terminal ends with what matters."""
     latency = result.latency
     timed = [layers_table(result), *([swaps_table(result)] if latency.networks else [])] if latency else []
-    return [settings_table(result), *timed, *disagreements_tables(result.proof), proof_table(result)]
+    proof = result.proof
+    details = [*disagreements_tables(proof), *outputs_tables(proof), *metrics_tables(proof)]
+    return [settings_table(result), *timed, *details, proof_table(result)]
 
 
 def settings_table(result: EvaluationResult) -> Table:
@@ -55,6 +57,7 @@ def settings_table(result: EvaluationResult) -> Table:
 
 
 def proof_table(result: EvaluationResult) -> Table:
+    """The verdicts, with the predictions where an output is classified."""
     proof = result.proof
     rows = [
         ["PyTorch", *_quality(proof.pytorch), "", "", "", ""],
@@ -66,18 +69,68 @@ def proof_table(result: EvaluationResult) -> Table:
         verdict = "PASS" if variant.verdict.passed else "FAIL"
         rows.append([f"Triton {variant.name}", *_quality(variant.quality), *_agreement(variant.agreement), verdict])
     columns = ["layers", "top-1", "top-5", "loss", "differ", "largest |Δ logit|", "mean |Δ logit|", ""]
-    note = "\n".join(
+    title = f"Predictions on {proof.samples} test samples"
+    if proof.pytorch is None:
+        columns, rows = [columns[0], columns[-1]], [[row[0], row[-1]] for row in rows if row[-1]]
+        title = f"Outputs and metrics on {proof.samples} samples"
+    notes = [
         f"{'PASS' if variant.verdict.passed else 'FAIL'} {variant.name}: {variant.verdict.reason}"
         for variant in proof.variants
-    )
-    return Table(f"Predictions on {proof.samples} test samples", columns, rows, [], note=note)
+    ]
+    compared = [f"Predictions are those of {proof.predictions}."] if proof.predictions else []
+    return Table(title, columns, rows, [], note="\n".join([*compared, *proof.notes, *notes]))
+
+
+def metrics_tables(proof: Proof) -> list[Table]:
+    """A row a metric that the module logs, a column a side."""
+    sides = {_side(proof, name): side for name, side in proof.sides.items() if side.metrics}
+    if not sides:
+        return []
+    names = list(dict.fromkeys(name for side in sides.values() for name in side.metrics))
+    rows = [[name, *(_logged(side, name) for side in sides.values())] for name in names]
+    return [Table("What the module logs", ["metric", *sides], rows, [])]
+
+
+def outputs_tables(proof: Proof) -> list[Table]:
+    """A row an output and side, but for logits that are compared as predictions."""
+    rows = []
+    for name, side in proof.sides.items():
+        for output, numbers in side.outputs.items():
+            error = "" if numbers.error is None else f"{numbers.error:.2e}"
+            difference = ["", ""] if name == "pytorch" else [f"{numbers.difference:.2e}", f"{numbers.largest:.2g}"]
+            differing = "" if numbers.differing is None else f"{numbers.differing} of {numbers.values}"
+            rows.append([output, _side(proof, name), error, *difference, differing])
+    if not rows:
+        return []
+    rows.sort(key=lambda row: row[0])  # the sides of an output beside each other
+    columns = [
+        "output",
+        "layers",
+        f"error against {proof.reference or 'none'}",
+        "difference",
+        "largest |Δ|",
+        "values that differ",
+    ]
+    note = "Error and difference from PyTorch's are root mean squares, relative to the output's."
+    return [Table("Outputs", columns, rows, [], names=2, note=note)]
+
+
+def _side(proof: Proof, name: str) -> str:
+    others = {"pytorch": "PyTorch", "yardstick": f"PyTorch, {proof.yardstick_format}"}
+    if name == proof.reference:
+        return f"PyTorch, {'strict ' if name == 'float32' else ''}{name}"
+    return others.get(name, f"Triton {name}")
+
+
+def _logged(side: SideResult, name: str) -> str:
+    return f"{side.metrics[name]:.7g}" if name in side.metrics else ""
 
 
 def disagreements_tables(proof: Proof) -> list[Table]:
     columns = ["sample", "label", "PyTorch", "Triton", "PyTorch's margin"]
     found = []
     for variant in proof.variants:
-        examples = variant.agreement.examples[:EXAMPLES_SHOWN]
+        examples = variant.agreement.examples[:EXAMPLES_SHOWN] if variant.agreement else []
         if examples:
             rows = [[str(d.sample), str(d.label), str(d.pytorch), str(d.other), f"{d.margin:.3g}"] for d in examples]
             title = f"Predictions that differ, {variant.name}: {variant.agreement.differing}"
@@ -126,8 +179,8 @@ def swaps_table(result: EvaluationResult) -> Table:
     rows = []
     for variant in result.proof.variants:
         cells = [cell for clock in clocks for cell in _pair(latency.networks[variant.name][clock])]
-        count = variant.agreement.differing
-        rows.append([variant.name, *cells, "identical" if not count else f"{count} differ"])
+        count = variant.agreement.differing if variant.agreement else None
+        rows.append([variant.name, *cells, "" if count is None else f"{count} differ" if count else "identical"])
     title = f"Latency of the whole network, batch of {result.batch_size}"
     return Table(title, ["swapped", *_clock_columns(clocks), "predictions"], rows, [], note=_clocks(latency))
 
@@ -198,11 +251,15 @@ def _clock_columns(clocks: list[str]) -> list[str]:
     return [column for p in prefixes for column in (f"{p}PyTorch ms", f"{p}Triton ms", f"{p}increase")]
 
 
-def _quality(quality: Quality) -> list[str]:
+def _quality(quality: Quality | None) -> list[str]:
+    if quality is None:
+        return ["", "", ""]
     return [f"{quality.top1:.2%}", f"{quality.top5:.2%}", f"{quality.loss:.5f}"]
 
 
-def _agreement(agreement: Agreement) -> list[str]:
+def _agreement(agreement: Agreement | None) -> list[str]:
+    if agreement is None:
+        return ["", "", ""]
     return [
         str(agreement.differing),
         f"{agreement.largest_logit_difference:.2g}",

@@ -15,7 +15,7 @@ import tritonnn
 
 from .command.networks import CALIBRATION_IMAGES, UserError, build, calibrate, describe, random_images
 from .command.proof import prove
-from .command.report import proof_line, proof_table, swap_lines, time_table
+from .command.report import proof_line, proof_table, time_table
 from .latency import time_networks, twin
 
 TIMING_S = 4.0
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, console: Console) -> bool:
         with console.status("compiling the kernels and proving them"):
             proof = prove(model, networks, images, strict=_is_strict(images))
 
-        say("\n".join(swap_lines(swap_report)))
+        say(str(swap_report))
         if args.fuse:
             say(f"\nthe fused network:\n{networks['fused'].report}")
         console.print("", proof_table(proof))
