@@ -24,8 +24,8 @@ EXAMPLES = """\
 NETWORK is one of:
   torchvision:NAME       a network of torchvision.models; torchvision.models.NAME as well
   timm/NAME              a network of timm, where that is installed
-  package.module:Class   or package.module.Class: a class or function that makes a network without arguments, or a network;
-                         modules are looked for in this folder too
+  package.module:Class   a class or function that makes a network without arguments, or a network;
+                         modules are looked for in this folder too; package.module.Class as well
 
 examples:
   python -m tritonnn torchvision:resnet50 --dtype bf16 --channels-last --fuse --cuda-graph
