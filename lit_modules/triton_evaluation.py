@@ -1,9 +1,11 @@
 """The callback that swaps Triton's layers into a network under test, proves that nothing changed and times them."""
 
+import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,15 +24,12 @@ from lit_modules import dashboard, report
 from lit_modules.agreement import AgreementMeter, QualityMeter, judge
 from lit_modules.checkpoint import weights_digest
 from lit_modules.environment import environment, flags, is_exact, strict_float32
-from lit_modules.evaluation_result import (
-    Evaluated,
-    EvaluationResult,
-    LatencyResult,
-    Proof,
-    Variant,
-    summarise_latency,
-)
-from tritonnn.latency import time_layers, time_networks
+from lit_modules.evaluation_result import Evaluated, EvaluationResult, Proof, Variant
+from lit_modules.float64_errors import Float64Errors, float64_errors
+from lit_modules.measurement import measure
+from lit_modules.progress import Progress
+from lit_modules.traces import how_to_open_traces, write_traces
+from tritonnn.latency import twin
 
 PIPED_WIDTH = 140
 COMPARED_TOGETHER = 1024
@@ -57,6 +56,9 @@ class TritonEvaluation(Callback):
         fuse: prove and time the network fused by `tritonnn.fuse` too, as one more variant.
         cuda_graph: run that one in CUDA graphs.
         tune: first tune the convolutions of all variants on the first batch (`tritonnn.tune`), on each rank.
+        time_interpreter: time Triton's side also where it runs in its interpreter, which says nothing about its speed.
+        trace: write a batch of each side as a file for Perfetto, too.
+        progress: draw bars in a terminal; for a Trainer that draws none.
         log_dir: folder to write to; None takes the logger's, and writes nothing where the Trainer has none.
         budget_s: seconds to time one layer on one clock; the network as a whole gets twenty times that.
 
@@ -74,6 +76,9 @@ class TritonEvaluation(Callback):
         tune: bool = False,
         log_dir: str | Path | None = None,
         budget_s: float = 0.1,
+        time_interpreter: bool = False,
+        trace: bool = False,
+        progress: bool = False,
     ) -> None:
         self.layers = [layers] if isinstance(layers, str) else list(layers)
         check_layers(self.layers)
@@ -86,12 +91,16 @@ class TritonEvaluation(Callback):
         self.tune = tune
         self.log_dir = log_dir
         self.budget_s = budget_s
+        self.time_interpreter = time_interpreter
+        self.trace = trace
+        self.progress = progress
         self.result: EvaluationResult | None = None
         self._checkpoint: Evaluated | None = None
         self._made: Path | None = None
         self._training: dict[nn.Module, bool] = {}
         self._was_contiguous = False
         self._fused: dict[str, tritonnn.FusedNetwork] = {}
+        self._progress: Progress | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "test":
@@ -135,6 +144,11 @@ class TritonEvaluation(Callback):
         self._loaders = CombinedLoader(trainer.test_dataloaders, "sequential").flattened
         self._seen: Counter[int] = Counter()
         self._images: Tensor | None = None
+        self._float64: Float64Errors | None = None
+        self._console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+        self._progress = Progress(self._console, self.progress and trainer.is_global_zero)
+        batches = sum(trainer.num_test_batches)
+        self._batches = None if math.isinf(batches) else int(batches)
         self._pending: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
 
     def on_test_batch_end(
@@ -158,6 +172,7 @@ class TritonEvaluation(Callback):
             self._images = images
             if self.tune:
                 self._tune(trainer, pl_module)
+        first = images is self._images
 
         logits = {}
         if not self._exact:
@@ -167,17 +182,25 @@ class TritonEvaluation(Callback):
             logits["pytorch"] = pl_module(images)
             others = _in_format(images, self._other_format)
             logits["yardstick"] = functional_call(pl_module, self._other_parameters, (others,))
-            for name, layers in self._variants.items():
+            for index, (name, layers) in enumerate(self._variants.items()):
+                if first:
+                    self._tell_compiling(name, index)
                 with tritonnn.swapped(pl_module, layers=layers) as swap_report:
                     logits[name] = pl_module(images)
                     for layer, reasons in swap_report.fallbacks.items():
                         self._fallbacks[name][layer].update(reasons)
                 self._reports[name] = swap_report
             for name, network in self._fused.items():
+                if first:
+                    self._tell_compiling(name, len(self._variants))
                 logits[name] = network(images)
+            if first:
+                self._tell_compiling("", len(self._variants) + len(self._fused))
+                self._float64 = float64_errors(pl_module, (images,), logits)
             self._pending.append((logits, labels, places))
             if len(self._pending) * len(labels) >= COMPARED_TOGETHER:
                 self._compare()
+        self._progress.tell("proving", "", batch_idx + 1, self._batches)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with trainer.precision_plugin.forward_context():
@@ -200,6 +223,8 @@ class TritonEvaluation(Callback):
             module.training = training
         if self._training and self.channels_last and self._was_contiguous:
             pl_module.to(memory_format=torch.contiguous_format)
+        if self._progress:
+            self._progress.stop()
         self._training = {}
         self._images = None
         self._pending = []
@@ -249,6 +274,9 @@ class TritonEvaluation(Callback):
                 self._meter(self._agreements, name, other).update(pytorch, other, labels, places)
             if float32 is not None and name in (*self._variants, *self._fused):
                 self._meter(self._errors, name, other).update(float32, other, labels, places)
+
+    def _tell_compiling(self, name: str, done: int) -> None:
+        self._progress.tell("compiling", name, done, len(self._variants) + len(self._fused))
 
     @staticmethod
     def _meter(meters: dict[str, AgreementMeter], name: str, logits: Tensor) -> AgreementMeter:
@@ -311,22 +339,15 @@ class TritonEvaluation(Callback):
             float32_agreement=float32,
             variants=variants,
             passed=all(variant.verdict.passed for variant in variants),
+            float64=self._float64,
         )
-
-    def _time(self, pl_module: LightningModule, console: Console) -> LatencyResult:
-        console.print("Timing the layers and the network ...")
-        variants = list(self._variants.values())
-        layers = time_layers(pl_module, self._images, layers=variants[-1] if variants else (), budget_s=self.budget_s)
-        fused = list(self._fused.values())
-        budget_s = 20 * self.budget_s
-        networks = time_networks(pl_module, self._images, variants=variants, others=fused, budget_s=budget_s)
-        swapped = list(self._variants)
-        return summarise_latency(layers, [*swapped, *self._fused], networks, swapped[-1] if swapped else None)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, proof: Proof) -> None:
         if trainer.progress_bar_callback:  # it stays above the tables
             trainer.progress_bar_callback.teardown(trainer, pl_module, "test")
-        console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+        timing = (self._variants, self._fused, self.budget_s, self.time_interpreter, self._progress.tell)
+        latency = measure(pl_module, self._images, *timing) if self.latency else None
+        self._progress.stop()
         self.result = EvaluationResult(
             checkpoint=self._checkpoint,
             environment=environment(pl_module.device),
@@ -338,18 +359,32 @@ class TritonEvaluation(Callback):
             processes=trainer.world_size,
             parameters={k: v for k, v in pl_module.hparams.items() if isinstance(v, str | int | float | bool)},
             proof=proof,
-            latency=self._time(pl_module, console) if self.latency else None,
+            latency=latency,
+            network=name_of_network(pl_module),
         )
-        report.print_to(console, self.result)
+        report.print_to(self._console, self.result)
         if self._folder is None:
-            console.print("Nothing was written: this was a dry run, or the Trainer has no logger and log_dir is None.")
+            message = "Nothing was written: this was a dry run, or the Trainer has no logger and log_dir is None."
+            self._console.print(message)
             return
         with TemporaryDirectory(dir=self._folder) as new:
             self.result.write_json(Path(new, "results.json"))
             Path(new, "results.md").write_text(report.markdown(self.result))
             dashboard.write(self.result, Path(new))
+            if self.trace:
+                write_traces(Path(new), self._calls(pl_module))
             _replace(Path(new), self._folder)
-        console.print(dashboard.how_to_open(self._folder), markup=False, highlight=False, soft_wrap=True)
+        opened = [dashboard.how_to_open(self._folder), *([how_to_open_traces(self._folder)] if self.trace else [])]
+        self._console.print("\n".join(opened), markup=False, highlight=False, soft_wrap=True)
+
+    def _calls(self, pl_module: LightningModule) -> dict[str, Callable[[], Tensor]]:
+        """A batch through PyTorch's layers, through the last variant of Triton's, and through the fused network."""
+        calls = {"pytorch": partial(pl_module, self._images)}
+        for layers in list(self._variants.values())[-1:]:
+            swapped = twin(pl_module)
+            tritonnn.swap(swapped, layers=layers)
+            calls["triton"] = partial(swapped, self._images)
+        return calls | {name: partial(network, self._images) for name, network in self._fused.items()}
 
     def _folder_to_write(self, trainer: Trainer) -> Path | None:
         """Made now, so that it is known before any work that it can be; None where nothing is to be written."""
@@ -365,15 +400,19 @@ class TritonEvaluation(Callback):
 
 def _replace(new: Path, folder: Path) -> None:
     """Moves an evaluation's files to the folder, where those of an earlier one go first; anything else there stays."""
-    for side in dashboard.SIDES:
-        for events in (folder / side).glob("events.out.tfevents.*"):
-            events.unlink()
-        if (folder / side).is_dir() and not any((folder / side).iterdir()):
-            (folder / side).rmdir()
+    dashboard.remove(folder)
     files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
     for file in sorted(files, key=lambda file: file.suffix == ".json"):  # last: where it stands, all does
         (folder / file).parent.mkdir(exist_ok=True)
         (new / file).replace(folder / file)
+
+
+def name_of_network(module: LightningModule) -> str:
+    """The class of the one part that has all the parameters, else, or where that is a mere container, the module's."""
+    number = sum(1 for _ in module.parameters())
+    parts = [part for part in module.children() if sum(1 for _ in part.parameters()) == number]
+    named = len(parts) == 1 and not isinstance(parts[0], nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    return type(parts[0] if named else module).__name__
 
 
 def check_layers(layers: Sequence[str]) -> None:
