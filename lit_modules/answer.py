@@ -57,7 +57,8 @@ def _headline(result: EvaluationResult) -> str:
         return f"{network} is not the same with Triton's layers"
     latency = result.latency
     if latency is None or not latency.comparable:
-        return f"{network} predicts the same with Triton's layers"
+        does = "predicts" if all(variant.agreement for variant in variants) else "computes"
+        return f"{network} {does} the same with Triton's layers"
     speedups = [(latency.networks[variant.name][latency.clock].speedup, variant.fused) for variant in _whole(result)]
     speedup, fused = max(speedups)
     how = "fused into Triton kernels" if fused else "with Triton's layers"
@@ -77,6 +78,8 @@ def _proof(result: EvaluationResult) -> str:
     failed = [variant for variant in proof.variants if not variant.verdict.passed]
     if failed:
         return f"FAIL {failed[0].name}: {failed[0].verdict.reason}"
+    if not all(variant.agreement for variant in proof.variants):
+        return f"{proof.samples:,} samples: outputs and metrics are as PyTorch's"
     worst = max(proof.variants, key=lambda variant: variant.agreement.differing)
     same = worst.agreement.samples - worst.agreement.differing
     line = f"{same:,} of {worst.agreement.samples:,} predictions identical"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_modules.agreement import Agreement, Quality, Verdict
+from lit_modules.agreement import Agreement, Numbers, Quality, Verdict
 from lit_modules.float64_errors import Float64Errors
 from lit_modules.from_json import from_json
 from tritonnn.clocks import Timing
@@ -27,11 +27,12 @@ class Variant:
     `float32` is the agreement of its logits with PyTorch's in strict float32, None where that is the precision of the
     evaluation. `swapped` counts layers by kind, or by what was fused, `stayed` names layers by the reason for which
     they stayed PyTorch's, `fallbacks` counts the calls that ran PyTorch's own operation, by layer and reason.
+    `quality` and `agreement` are None where no output is classified.
     """
 
     name: str
-    quality: Quality
-    agreement: Agreement
+    quality: Quality | None
+    agreement: Agreement | None
     float32: Agreement | None
     verdict: Verdict
     swapped: dict[str, int]
@@ -41,23 +42,40 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class SideResult:
+    """What the module logged on one side, and how far its outputs are, by name, from PyTorch's.
+
+    Logits that have labels are not among the outputs, but for those of segmentation.
+    """
+
+    metrics: dict[str, float]
+    outputs: dict[str, Numbers]
+
+
+@dataclass(frozen=True)
 class Proof:
     """PyTorch, its yardstick (itself in the other memory format) and the swapped variants on the same samples.
 
-    In lower precision also PyTorch in strict float32, and how far PyTorch agrees with that; else None. `float64` tells
-    how far all of them are off on the first batch, None where the network does not run in float64.
+    In lower precision also PyTorch in strict float32, and how far PyTorch agrees with that; else None. `sides` are
+    "pytorch", "yardstick", the variants by their names and, where it ran, the `reference`, "float32" or "float64".
+    Qualities and agreements are None where no output is classified; `predictions` says which is, and by what labels.
+    `float64` tells how far all sides are off on the first batch, None where the network does not run in float64.
     """
 
     samples: int
     exact: bool
-    pytorch: Quality
-    yardstick: Quality
+    pytorch: Quality | None
+    yardstick: Quality | None
     yardstick_format: str
-    yardstick_agreement: Agreement
+    yardstick_agreement: Agreement | None
     float32: Quality | None
     float32_agreement: Agreement | None
     variants: list[Variant]
     passed: bool
+    predictions: str | None = None
+    reference: str | None = None
+    sides: dict[str, SideResult] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     float64: Float64Errors | None = None
 
     @property

@@ -19,62 +19,63 @@ NETWORK_BUDGET = 20
 
 def measure(
     model: nn.Module,
-    images: Tensor,
+    inputs: tuple[Tensor, ...],
     variants: Mapping[str, Layers],
-    fused: Mapping[str, tritonnn.FusedNetwork],
+    fused: Mapping[str, nn.Module],
+    in_parts: tuple[nn.Module, Mapping[str, nn.Module]] | None,
     budget_s: float,
     interpreter: bool,
     tell: Tell = lambda step, what, done, total: None,
 ) -> LatencyResult:
-    """Times PyTorch's network, its variants with swapped layers, and fused ones, on the same images.
+    """Times PyTorch's network, its variants with swapped layers, and fused ones, on the same inputs.
 
     Args:
         model: with PyTorch's layers, in the mode in which it is to be timed; left alone.
         variants: what to swap, by name; the layers are timed as the last of them swaps them.
-        fused: made of the model, by name; the kernels of the first are timed too.
+        fused: the model fused, by name.
+        in_parts: the same without CUDA graphs, to time its kernels, and the parts of the model, by name, that stand
+            in it as FusedNetworks.
         budget_s: seconds for one layer on one clock.
         interpreter: whether to time Triton's side also where it runs in its interpreter.
         tell: hears of every step.
     """
-    on_gpu = images.device.type == "cuda"
-    if not on_gpu and not interpreter:
-        variants, fused = {}, {}
+    device = inputs[0].device
+    if device.type != "cuda" and not interpreter:
+        variants, fused, in_parts = {}, {}, None
     swapped = list(variants)[-1] if variants else None
-    layers = time_layers(
-        model,
-        images,
-        layers=variants[swapped] if swapped else (),
-        budget_s=budget_s,
-        progress=partial(tell, "layers"),
-    )
-    kernels = _kernels(model, images, budget_s, partial(tell, "kernels")) if fused else []
+    kinds = variants[swapped] if swapped else ()
+    layers = time_layers(model, *inputs, layers=kinds, budget_s=budget_s, progress=partial(tell, "layers"))
+    kernels = _kernels(*in_parts, inputs, budget_s, partial(tell, "kernels")) if in_parts else []
     tell("networks", ", ".join(["PyTorch", *variants, *fused]), 0, 1)
-    latencies = time_networks(
-        model,
-        images,
-        variants=list(variants.values()),
-        others=list(fused.values()),
-        budget_s=NETWORK_BUDGET * budget_s,
-    )
+    others, budget_s = list(fused.values()), NETWORK_BUDGET * budget_s
+    latencies = time_networks(model, *inputs, variants=list(variants.values()), others=others, budget_s=budget_s)
     networks = dict(zip(["pytorch", *variants, *fused], latencies, strict=True))
     timed = [*layers, *(measured for *_, measured in kernels)]
     arithmetics = {each.arithmetic for each in timed if each.work and each.work.flop}
-    roofline = measured_roofline(images.device, arithmetics) if on_gpu else None
+    roofline = measured_roofline(device, arithmetics) if device.type == "cuda" else None
     tell("networks", "", 1, 1)
     return summarise_latency(layers, networks, swapped, kernels, roofline)
 
 
 def _kernels(
-    model: nn.Module, images: Tensor, budget_s: float, progress: Progress
+    network: nn.Module,
+    parts: Mapping[str, nn.Module],
+    inputs: tuple[Tensor, ...],
+    budget_s: float,
+    progress: Progress,
 ) -> list[tuple[str, str, list[str], KernelLatency]]:
-    """Of the model fused without CUDA graphs, into which hooks can look; what else they are, as `summarise_latency`."""
-    network = tritonnn.fuse(model)
-    report = network.report
-    names = {id(module): name for name, module in report.modules.items()}
+    """The network's kernels, with what `summarise_latency` wants to know of them."""
+    known: dict[int, tuple[str, str, list[str]]] = {}
+    for part, fused in parts.items():
+        if isinstance(fused, tritonnn.FusedNetwork):
+            report, prefix = fused.report, f"{part}." if part else ""
+            for name, module in report.modules.items():
+                layers = [f"{prefix}{layer}" for layer in report.stands_for.get(name, [name])]
+                what = report.fused.get(name) or report.swapped.get(name, "")
+                known[id(module)] = f"{prefix}{name}", what, layers
     found = []
-    for measured in time_kernels(network, images, budget_s=budget_s, progress=progress):
+    for measured in time_kernels(network, *inputs, budget_s=budget_s, progress=progress):
         layer = getattr(measured.layer, "last", measured.layer)  # a sum of two convolutions has the name of its last
-        name = names.get(id(layer), type(layer).__name__)
-        what = report.fused.get(name) or report.swapped.get(name, "")
-        found.append((name, what, report.stands_for.get(name, [name]), measured))
+        name, what, layers = known.get(id(layer), (type(layer).__name__, "", []))
+        found.append((name, what, layers, measured))
     return found

@@ -10,7 +10,16 @@ from rich.text import Text
 
 from lit_modules.agreement import Agreement, Quality
 from lit_modules.answer import answer, faster, variant_label
-from lit_modules.evaluation_result import EvaluationResult, KernelRow, LatencyResult, LayerRow, Pair, Proof, timing
+from lit_modules.evaluation_result import (
+    EvaluationResult,
+    KernelRow,
+    LatencyResult,
+    LayerRow,
+    Pair,
+    Proof,
+    SideResult,
+    timing,
+)
 from tritonnn.latency import Latency
 
 EXAMPLES_SHOWN = 10
@@ -34,9 +43,11 @@ class Table:
 
 def tables(result: EvaluationResult) -> list[Table]:
     """In reading order, after the answer: the network, its layers, and then details."""
-    whole = [networks_table(result)] if result.latency else []
-    layers = [layers_table(result)] if result.latency else []
-    return [*whole, proof_table(result), *layers, *disagreements_tables(result.proof), settings_table(result)]
+    latency, proof = result.latency, result.proof
+    whole = [networks_table(result)] if latency else []
+    layers = [layers_table(result)] if latency else []
+    details = [*metrics_tables(proof), *outputs_tables(proof), *disagreements_tables(proof)]
+    return [*whole, proof_table(result), *layers, *details, settings_table(result)]
 
 
 def settings_table(result: EvaluationResult) -> Table:
@@ -58,6 +69,7 @@ def settings_table(result: EvaluationResult) -> Table:
 
 
 def proof_table(result: EvaluationResult) -> Table:
+    """The verdicts, with the predictions where an output is classified."""
     proof = result.proof
     rows = [
         ["PyTorch", *_quality(proof.pytorch), "", "", "", ""],
@@ -69,18 +81,68 @@ def proof_table(result: EvaluationResult) -> Table:
         verdict = "PASS" if variant.verdict.passed else "FAIL"
         rows.append([f"Triton {variant.name}", *_quality(variant.quality), *_agreement(variant.agreement), verdict])
     columns = ["layers", "top-1", "top-5", "loss", "differ", "largest |Δ logit|", "mean |Δ logit|", ""]
-    note = "\n".join(
+    title = f"Predictions on {proof.samples} test samples"
+    if proof.pytorch is None:
+        columns, rows = [columns[0], columns[-1]], [[row[0], row[-1]] for row in rows if row[-1]]
+        title = f"Outputs and metrics on {proof.samples} samples"
+    notes = [
         f"{'PASS' if variant.verdict.passed else 'FAIL'} {variant.name}: {variant.verdict.reason}"
         for variant in proof.variants
-    )
-    return Table(f"Predictions on {proof.samples} test samples", columns, rows, [], note=note)
+    ]
+    compared = [f"Predictions are those of {proof.predictions}."] if proof.predictions else []
+    return Table(title, columns, rows, [], note="\n".join([*compared, *proof.notes, *notes]))
+
+
+def metrics_tables(proof: Proof) -> list[Table]:
+    """A row a metric that the module logs, a column a side."""
+    sides = {_side(proof, name): side for name, side in proof.sides.items() if side.metrics}
+    if not sides:
+        return []
+    names = list(dict.fromkeys(name for side in sides.values() for name in side.metrics))
+    rows = [[name, *(_logged(side, name) for side in sides.values())] for name in names]
+    return [Table("What the module logs", ["metric", *sides], rows, [])]
+
+
+def outputs_tables(proof: Proof) -> list[Table]:
+    """A row an output and side, but for logits that are compared as predictions."""
+    rows = []
+    for name, side in proof.sides.items():
+        for output, numbers in side.outputs.items():
+            error = "" if numbers.error is None else f"{numbers.error:.2e}"
+            difference = ["", ""] if name == "pytorch" else [f"{numbers.difference:.2e}", f"{numbers.largest:.2g}"]
+            differing = "" if numbers.differing is None else f"{numbers.differing} of {numbers.values}"
+            rows.append([output, _side(proof, name), error, *difference, differing])
+    if not rows:
+        return []
+    rows.sort(key=lambda row: row[0])  # the sides of an output beside each other
+    columns = [
+        "output",
+        "layers",
+        f"error against {proof.reference or 'none'}",
+        "difference",
+        "largest |Δ|",
+        "values that differ",
+    ]
+    note = "Error and difference from PyTorch's are root mean squares, relative to the output's."
+    return [Table("Outputs", columns, rows, [], names=2, note=note)]
+
+
+def _side(proof: Proof, name: str) -> str:
+    others = {"pytorch": "PyTorch", "yardstick": f"PyTorch, {proof.yardstick_format}"}
+    if name == proof.reference:
+        return f"PyTorch, {'strict ' if name == 'float32' else ''}{name}"
+    return others.get(name, f"Triton {name}")
+
+
+def _logged(side: SideResult, name: str) -> str:
+    return f"{side.metrics[name]:.7g}" if name in side.metrics else ""
 
 
 def disagreements_tables(proof: Proof) -> list[Table]:
     columns = ["sample", "label", "PyTorch", "Triton", "PyTorch's margin"]
     found = []
     for variant in proof.variants:
-        examples = variant.agreement.examples[:EXAMPLES_SHOWN]
+        examples = variant.agreement.examples[:EXAMPLES_SHOWN] if variant.agreement else []
         if examples:
             rows = [[str(d.sample), str(d.label), str(d.pytorch), str(d.other), f"{d.margin:.3g}"] for d in examples]
             title = f"Predictions that differ, {variant.name}: {variant.agreement.differing}"
@@ -162,8 +224,9 @@ def networks_table(result: EvaluationResult) -> Table:
                 for pair in pairs
                 for cell in (_ms(pair.triton), *([faster(pair.speedup)] if latency.comparable else []))
             ]
-        count = variant.agreement.differing
-        rows.append([variant_label(variant), *cells, "identical" if not count else f"{count:,} differ"])
+        count = variant.agreement.differing if variant.agreement else None
+        predictions = "" if count is None else f"{count:,} differ" if count else "identical"
+        rows.append([variant_label(variant), *cells, predictions])
     columns = [
         column
         for clock in clocks
@@ -281,11 +344,15 @@ def _fused_columns(latency: LatencyResult) -> list[str]:
     return [*(["fused ms"] if latency.kernels else []), *bound]
 
 
-def _quality(quality: Quality) -> list[str]:
+def _quality(quality: Quality | None) -> list[str]:
+    if quality is None:
+        return ["", "", ""]
     return [f"{quality.top1:.2%}", f"{quality.top5:.2%}", f"{quality.loss:.5f}"]
 
 
-def _agreement(agreement: Agreement) -> list[str]:
+def _agreement(agreement: Agreement | None) -> list[str]:
+    if agreement is None:
+        return ["", "", ""]
     return [
         str(agreement.differing),
         f"{agreement.largest_logit_difference:.2g}",

@@ -85,12 +85,14 @@ def _numbers(result: EvaluationResult, run: str) -> dict[str, float]:
     """Tag to value, the same tags for all runs, but for times that were not taken."""
     proof = result.proof
     variant = {"pytorch": None, "triton": proof.main, "fused": proof.fused}[run]
-    quality: Quality = variant.quality if variant else proof.pytorch
-    agreement: Agreement = variant.agreement if variant else proof.yardstick_agreement
-    numbers = {"top-1": quality.top1, "top-5": quality.top5, "loss": quality.loss}
-    if proof.variants:  # PyTorch's are those of the yardstick: against itself in the other memory format
-        numbers["predictions that differ from PyTorch's"] = agreement.differing
     name = variant.name if variant else "pytorch"
+    quality: Quality | None = variant.quality if variant else proof.pytorch
+    agreement: Agreement | None = variant.agreement if variant else proof.yardstick_agreement
+    numbers = {"top-1": quality.top1, "top-5": quality.top5, "loss": quality.loss} if quality else {}
+    if name in proof.sides:
+        numbers |= {metric: value for metric, value in proof.sides[name].metrics.items() if metric not in numbers}
+    if agreement and proof.variants:  # PyTorch's are those of the yardstick: against itself in the other memory format
+        numbers["predictions that differ from PyTorch's"] = agreement.differing
     if proof.float64 and name in proof.float64.errors:
         numbers["mean error against float64 x 1e6"] = proof.float64.errors[name].mean * 1e6
     if result.latency and name in result.latency.network_timings:

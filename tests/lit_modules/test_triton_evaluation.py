@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import tritonnn
-from lit_modules import measurement, triton_evaluation
+from lit_modules import comparison, measurement, triton_evaluation
 from lit_modules.agreement import AgreementMeter, Quality
 from lit_modules.checkpoint import weights_digest
 from lit_modules.classifier import MeanLoss, accuracies
@@ -172,7 +172,7 @@ class TestProof:
         break_layer(monkeypatch, tritonnn.TritonLinear, lambda y: -y)
         proofs = []
         for together, places in (1, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]), (5, [[*range(8)], [8, 9]]):
-            monkeypatch.setattr(triton_evaluation, "COMPARED_TOGETHER", together)
+            monkeypatch.setattr(comparison, "COMPARED_TOGETHER", together)
             evaluation = TritonEvaluation(latency=False, log_dir=tmp_path, fuse=True)
             trainer = evaluation_trainer(evaluation, precision=precision)
             trainer.test(TinyClassifier(), loader(random_images(10)), verbose=False)
@@ -218,7 +218,8 @@ class TestTuning:
         """With the layers of the variant, on the first batch as the networks get it."""
         steps = []
 
-        def tune(model: nn.Module, images: Tensor, layers="all", progress=False) -> tritonnn.TuningReport:
+        def tune(model: nn.Module, inputs: tuple, layers="all", progress=False) -> tritonnn.TuningReport:
+            (images,) = inputs
             last_channels = images.is_contiguous(memory_format=torch.channels_last)
             steps.append((type(model).__name__, tuple(images.shape), last_channels, layers))
             return tritonnn.TuningReport()
@@ -227,10 +228,10 @@ class TestTuning:
             steps.append("proof")
             right(*arguments)
 
-        right = TritonEvaluation._compare
+        right = comparison.Comparison.flush
         monkeypatch.setattr(tritonnn, "tune", tune)
-        monkeypatch.setattr(TritonEvaluation, "_compare", prove)
-        monkeypatch.setattr(triton_evaluation, "COMPARED_TOGETHER", 1)
+        monkeypatch.setattr(comparison.Comparison, "flush", prove)
+        monkeypatch.setattr(comparison, "COMPARED_TOGETHER", 1)
         evaluate(tmp_path, layers=["conv2d", "linear"], fuse=True, channels_last=True, tune=True)
         images = (4, 3, 8, 8), True
         assert steps[:3] == [
