@@ -46,7 +46,7 @@ def tables(result: EvaluationResult) -> list[Table]:
     latency, proof = result.latency, result.proof
     whole = [networks_table(result)] if latency else []
     layers = [layers_table(result)] if latency else []
-    details = [*metrics_tables(proof), *outputs_tables(proof), *disagreements_tables(proof)]
+    details = [*epochs_tables(result), *metrics_tables(proof), *outputs_tables(proof), *disagreements_tables(proof)]
     return [*whole, proof_table(result), *layers, *details, settings_table(result)]
 
 
@@ -91,6 +91,23 @@ def proof_table(result: EvaluationResult) -> Table:
     ]
     compared = [f"Predictions are those of {proof.predictions}."] if proof.predictions else []
     return Table(title, columns, rows, [], note="\n".join([*compared, *proof.notes, *notes]))
+
+
+def epochs_tables(result: EvaluationResult) -> list[Table]:
+    """A row a validation during training, both sides' metrics beside each other."""
+    if not result.epochs:
+        return []
+    sides = {"pytorch": "PyTorch", "triton": "Triton"}
+    names = list(dict.fromkeys(name for epoch in result.epochs for name in epoch.metrics["pytorch"]))
+    rows = []
+    for epoch in result.epochs:
+        values = [f"{epoch.metrics[side][name]:.5g}" for name in names for side in sides]
+        rows.append(
+            [str(epoch.epoch), *values, *(_ms(epoch.batch_ms[s]) if s in epoch.batch_ms else "" for s in sides)]
+        )
+    columns = [f"{name}, {label}" for name in names for label in sides.values()]
+    times = [f"ms a batch, {label}" for label in sides.values()]
+    return [Table("Validations during training", ["epoch", *columns, *times], rows, [])]
 
 
 def metrics_tables(proof: Proof) -> list[Table]:

@@ -5,6 +5,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,9 @@ from lit_modules import dashboard, report
 from lit_modules.checkpoint import weights_digest
 from lit_modules.comparison import Comparison, Outputs
 from lit_modules.environment import environment, flags, is_exact, resolution, strict_float32
+from lit_modules.epoch_comparison import EpochComparison
 from lit_modules.evaluation_result import (
+    Epoch,
     Evaluated,
     EvaluationResult,
     LatencyResult,
@@ -76,6 +79,8 @@ class TritonEvaluation(Callback):
         tune: first tune the convolutions of all variants on the first batch (`tritonnn.tune`), on each rank.
         log_dir: folder to write to; None takes the logger's, and writes nothing where the Trainer has none.
         budget_s: seconds to time one layer on one clock; the network as a whole gets twenty times that.
+        every_n_epochs: during a training, make every n-th validation again with the layers swapped together: for curves
+            of both sides, one upon the other. None: only in the test.
         time_interpreter: time Triton's side also where it runs in its interpreter, which says nothing about its speed.
         trace: write a batch of each side as a file for Perfetto, too.
         progress: draw bars in a terminal; for a Trainer that draws none.
@@ -101,6 +106,7 @@ class TritonEvaluation(Callback):
         budget_s: float = 0.1,
         inputs: Inputs | None = None,
         labels: Labels | None = None,
+        every_n_epochs: int | None = None,
         time_interpreter: bool = False,
         trace: bool = False,
         progress: bool = False,
@@ -118,6 +124,11 @@ class TritonEvaluation(Callback):
         self.budget_s = budget_s
         self.inputs = inputs
         self.labels = labels
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1 or None, got {every_n_epochs}")
+        self.every_n_epochs = every_n_epochs
+        together = "all" if self.layers in (["each"], ["none"]) else layers
+        self.curves = EpochComparison(together, every_n_epochs, time_interpreter) if every_n_epochs else None
         self.time_interpreter = time_interpreter
         self.trace = trace
         self.progress = progress
@@ -153,6 +164,8 @@ class TritonEvaluation(Callback):
         self._start(trainer, pl_module, trainer.test_dataloaders)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.curves and trainer.state.fn == "fit":
+            self.curves.start(trainer, pl_module, _memory_format(pl_module))
         self._start(trainer, pl_module, trainer.val_dataloaders)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -177,6 +190,8 @@ class TritonEvaluation(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
+        if self.curves and trainer.state.fn == "fit":
+            self.curves.add(batch, indices, pl_module.device)
         self._end_batch(trainer, pl_module, indices)
 
     def on_predict_batch_end(
@@ -188,6 +203,8 @@ class TritonEvaluation(Callback):
         self._end(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.curves and trainer.state.fn == "fit":
+            self.curves.end(trainer, self._folder_to_write(trainer))
         self._end(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,6 +218,14 @@ class TritonEvaluation(Callback):
         if self._made:
             with suppress(OSError):  # it is not empty
                 self._made.rmdir()
+
+    def state_dict(self) -> dict[str, Any]:
+        """In the checkpoints of a training, so that its curves go on when it is resumed."""
+        return {"epochs": [asdict(epoch) for epoch in self.curves.epochs]} if self.curves else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.curves and not self.curves.epochs:  # the test of an earlier epoch's weights forgets none
+            self.curves.epochs = [Epoch(**epoch) for epoch in state_dict.get("epochs", [])]
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, dataloaders: Any) -> None:
         if self._stage is None:
@@ -530,6 +555,7 @@ class TritonEvaluation(Callback):
             proof=proof,
             latency=latency,
             network=name_of_network(pl_module),
+            epochs=self.curves.epochs if self.curves else [],
         )
         report.print_to(console, self.result)
         if self._folder is None:

@@ -76,7 +76,7 @@ def write_epochs(writer: SummaryWriter, epochs: list[Epoch], run: str) -> None:
     """Curves over training: what a side reached in each validation, the same tags for both."""
     for epoch in epochs:
         for name, value in epoch.metrics.get(run, {}).items():
-            writer.add_scalar(f"2_training/{name} after each epoch", value, epoch.epoch)
+            writer.add_scalar(f"2_training/{name} after each epoch".replace("val/", ""), value, epoch.epoch)
         if run in epoch.batch_ms:
             writer.add_scalar("2_training/ms a batch", epoch.batch_ms[run], epoch.epoch)
 
