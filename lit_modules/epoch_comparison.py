@@ -24,18 +24,17 @@ SIDES = dashboard.RUNS[:2]
 class EpochComparison:
     """Makes every `every`-th validation of a training again, on a copy of the module with each kind of layers.
 
-    `epochs` has what was found, and so have the TensorBoard runs, from epoch to epoch. What the training itself logs
-    and does is left alone.
+    What the training itself logs and does is left alone.
 
     Args:
+        epochs: where what is found is put, as in the TensorBoard runs, from epoch to epoch.
         layers: what to swap, as in `tritonnn.swap`.
         every: epochs from one comparison to the next.
         interpreter: whether Triton's steps are timed also where it runs in its interpreter.
     """
 
-    def __init__(self, layers: str | Sequence[str], every: int, interpreter: bool) -> None:
-        self.layers, self.every, self.interpreter = layers, every, interpreter
-        self.epochs: list[Epoch] = []
+    def __init__(self, epochs: list[Epoch], layers: str | Sequence[str], every: int, interpreter: bool) -> None:
+        self.epochs, self.layers, self.every, self.interpreter = epochs, layers, every, interpreter
         self._sides: dict[str, Side] = {}
         self._ms: dict[str, list[float]] = {}
 
@@ -71,7 +70,7 @@ class EpochComparison:
         ms = {side: min(self._ms[side][:-1] or self._ms[side]) for side in timed if self._ms[side]}
         self._sides = {}
         epoch = Epoch(trainer.current_epoch, metrics, ms)
-        self.epochs = [*(before for before in self.epochs if before.epoch < epoch.epoch), epoch]
+        self.epochs[:] = [*(before for before in self.epochs if before.epoch < epoch.epoch), epoch]
         if folder is not None and trainer.is_global_zero:
             for side in SIDES:
                 with SummaryWriter(str(folder / side), filename_suffix=f".epoch-{epoch.epoch}") as writer:

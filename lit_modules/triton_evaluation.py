@@ -128,7 +128,10 @@ class TritonEvaluation(Callback):
             raise ValueError(f"every_n_epochs must be at least 1 or None, got {every_n_epochs}")
         self.every_n_epochs = every_n_epochs
         together = "all" if self.layers in (["each"], ["none"]) else layers
-        self.curves = EpochComparison(together, every_n_epochs, time_interpreter) if every_n_epochs else None
+        self.epochs: list[Epoch] = []
+        self._curves = None
+        if every_n_epochs:
+            self._curves = EpochComparison(self.epochs, together, every_n_epochs, time_interpreter)
         self.time_interpreter = time_interpreter
         self.trace = trace
         self.progress = progress
@@ -164,8 +167,8 @@ class TritonEvaluation(Callback):
         self._start(trainer, pl_module, trainer.test_dataloaders)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.curves and trainer.state.fn == "fit":
-            self.curves.start(trainer, pl_module, _memory_format(pl_module))
+        if self._curves and trainer.state.fn == "fit":
+            self._curves.start(trainer, pl_module, _memory_format(pl_module))
         self._start(trainer, pl_module, trainer.val_dataloaders)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,8 +193,8 @@ class TritonEvaluation(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
-        if self.curves and trainer.state.fn == "fit":
-            self.curves.add(batch, indices, pl_module.device)
+        if self._curves and trainer.state.fn == "fit":
+            self._curves.add(batch, indices, pl_module.device)
         self._end_batch(trainer, pl_module, indices)
 
     def on_predict_batch_end(
@@ -203,8 +206,8 @@ class TritonEvaluation(Callback):
         self._end(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.curves and trainer.state.fn == "fit":
-            self.curves.end(trainer, self._folder_to_write(trainer))
+        if self._curves and trainer.state.fn == "fit":
+            self._curves.end(trainer, self._folder_to_write(trainer))
         self._end(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,12 +223,12 @@ class TritonEvaluation(Callback):
                 self._made.rmdir()
 
     def state_dict(self) -> dict[str, Any]:
-        """In the checkpoints of a training, so that its curves go on when it is resumed."""
-        return {"epochs": [asdict(epoch) for epoch in self.curves.epochs]} if self.curves else {}
+        """In the checkpoints of a training: its curves go on when it is resumed, and stand in later evaluations."""
+        return {"epochs": [asdict(epoch) for epoch in self.epochs]} if self.epochs else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.curves and not self.curves.epochs:  # the test of an earlier epoch's weights forgets none
-            self.curves.epochs = [Epoch(**epoch) for epoch in state_dict.get("epochs", [])]
+        if not self.epochs:  # the best epoch's checkpoint knows none of those after it
+            self.epochs += [Epoch(**epoch) for epoch in state_dict.get("epochs", [])]
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, dataloaders: Any) -> None:
         if self._stage is None:
@@ -555,7 +558,7 @@ class TritonEvaluation(Callback):
             proof=proof,
             latency=latency,
             network=name_of_network(pl_module),
-            epochs=self.curves.epochs if self.curves else [],
+            epochs=self.epochs,
         )
         report.print_to(console, self.result)
         if self._folder is None:

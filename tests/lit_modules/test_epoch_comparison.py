@@ -62,7 +62,7 @@ def test_both_sides_are_what_the_training_logs(tmp_path):
 
     evaluation = Watched(every_n_epochs=1, log_dir=tmp_path, latency=False)
     _, module = fit(evaluation, 3)
-    epochs = evaluation.curves.epochs
+    epochs = evaluation.epochs
     assert [epoch.epoch for epoch in epochs] == [0, 1, 2]
     for epoch, expected in zip(epochs, logged, strict=True):
         for side in ("pytorch", "triton"):
@@ -77,7 +77,7 @@ def test_both_sides_are_what_the_training_logs(tmp_path):
 def test_every_second_epoch(tmp_path):
     evaluation = TritonEvaluation(every_n_epochs=2, log_dir=tmp_path)
     fit(evaluation, 5)
-    assert [epoch.epoch for epoch in evaluation.curves.epochs] == [1, 3]
+    assert [epoch.epoch for epoch in evaluation.epochs] == [1, 3]
 
 
 def test_triton_is_swapped_in_on_its_side_only(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_triton_is_swapped_in_on_its_side_only(tmp_path, monkeypatch):
     monkeypatch.setattr(tritonnn.TritonLinear, "forward", lambda self, x: 2 * right(self, x))
     evaluation = TritonEvaluation(every_n_epochs=1, log_dir=tmp_path)
     fit(evaluation, 1)
-    (epoch,) = evaluation.curves.epochs
+    (epoch,) = evaluation.epochs
     assert epoch.metrics["triton"]["val/loss"] != pytest.approx(epoch.metrics["pytorch"]["val/loss"], rel=1e-3)
 
 
@@ -94,7 +94,7 @@ def test_triton_is_swapped_in_on_its_side_only(tmp_path, monkeypatch):
 def test_the_interpreter_is_timed_only_if_asked(tmp_path, interpreter, sides):
     evaluation = TritonEvaluation(every_n_epochs=1, log_dir=tmp_path, time_interpreter=interpreter)
     fit(evaluation, 1)
-    assert evaluation.curves.epochs[0].batch_ms.keys() == sides
+    assert evaluation.epochs[0].batch_ms.keys() == sides
 
 
 def test_curves_go_on_when_a_training_is_resumed(tmp_path):
@@ -105,7 +105,12 @@ def test_curves_go_on_when_a_training_is_resumed(tmp_path):
     assert torch.load(path, weights_only=True)["callbacks"]
     second = TritonEvaluation(every_n_epochs=1, log_dir=tmp_path / "logs")
     fit(second, 3, path)
-    assert second.curves.epochs[:2] == first.curves.epochs and len(second.curves.epochs) == 3
+    assert second.epochs[:2] == first.epochs and len(second.epochs) == 3
+    later = TritonEvaluation(latency=False)
+    Trainer(callbacks=later, devices=1, logger=False, enable_progress_bar=False).test(
+        TinyClassifier(), loader(random_images(4)), ckpt_path=path, verbose=False
+    )
+    assert later.result.epochs == first.epochs
 
 
 def test_the_evaluation_afterwards_has_the_curves(tmp_path):
@@ -113,7 +118,7 @@ def test_the_evaluation_afterwards_has_the_curves(tmp_path):
     trainer, module = fit(evaluation, 2)
     module.recorded = None
     trainer.test(module, loader(random_images(4)), verbose=False)
-    assert evaluation.result.epochs == evaluation.curves.epochs
+    assert evaluation.result.epochs == evaluation.epochs
     assert len(curve(tmp_path, "triton", "top1")) == 2
     assert "Validations during training" in (tmp_path / "results.md").read_text()
 
