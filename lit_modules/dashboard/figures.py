@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from lit_modules.answer import SAME, answer, faster, milliseconds, variant_label
 from lit_modules.dashboard.style import HEIGHT, LARGE, MEDIUM, SMALL, TINY, WIDTH, Theme, bare, new_figure
-from lit_modules.evaluation_result import EvaluationResult, KernelRow, LayerRow, timing
+from lit_modules.evaluation_result import EvaluationResult, KernelRow, LatencyResult, LayerRow, Variant, timing
 
 LABELS = {"pytorch": "PyTorch", "triton": "Triton, layer by layer", "fused": "Triton, fused"}
 MARGIN = 0.035
@@ -21,28 +21,38 @@ MOST_LABELS = 60
 
 @dataclass(frozen=True)
 class Bar:
-    """A version of the network, its milliseconds a batch, and how it compares."""
+    """A version of the network: how long its bar is, what is written beside it, and whether it is one to run."""
 
     label: str
     side: str
-    ms: float
+    length: float
+    value: str
     note: str
     main: bool
 
 
 def answer_figure(result: EvaluationResult, theme: Theme) -> Figure:
-    """What was found: the headline, the proof, the network's times as bars, the errors, and on what that was."""
+    """What was found: the headline, the proof, the network's times as bars, the errors, and on what that was.
+
+    Where Triton's times say nothing, the bars are the errors.
+    """
     said, figure = answer(result), new_figure(theme)
     proved = result.passed and bool(result.proof.variants)
     colour = theme.good if proved else theme.faint if result.passed else theme.bad
     _write(figure, 0.925, said.headline, LARGE, theme.ink, weight="bold")
     _write(figure, 0.825, ("\N{CHECK MARK} " if proved else "") + said.proof, MEDIUM, colour, weight="bold")
-    bars = _bars(result)
-    if bars:
-        _draw_bars(figure, bars, theme)
+    latency = result.latency
+    if latency and latency.comparable and result.proof.variants:
+        _draw_bars(figure, _time_bars(result, latency), theme)
+        _write(figure, 0.105, said.errors, SMALL, theme.ink)
     else:
-        _write(figure, 0.5, "Times were not taken.", MEDIUM, theme.faint)
-    _write(figure, 0.105, said.errors, SMALL, theme.ink)
+        if bars := _error_bars(result):
+            _write(figure, 0.72, "Mean error of the outputs against float64", SMALL, theme.ink)
+            _draw_bars(figure, bars, theme, top=0.69)
+        if latency:
+            ms = milliseconds(timing(latency.network_timings["pytorch"], latency.clock).median)
+            elsewhere = "" if latency.comparable else ". `make dashboard` shows times of Triton on a GPU"
+            _write(figure, 0.105, f"PyTorch takes {ms} ms a batch{elsewhere}", SMALL, theme.ink)
     _write(figure, 0.045, said.conditions, TINY, theme.faint)
     return figure
 
@@ -140,36 +150,46 @@ def block_ms(layers: list[LayerRow], kernel: KernelRow | None, side: str, clock:
     return sum(pair.pytorch for pair in pairs)
 
 
-def _bars(result: EvaluationResult) -> list[Bar]:
-    latency = result.latency
-    if latency is None:
-        return []
+def _time_bars(result: EvaluationResult, latency: LatencyResult) -> list[Bar]:
     ms = timing(latency.network_timings["pytorch"], latency.clock).median
-    bars = [Bar("PyTorch", "pytorch", ms, "", True)]
-    if not latency.comparable:
-        return bars
+    bars = [Bar("PyTorch", "pytorch", ms, f"{milliseconds(ms)} ms", "", True)]
     for variant in result.proof.variants:
         pair = latency.networks[variant.name][latency.clock]
-        main = variant.fused or variant is result.proof.main
-        side = "fused" if variant.fused else "triton"
-        bars.append(Bar(variant_label(variant), side, pair.triton, faster(pair.speedup), main))
+        bars.append(_bar_of(result, variant, pair.triton, f"{milliseconds(pair.triton)} ms", faster(pair.speedup)))
     return bars
 
 
-def _draw_bars(figure: Figure, bars: list[Bar], theme: Theme) -> None:
-    axes = figure.add_axes((0.245, 0.16, 0.735, 0.595))
+def _error_bars(result: EvaluationResult) -> list[Bar]:
+    errors = result.proof.float64.errors if result.proof.float64 else {}
+    if "pytorch" not in errors:
+        return []
+    mean = errors["pytorch"].mean
+    bars = [Bar("PyTorch", "pytorch", mean, f"{mean:.1e}", "", True)]
+    for variant in result.proof.variants:
+        if variant.name in errors:
+            mean = errors[variant.name].mean
+            bars.append(_bar_of(result, variant, mean, f"{mean:.1e}", ""))
+    return bars
+
+
+def _bar_of(result: EvaluationResult, variant: Variant, length: float, value: str, note: str) -> Bar:
+    main = variant.fused or variant is result.proof.main
+    return Bar(variant_label(variant), "fused" if variant.fused else "triton", length, value, note, main)
+
+
+def _draw_bars(figure: Figure, bars: list[Bar], theme: Theme, top: float = 0.755) -> None:
+    axes = figure.add_axes((0.245, 0.16, 0.735, top - 0.16))
     bare(axes, theme)
     size = min(MEDIUM - 3, 150 / len(bars))
     beside: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline", "size": size}
     for index, bar in enumerate(bars):
-        axes.barh(index, bar.ms, 0.74, color=theme.sides[bar.side], alpha=1.0 if bar.main else 0.55)
-        time = axes.annotate(f"{milliseconds(bar.ms)} ms", (bar.ms, index), (8, 0), color=theme.ink, **beside)
+        axes.barh(index, bar.length, 0.74, color=theme.sides[bar.side], alpha=1.0 if bar.main else 0.55)
+        value = axes.annotate(bar.value, (bar.length, index), (8, 0), color=theme.ink, **beside)
         colour = theme.bad if "slower" in bar.note else theme.ink
         weight = "bold" if bar.main else "normal"
-        axes.annotate(bar.note, (1, index), (12, 0), xycoords=(time, "data"), color=colour, weight=weight, **beside)
-    axes.set_xlim(0, 1.42 * max(bar.ms for bar in bars))
-    low = max(len(bars), 3) - 0.45
-    axes.set_ylim(low, -0.55)
+        axes.annotate(bar.note, (1, index), (12, 0), xycoords=(value, "data"), color=colour, weight=weight, **beside)
+    axes.set_xlim(0, 1.42 * max(bar.length for bar in bars) or 1.0)
+    axes.set_ylim(max(len(bars), 4) - 0.45, -0.55)
     axes.set_xticks([])
     axes.set_yticks(range(len(bars)), [bar.label for bar in bars], size=size, color=theme.ink, va="center_baseline")
 
