@@ -35,10 +35,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_modules.atomic_checkpoint import AtomicCheckpointIO
+from lit_modules.atomic_checkpoint import BackgroundCheckpointIO
 from lit_modules.checkpoint import check_architecture, last_of, load
 from lit_modules.classifier import ImageClassifier
 from lit_modules.data import ImageData
@@ -68,7 +69,8 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument("--evaluation", type=TritonEvaluation | None, help="How to test in the end, or null.")
         parser.add_class_arguments(BestCheckpoint, "checkpoint", sub_configs=True)
-        parser.set_defaults({"evaluation": {"class_path": "lit_modules.triton_evaluation.TritonEvaluation"}})
+        evaluation = {"class_path": "lit_modules.triton_evaluation.TritonEvaluation", "init_args": {"budget_s": 0.02}}
+        parser.set_defaults({"evaluation": evaluation})  # evaluate.py takes longer to time, and is more exact
         describe_model(parser)
         for name in ("num_classes", "in_channels"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
@@ -92,14 +94,17 @@ class TrainingCLI(LightningCLI):
         """The trainer, still without the loggers and folders of its run."""
         config = self.config_init.trainer
         self.last = LastCheckpoint()
-        kwargs["plugins"] = [AtomicCheckpointIO(), *_listed(config.plugins)]
+        StrategyRegistry.register("ddp", DDPStrategy, override=True, gradient_as_bucket_view=True, static_graph=True)
+        kwargs["plugins"] = [BackgroundCheckpointIO(), *_listed(config.plugins)]
         if config.enable_checkpointing is not False and not config.barebones and not config.fast_dev_run:
             kwargs["callbacks"] = [*_listed(config.callbacks), self.best, self.last]
         if config.logger in (None, True) and not config.fast_dev_run:
             kwargs["logger"] = False
         if config.logger is False or config.barebones:  # there is no folder but the current one to save it to
             self.save_config_callback = None
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        _heed_sigterm_between_epochs(trainer)
+        return trainer
 
     @contextmanager
     def run_folders(self) -> Iterator[None]:
@@ -203,6 +208,17 @@ def test(cli: TrainingCLI) -> None:
     rank_zero_info(f"Testing {_short(kept) if kept else 'the network as it is in the end: no checkpoint was kept'}")
     with interrupted_is_an_error(cli.trainer, lambda: f"{_short(kept)} is kept" if kept else "nothing was kept"):
         cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=kept or None, weights_only=True)
+
+
+def _heed_sigterm_between_epochs(trainer: Trainer) -> None:
+    """Where there are several processes, Lightning 2.6 has them agree before each batch whether one was asked to end.
+
+    The answer waits for all that the GPU was given, so that the CPU never runs ahead. Once an epoch is enough.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    agree = getattr(loop, "_broadcast_sigterm_tensor", None)
+    if agree:
+        loop._broadcast_sigterm_tensor = lambda: agree() if loop.batch_idx < 0 else None  # type: ignore[method-assign]
 
 
 def _short(path: str) -> str:

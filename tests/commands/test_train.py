@@ -321,7 +321,7 @@ def test_every_option_of_ours_has_a_text(capsys):
 
 def test_bare_command_is_cifar10():
     cli = train.command_line(QUIET)
-    assert cli.datamodule.name == "cifar10" and cli.trainer.max_epochs == 90
+    assert cli.datamodule.name == "cifar10" and cli.trainer.max_epochs == 60
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_224", "digits"])
@@ -465,13 +465,14 @@ def test_two_processes_train_and_count_every_test_image_once():
         "--data.val_fraction=0.3",
     ]
     parallel = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
-    evaluation = ["--evaluation.layers=relu", "--evaluation.budget_s=0"]
+    evaluation = ["--evaluation.layers=relu", "--evaluation.budget_s=0", "--evaluation.time_interpreter=true"]
     process = start(*QUIET, *data, *parallel, *evaluation, "--model.width=4", "--model.lr=0.01")
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
 
     (best,) = Path("checkpoints/pets/version_0").glob("best*.ckpt")
     classifier, checkpoint = load_classifier(best)
+    assert checkpoint["global_step"] == 5  # of 11 images two make a step, one on each process
     loader = data_module_from_checkpoint(checkpoint, batch_size=7)
     loader.setup("test")
     ((images, labels),) = loader.test_dataloader()
