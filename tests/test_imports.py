@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "clocks": {"clocks"},
     "latency": BELOW_LAYERS | {"clocks", "layers", "swap", "latency"},
     "fusion": BELOW_LAYERS | {"layers", "swap", "fusion"},
+    "compiler": BELOW_LAYERS | {"clocks", "layers", "fusion", "tuning", "compiler"},
     "command": {"clocks", "swap", "latency", "command"},
     "__main__": {"latency", "command"},  # and the public names
     "tuning": BELOW_LAYERS | {"clocks", "layers", "swap", "latency", "fusion", "tuning"},

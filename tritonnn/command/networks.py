@@ -23,7 +23,7 @@ def build(name: str) -> nn.Module:
     Raises:
         UserError: there is no such network, or it cannot be made without arguments.
     """
-    make = _maker(name)
+    make = maker(name)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about initialisations to come
         torch.manual_seed(0)
@@ -36,7 +36,7 @@ def build(name: str) -> nn.Module:
     return model.eval()
 
 
-def _maker(name: str) -> Callable[[], object]:
+def maker(name: str) -> Callable[[], object]:
     if name.startswith("torchvision:"):
         return _of_torchvision(name.removeprefix("torchvision:"))
     if name.startswith("timm/"):

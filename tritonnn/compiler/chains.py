@@ -1,0 +1,316 @@
+"""Which nodes of a graph of Dynamo become one kernel: a convolution or linear layer and what follows it.
+
+The graph has PyTorch's functions and methods as the model's code calls them, with parameters among its inputs, and
+`meta["example_value"]` of each node has the shape, strides and type of its result.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from ..fusion.known_functions import argument, name_of
+from ..layers.layer import FLOATING_POINT, pair, windows_fit
+from ..runtime.hardware import reason_against
+
+IN_PLACE = frozenset(f"i{name}" for name in ("add", "and", "floordiv", "mod", "mul", "or", "pow", "sub", "truediv"))
+ACTIVATIONS: dict[str, Callable[[fx.Node], tuple[str, float] | None]] = {
+    "relu": lambda node: ("relu", 0.0),
+    "relu6": lambda node: ("relu6", 0.0),
+    "hardtanh": lambda node: ("relu6", 0.0) if _numbers(node, ("min_val", -1.0), ("max_val", 1.0)) == [0, 6] else None,
+    "clamp": lambda node: ("relu6", 0.0) if _numbers(node, ("min", None), ("max", None)) == [0, 6] else None,
+    "leaky_relu": lambda node: ("leaky_relu", _numbers(node, ("negative_slope", 0.01))[0]),
+    "silu": lambda node: ("silu", 0.0),
+    "hardswish": lambda node: ("hardswish", 0.0),
+    "hardsigmoid": lambda node: ("hardsigmoid", 0.0),
+    "sigmoid": lambda node: ("sigmoid", 0.0),
+    "gelu": lambda node: (
+        ("gelu_tanh" if argument(node, 1, "approximate", "none") == "tanh" else "gelu"),
+        0.0,
+    ),
+}
+"""By the function's name, without the underscore of those in place: the epilogue's name for it, and a slope."""
+FRESH = frozenset(("conv2d", "linear", "batch_norm", "add", "mul", "iadd", "imul", *ACTIVATIONS))
+"""Functions whose result shares no memory with another tensor, but for one that is overwritten."""
+LAYERS = ("conv2d", "linear")
+
+
+def _numbers(node: fx.Node, *parameters: tuple[str, object]) -> list:
+    return [argument(node, i, name, default) for i, (name, default) in enumerate(parameters, 1)]
+
+
+def value(node: object) -> object:
+    """What Dynamo knows of a node's result: a tensor without data, or a number."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def base_name(node: fx.Node) -> str:
+    """The function's or method's name, the same for the one in place."""
+    name = name_of(node) or ""
+    return name.rstrip("_") if not name.startswith("__") else name
+
+
+@dataclass
+class Chain:
+    """Nodes that become one call of `conv2d_fused`."""
+
+    layer: fx.Node
+    norm: fx.Node | None = None
+    add: fx.Node | None = None
+    activation: fx.Node | None = None
+    window: tuple = field(default=((1, 1), (0, 0), (1, 1), 1))
+    """Stride, padding, dilation, groups."""
+
+    @property
+    def is_linear(self) -> bool:
+        return base_name(self.layer) == "linear"
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return [node for node in (self.layer, self.norm, self.add, self.activation) if node is not None]
+
+    @property
+    def tail(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @property
+    def x(self) -> fx.Node:
+        return operand(self.layer, 0, "input")
+
+    @property
+    def weight(self) -> fx.Node:
+        return operand(self.layer, 1, "weight")
+
+    @property
+    def bias(self) -> fx.Node | None:
+        return operand(self.layer, 2, "bias")
+
+    @property
+    def residual(self) -> fx.Node | None:
+        """The other operand of the sum."""
+        return None if self.add is None else _residual(self.add, self.norm or self.layer)
+
+    @property
+    def norm_operands(self) -> list[fx.Node | None]:
+        """Mean, variance, weight and bias of the batch norm."""
+        names = ("running_mean", "running_var", "weight", "bias")
+        return [] if self.norm is None else [operand(self.norm, i, name) for i, name in enumerate(names, 1)]
+
+    @property
+    def eps(self) -> float:
+        return 0.0 if self.norm is None else argument(self.norm, 7, "eps", 1e-5)
+
+    @property
+    def act(self) -> tuple[str, float]:
+        return ("none", 0.0) if self.activation is None else activation_of(self.activation)
+
+    @property
+    def result(self) -> torch.Tensor:
+        return value(self.tail)
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return (1, 1) if self.is_linear else tuple(value(self.weight).shape[2:])
+
+    @property
+    def users_are_layers(self) -> bool:
+        """Whether nobody else would compute the epilogue on the way: Inductor needs a kernel for it."""
+        return all(user.op == "output" or base_name(user) in LAYERS for user in self.tail.users)
+
+
+def operand(node: fx.Node, position: int, name: str) -> fx.Node | None:
+    return argument(node, position, name)
+
+
+def activation_of(node: fx.Node) -> tuple[str, float] | None:
+    found = ACTIVATIONS.get(base_name(node))
+    return found(node) if found else None
+
+
+def overwritten(node: fx.Node) -> tuple[fx.Node, ...] | None:
+    """The nodes whose memory the call writes to; None where that is not known: any."""
+    inputs = node.all_input_nodes
+    if node.op in ("placeholder", "get_attr", "output") or not any(isinstance(value(x), torch.Tensor) for x in inputs):
+        return ()
+    name = name_of(node)
+    if name is None:
+        return _by_schema(node)
+    if node.kwargs.get("out") is not None or name == "setitem":
+        return tuple(inputs)
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
+    if in_place or _has_flag(node):
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        return (first,) if isinstance(first, fx.Node) else tuple(inputs)
+    if name == "batch_norm" and argument(node, 5, "training", False) is not False:
+        return tuple(inputs)
+    return ()
+
+
+def _by_schema(node: fx.Node) -> tuple[fx.Node, ...] | None:
+    schema = getattr(node.target, "_schema", None)
+    return () if schema is not None and not schema.is_mutable else None
+
+
+def _has_flag(node: fx.Node) -> bool:
+    """Whether `inplace` is set: by name, or as the last argument of an activation."""
+    if node.kwargs.get("inplace"):
+        return True
+    return base_name(node) in ACTIVATIONS and any(arg is True for arg in node.args[1:])
+
+
+def is_fresh(node: fx.Node) -> bool:
+    """Whether the result's memory is nobody else's: that of an input, or of a larger tensor."""
+    if base_name(node) not in FRESH and name_of(node) not in IN_PLACE:
+        return False
+    writes = overwritten(node)
+    return writes is not None and all(is_fresh(x) and len(x.users) == 1 for x in writes)
+
+
+class Stages:
+    """Counts, for each node, how often memory that others may see was overwritten before it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._stage: dict[fx.Node, int] = {}
+        self.pure: set[fx.Node] = set()
+        """Nodes that overwrite nothing that another node sees."""
+        stage = 0
+        for node in graph.nodes:
+            self._stage[node] = stage
+            writes = overwritten(node)
+            if writes is not None and all(is_fresh(x) and len(x.users) == 1 for x in writes):
+                self.pure.add(node)
+            else:
+                stage += 1
+
+    def only_user(self, node: fx.Node) -> fx.Node | None:
+        """The one node that uses the result, if it is pure and nothing is overwritten up to there."""
+        users = list(node.users)
+        if len(users) != 1 or users[0] not in self.pure or self._stage[users[0]] != self._stage[node]:
+            return None
+        return users[0]
+
+
+def find(graph: fx.Graph) -> list[Chain]:
+    """The chains of the graph, in the order of running; a sum of two goes to the one that is computed last."""
+    stages = Stages(graph)
+    claimed: set[fx.Node] = set()
+    chains: list[Chain] = []
+    for node in reversed(graph.nodes):
+        chain = _begin(node)
+        if chain is None or node not in stages.pure:
+            continue
+        dtype = value(node).dtype
+
+        def follower(chain: Chain = chain, dtype: torch.dtype = dtype) -> fx.Node | None:
+            found = stages.only_user(chain.tail)
+            same = found is not None and isinstance(value(found), torch.Tensor)
+            same = same and (value(found).dtype, value(found).shape) == (dtype, value(chain.layer).shape)
+            return found if same and found not in claimed else None
+
+        found = follower()
+        if found and _folds(found, chain):
+            chain.norm = found
+            found = follower()
+        if found and _residual(found, chain.tail) is not None:
+            chain.add = found
+            found = follower()
+        if found and _first(found) is chain.tail and activation_of(found) is not None:
+            chain.activation = found
+        claimed.update(chain.nodes)
+        chains.append(chain)
+    return chains[::-1]
+
+
+def _first(node: fx.Node) -> object:
+    return argument(node, 0, "input")
+
+
+def _begin(node: fx.Node) -> Chain | None:
+    """The chain of a layer alone, None for what is none that the kernels take."""
+    if base_name(node) not in LAYERS or node.op != "call_function":
+        return None
+    chain = Chain(node)
+    x, weight, y = value(chain.x), value(chain.weight), value(node)
+    if not all(isinstance(t, torch.Tensor) for t in (x, weight, y)) or not isinstance(chain.weight, fx.Node):
+        return None
+    if any(t is not None and t.op != "placeholder" for t in (chain.weight, chain.bias)):
+        return None  # a weight that the graph computes is another one at every call
+    if y.dtype not in FLOATING_POINT or weight.dtype not in FLOATING_POINT or not y.is_floating_point():
+        return None
+    if reason_against(y.device) is not None or weight.device != y.device or x.device != y.device or y.numel() == 0:
+        return None
+    if not (is_static(weight) and _may_be_open(x) and _may_be_open(y)):
+        return None
+    if chain.is_linear:
+        return chain if weight.dim() == 2 and x.dim() > 1 and weight.shape[0] > 0 and x.shape[-1] > 0 else None
+    if x.dim() != 4 or weight.dim() != 4:
+        return None
+    stride, dilation = (pair(argument(node, i, name, 1)) for i, name in ((3, "stride"), (5, "dilation")))
+    padding, groups = argument(node, 4, "padding", 0), argument(node, 6, "groups", 1)
+    if isinstance(padding, str):
+        if padding != "valid":
+            return None
+        padding = 0
+    chain.window = stride, pair(padding), dilation, groups
+    if not all(type(n) is int for sizes in chain.window[:3] for n in sizes or ("",)) or type(groups) is not int:
+        return None
+    return chain if windows_fit(x, chain.kernel_size, *chain.window[:3]) else None
+
+
+def is_static(t: torch.Tensor) -> bool:
+    return all(type(size) is int for size in t.shape)
+
+
+def hint(size: object) -> int | None:
+    """A size, or what it is at this first call where it may be another one at later ones."""
+    if type(size) is int:
+        return size
+    found = getattr(getattr(size, "node", None), "hint", None)
+    return found if type(found) is int else None
+
+
+def _may_be_open(t: torch.Tensor) -> bool:
+    """Whether no size is open but, for types that need no choice of precision, the number of images."""
+    if is_static(t):
+        return True
+    return t.dtype.itemsize == 2 and all(type(size) is int for size in t.shape[1:]) and hint(t.shape[0]) is not None
+
+
+def has_neighbouring_channels(t: torch.Tensor) -> bool:
+    """Whether an image [N, C, H, W] is channels_last, or of one pixel, which is both."""
+    return t.shape[1] == 1 or t.stride(1) == 1
+
+
+def _folds(node: fx.Node, chain: Chain) -> bool:
+    """Whether it is a batch norm in eval mode of what the chain gives."""
+    if base_name(node) != "batch_norm" or chain.is_linear or _first(node) is not chain.tail:
+        return False
+    operands = [operand(node, i, name) for i, name in enumerate(("running_mean", "running_var", "weight", "bias"), 1)]
+    if argument(node, 5, "training", False) is not False or any(x is None for x in operands[:2]):
+        return False
+    return all(x is None or (isinstance(x, fx.Node) and x.op == "placeholder") for x in operands)
+
+
+def _residual(node: fx.Node, tail: fx.Node) -> fx.Node | None:
+    """The other operand of a plain sum of the tail and a tensor of the same kind."""
+    if base_name(node) not in ("add", "iadd") or argument(node, 2, "alpha", 1) != 1:
+        return None
+    a, b = argument(node, 0, "input"), argument(node, 1, "other")
+    if a is b or tail not in (a, b):
+        return None
+    residual = b if a is tail else a
+    other, y = value(residual), value(tail)
+    if not isinstance(residual, fx.Node) or not isinstance(other, torch.Tensor):
+        return None
+    same = (other.shape, other.dtype, other.device) == (y.shape, y.dtype, y.device)
+    return residual if same else None
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def leading_sizes(x: torch.Tensor, K: int) -> Sequence[int]:
+    """For `reshape`: those of a linear layer's result, its one open size as -1."""
+    return [*[size if type(size) is int else -1 for size in x.shape[:-1]], K]
