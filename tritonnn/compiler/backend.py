@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 import triton
 from torch import Tensor, fx
+from torch._dynamo import lookup_backend
 
 from ..runtime.precision import (
     convolution_input_precision,
@@ -21,18 +22,24 @@ from .weights import Packed, Weights
 DEFAULT_MODE = "reduce-overhead"
 
 
-def compile_graph(
-    graph: fx.GraphModule, example_inputs: Sequence[object], mode: str | None = None, options: dict | None = None
-) -> Callable:
-    """See `backend`."""
-    from torch._dynamo import lookup_backend
+def inductor(graph: fx.GraphModule, inputs: Sequence[object], mode: str | None, options: dict | None) -> Callable:
     from torch._inductor import list_mode_options
 
     patches = list_mode_options(mode or DEFAULT_MODE) | (options or {})
-    inductor = lookup_backend("inductor")
+    return lookup_backend("inductor")(graph, inputs, config_patches=patches)
+
+
+def compile_graph(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[object],
+    mode: str | None = None,
+    options: dict | None = None,
+    rest: Callable = inductor,
+) -> Callable:
+    """See `backend`; `rest` compiles what is not ours."""
 
     def by_inductor(graph: fx.GraphModule, inputs: Sequence[object]) -> Callable:
-        return inductor(graph, inputs, config_patches=patches)
+        return rest(graph, inputs, mode, options)
 
     if _needs_gradients(example_inputs):
         return by_inductor(graph, example_inputs)

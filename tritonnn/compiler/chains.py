@@ -4,8 +4,9 @@ The graph has PyTorch's functions and methods as the model's code calls them, wi
 `meta["example_value"]` of each node has the shape, strides and type of its result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from torch import fx
@@ -20,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[fx.Node], tuple[str, float] | None]] = {
     "relu6": lambda node: ("relu6", 0.0),
     "hardtanh": lambda node: ("relu6", 0.0) if _numbers(node, ("min_val", -1.0), ("max_val", 1.0)) == [0, 6] else None,
     "clamp": lambda node: ("relu6", 0.0) if _numbers(node, ("min", None), ("max", None)) == [0, 6] else None,
-    "leaky_relu": lambda node: ("leaky_relu", _numbers(node, ("negative_slope", 0.01))[0]),
+    "leaky_relu": lambda node: _leaky_relu(*_numbers(node, ("negative_slope", 0.01))),
     "silu": lambda node: ("silu", 0.0),
     "hardswish": lambda node: ("hardswish", 0.0),
     "hardsigmoid": lambda node: ("hardsigmoid", 0.0),
@@ -38,6 +39,10 @@ LAYERS = ("conv2d", "linear")
 
 def _numbers(node: fx.Node, *parameters: tuple[str, object]) -> list:
     return [argument(node, i, name, default) for i, (name, default) in enumerate(parameters, 1)]
+
+
+def _leaky_relu(slope: object) -> tuple[str, float] | None:
+    return ("leaky_relu", float(slope)) if isinstance(slope, (int, float)) else None
 
 
 def value(node: object) -> object:
@@ -238,9 +243,12 @@ def _begin(node: fx.Node) -> Chain | None:
         return None  # a weight that the graph computes is another one at every call
     if y.dtype not in FLOATING_POINT or weight.dtype not in FLOATING_POINT or not y.is_floating_point():
         return None
-    if reason_against(y.device) is not None or weight.device != y.device or x.device != y.device or y.numel() == 0:
+    if reason_against(y.device) is not None or weight.device != y.device or x.device != y.device:
         return None
-    if not (is_static(weight) and _may_be_open(x) and _may_be_open(y)):
+    if 0 in [hint(size) for size in y.shape]:
+        return None
+    channels = -1 if chain.is_linear else 1
+    if not (is_static(weight) and _may_be_open(x, channels) and _may_be_open(y, channels)):
         return None
     if chain.is_linear:
         return chain if weight.dim() == 2 and x.dim() > 1 and weight.shape[0] > 0 and x.shape[-1] > 0 else None
@@ -255,11 +263,17 @@ def _begin(node: fx.Node) -> Chain | None:
     chain.window = stride, pair(padding), dilation, groups
     if not all(type(n) is int for sizes in chain.window[:3] for n in sizes or ("",)) or type(groups) is not int:
         return None
-    return chain if windows_fit(x, chain.kernel_size, *chain.window[:3]) else None
+    shape = SimpleNamespace(shape=[hint(size) for size in x.shape])
+    return chain if windows_fit(shape, chain.kernel_size, *chain.window[:3]) else None
+
+
+def is_open(size: object) -> bool:
+    """Whether it may be another one at later calls."""
+    return type(size) is not int and getattr(size.node, "maybe_as_int", lambda: None)() is None
 
 
 def is_static(t: torch.Tensor) -> bool:
-    return all(type(size) is int for size in t.shape)
+    return not any(map(is_open, t.shape))
 
 
 def hint(size: object) -> int | None:
@@ -270,11 +284,16 @@ def hint(size: object) -> int | None:
     return found if type(found) is int else None
 
 
-def _may_be_open(t: torch.Tensor) -> bool:
-    """Whether no size is open but, for types that need no choice of precision, the number of images."""
+def _may_be_open(t: torch.Tensor, channels: int) -> bool:
+    """Whether no size is open, or for types that need no choice of precision any but the channels.
+
+    Of a linear layer's only one: `reshape` finds that out.
+    """
     if is_static(t):
         return True
-    return t.dtype.itemsize == 2 and all(type(size) is int for size in t.shape[1:]) and hint(t.shape[0]) is not None
+    known = all(hint(size) is not None for size in t.shape)
+    few = channels == 1 or sum(map(is_open, t.shape)) == 1
+    return t.dtype.itemsize == 2 and known and few and not is_open(t.shape[channels])
 
 
 def has_neighbouring_channels(t: torch.Tensor) -> bool:
@@ -288,6 +307,8 @@ def _folds(node: fx.Node, chain: Chain) -> bool:
         return False
     operands = [operand(node, i, name) for i, name in enumerate(("running_mean", "running_var", "weight", "bias"), 1)]
     if argument(node, 5, "training", False) is not False or any(x is None for x in operands[:2]):
+        return False
+    if not isinstance(argument(node, 7, "eps", 1e-5), float):  # an input of the graph
         return False
     return all(x is None or (isinstance(x, fx.Node) and x.op == "placeholder") for x in operands)
 
@@ -309,8 +330,3 @@ def _residual(node: fx.Node, tail: fx.Node) -> fx.Node | None:
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
-
-
-def leading_sizes(x: torch.Tensor, K: int) -> Sequence[int]:
-    """For `reshape`: those of a linear layer's result, its one open size as -1."""
-    return [*[size if type(size) is int else -1 for size in x.shape[:-1]], K]

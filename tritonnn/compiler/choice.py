@@ -153,6 +153,7 @@ def _compiling(trial: Trial) -> Callable[[], None]:
         x = torch.empty(trial.kind.x_shape, dtype=trial.kind.dtype, device=trial.device)
         trial.x = x.contiguous(memory_format=torch.channels_last) if trial.kind.channels_last_x else x
         trial.ours()
+        trial.x = None
 
     return call
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from .chains import Chain, has_neighbouring_channels, placeholders, value
+from .chains import Chain, has_neighbouring_channels, hint, is_open, placeholders, value
 from .weights import Packed
 
 ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks")
@@ -67,7 +67,7 @@ def _call(
     if value(x).dtype != packed.dtype:
         x = nodes.call_method("to", (x, packed.dtype))
     if chain.is_linear:
-        C, K = value(chain.weight).shape[1], value(chain.weight).shape[0]
+        K, C = value(chain.weight).shape
         x = nodes.call_method("reshape", (x, (-1, C, 1, 1)))
         residual = None if residual is None else nodes.call_method("reshape", (residual, (-1, K, 1, 1)))
     activation, slope = chain.act
@@ -77,7 +77,7 @@ def _call(
     )
     if not chain.is_linear:
         return y, y
-    sizes = [size if type(size) is int else -1 for size in chain.result.shape]
+    sizes = [-1 if is_open(size) else hint(size) for size in chain.result.shape]
     return nodes.call_method("reshape", (y, tuple(sizes))), None
 
 
