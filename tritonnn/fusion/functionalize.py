@@ -1,4 +1,4 @@
-"""A network's graph in which additions and ReLUs overwrite nothing, so that they may be moved and merged.
+"""A network's graph in which additions and activations overwrite nothing, so that they may be moved and merged.
 
 An operation in place is made one that is not where nothing else can see the difference; where something might, it
 stays and is a barrier: nothing is moved across it. So does code that is not known. formats.py then sees to it
@@ -11,20 +11,22 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
+from ..layers.fused.activation import Activation
 from ..swap import kind_of
+from .activations import activation_of
 from .known_functions import ELEMENTWISE, FRESH, LIBRARIES, LOOKS, POOLS, VIEWS, argument, is_elementwise, name_of
 from .tracing import ends_in_place, in_place, is_changed, is_layer, is_parameter, trace
 
 ADD = (operator.add, torch.add, "add", "add_")
-RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 @dataclass
 class PureGraph:
-    """`pure` are the nodes that compute a sum or a ReLU beside their input; `stage` counts the barriers before a node.
+    """`pure` are the nodes that compute a sum or an activation beside their input.
+
+    `stage` counts the barriers before a node.
 
     `opaque` names the modules that stayed whole, with the reason; `overwriting` are the operations left in place,
     `once_in_place` those that are pure now;
@@ -51,10 +53,9 @@ class PureGraph:
             return node.args[2] == "iadd"
         return node.op in ("call_function", "call_method") and node.target in ADD and "out" not in node.kwargs
 
-    def is_relu(self, node: fx.Node) -> bool:
-        return kind_of(self.module(node)) == "relu" or (
-            node.op in ("call_function", "call_method") and node.target in RELU and "out" not in node.kwargs
-        )
+    def activation(self, node: fx.Node) -> Activation | None:
+        """The activation of an epilogue that a node computes; None for another node."""
+        return activation_of(node, self.module(node))
 
 
 def pure_graph(root: nn.Module) -> PureGraph:
@@ -93,18 +94,18 @@ def _make_pure(traced: PureGraph) -> None:
         if _is_number(node, traced):
             traced.numbers.add(node)
         targets = [] if node in traced.numbers else _overwritten(node, traced)
-        summand_or_relu = (traced.is_add(node) or traced.is_relu(node)) and not _is_changed(node, traced)
+        in_epilogue = (traced.is_add(node) or traced.activation(node)) and not _is_changed(node, traced)
         private = len(targets) == 1 and _is_private(targets[0], node, family[targets[0]] - {node}, order, exposed)
         if private:
             x = targets[0]
             x.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
-            if summand_or_relu and _may_be_fused(x, traced):
+            if in_epilogue and _may_be_fused(x, traced):
                 targets = []
                 traced.once_in_place.add(node)
         if targets:
             _refuse_parameters(targets, family)
             traced.overwriting.add(node)
-        if not targets and summand_or_relu:
+        if not targets and in_epilogue:
             traced.pure.add(node)
         unknown = _is_unknown(node, traced)
         family[node] = {node}
@@ -130,7 +131,9 @@ def _may_be_fused(x: fx.Node, traced: PureGraph) -> bool:
     """Whether what overwrites x may become a part of the layer that computes it; it stays in place otherwise."""
     if kind_of(traced.module(x)) in ("conv2d", "linear", "batch_norm2d"):
         return not _is_changed(x, traced)
-    return x in traced.pure and (traced.is_relu(x) or all(isinstance(arg, fx.Node) for arg in x.args[:2]))
+    return x in traced.pure and (
+        traced.activation(x) is not None or all(isinstance(arg, fx.Node) for arg in x.args[:2])
+    )
 
 
 def _is_private(

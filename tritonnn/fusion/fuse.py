@@ -1,4 +1,4 @@
-"""For inference: convolution, batch norm, residual sum and ReLU in one kernel, over a whole network.
+"""For inference: convolution, batch norm, residual sum and activation in one kernel, over a whole network.
 
 A network is traced with torch.fx, its batch norms become part of the convolutions before them, and what follows a
 convolution or linear layer moves into its kernel's epilogue. What is left becomes Triton layers, as `swap`
@@ -135,9 +135,12 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     """A fast copy of an eval network for inference; the model is left alone and shares nothing with it.
 
     Batch norms are folded into the convolutions before them, in float64: into float32 and float64 weights, rounded
-    once; beside 16-bit weights, which stay as they are, the kernel scales the sums. Bias, residual sum and ReLU run in
-    the kernel of the convolution or linear layer, whose images are channels_last; what leaves the network lies in
-    memory as the model's output would. Operand types follow autocast and PyTorch's TF32 switches at each call.
+    once; beside 16-bit weights, which stay as they are, the kernel scales the sums. Bias, residual sum and activation
+    run in the kernel of the convolution or linear layer, whose images are channels_last; what leaves the network lies
+    in memory as the model's output would. Operand types follow autocast and PyTorch's TF32 switches at each call.
+
+    Activations are ReLU, ReLU6, LeakyReLU, SiLU, Hardswish, Hardsigmoid, Sigmoid and both kinds of GELU, as modules,
+    functions or methods, in place or not; others stay PyTorch's.
 
     Optional arguments of its forward are fused at their defaults: a call with another value runs the model's own code,
     of which the network has a copy then, and is counted in the report's `fallbacks`.

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from ..layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
+from ..layers.fused.activation import NO_ACTIVATION, PYTORCH, Activation
 from ..layers.fused.base import Filters, batch_norm_as_affine
 from ..layers.fused.conv2d import FusedConv2d, FusedSum
 from ..layers.fused.linear import FusedLinear, FusedPooledLinear
@@ -53,12 +54,12 @@ class _Chain:
     add: fx.Node | None = None
     add_first: bool = True
     """Whether the layer's result is the first summand."""
-    relu: fx.Node | None = None
+    activation: fx.Node | None = None
 
     @property
     def nodes(self) -> list[fx.Node]:
         flatten = None if self.pool is None else _input(self.layer)
-        nodes = (self.pool, flatten, self.layer, self.norm, self.add, self.relu)
+        nodes = (self.pool, flatten, self.layer, self.norm, self.add, self.activation)
         return [node for node in nodes if node is not None]
 
     @property
@@ -143,7 +144,7 @@ def _join_shortcuts(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
         if node.args[0] is node.args[1] or traced.stage[node] != traced.stage[node.args[1]]:
             continue
         last, other = modules[node.target], modules[node.args[1].target]
-        if other.relu or other.sums is not None or not (last.is_shortcut or other.is_shortcut):
+        if other.activation != NO_ACTIVATION or other.sums is not None or not (last.is_shortcut or other.is_shortcut):
             continue
         modules[node.target] = FusedSum(last, other)
         source = node.args[1]
@@ -168,8 +169,8 @@ def _chains(traced: PureGraph) -> list[_Chain]:
             chain.add_first = summands[0] is chain.tail
             chain.add = follower
             follower = _only_user(follower, traced)
-        if follower and follower in traced.pure and traced.is_relu(follower):
-            chain.relu = follower
+        if follower in traced.pure and traced.activation(follower):
+            chain.activation = follower
         claimed.update(chain.nodes)
         chains.append(chain)
     return chains[::-1]
@@ -285,7 +286,7 @@ def _report_apart(traced: PureGraph, chains: list[_Chain], name: str, report: Fu
             reason = _reason_to_leave(node, traced)
         elif _is_norm(node, traced):
             reason = _reason_not_to_fold(node, traced)
-        elif traced.is_add(node) or traced.is_relu(node):
+        elif traced.is_add(node) or traced.activation(node):
             reason = _reason_not_in_epilogue(node, tails, traced)
         else:
             continue
@@ -320,7 +321,7 @@ def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
         else "into y"
         if chain.add_first
         else "into residual",
-        "relu": chain.relu is not None,
+        "activation": NO_ACTIVATION if chain.activation is None else traced.activation(chain.activation),
     }
     bias = None if bias is None else bias.detach().clone()
     if kind_of(layer) == "linear":
@@ -383,7 +384,7 @@ def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None
 
     def after_relu(node: fx.Node) -> bool:
         source = modules.get(node.all_input_nodes[0].target) if node.all_input_nodes[0].op == "call_module" else None
-        return getattr(source, "relu", False) is True or kind_of(source) == "relu"
+        return getattr(source, "activation", None) == Activation("relu") or kind_of(source) == "relu"
 
     pools = [n for n in graph.nodes if n.op == "call_module" and kind_of(modules[n.target]) == "max_pool2d"]
     for node in pools:
@@ -392,9 +393,8 @@ def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None
 
 def _describe(chain: _Chain, traced: PureGraph) -> str:
     steps = [kind_of(traced.module(node)) for node in (chain.pool, chain.layer) if node]
-    steps += [
-        step for step, node in (("batch_norm2d", chain.norm), ("residual", chain.add), ("relu", chain.relu)) if node
-    ]
+    steps += ["batch_norm2d"] * (chain.norm is not None) + ["residual"] * (chain.add is not None)
+    steps += [traced.activation(chain.activation).name] if chain.activation else []
     return " + ".join(steps)
 
 
@@ -413,16 +413,21 @@ def _pool(node: fx.Node) -> nn.Module | None:
 
 
 def _rewrite_rest(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
-    """ReLUs and pools as Triton layers, sums beside their operands."""
+    """ReLUs and pools as Triton layers, sums and other activations that are PyTorch's beside their operands."""
     relu = "functional_relu"
     while relu in modules:
         relu += "_"
     for node in traced.graph.nodes:
         overwrites = node.op == "call_module" and getattr(traced.modules.get(node.target), "inplace", False)
-        if node in traced.pure and traced.is_relu(node) and (node.op != "call_module" or overwrites):
+        activation = traced.activation(node) if node in traced.pure else None
+        if activation == Activation("relu") and (node.op != "call_module" or overwrites):
             source = _operands(node)[0]
             node.op, node.target, node.args, node.kwargs = "call_module", relu, (source,), {}
             modules[relu] = TritonReLU().eval()
+        elif activation is not None and node in traced.once_in_place:
+            slope = {"negative_slope": activation.slope} if activation.name == "leaky_relu" else {}
+            node.op, node.target, node.args = "call_function", PYTORCH[activation.name], _operands(node)[:1]
+            node.kwargs = slope
         elif node in traced.pure and node.target in (in_place, "add_"):
             node.op, node.target, node.args = "call_function", add_beside, node.args[:2]
         elif (pool := _pool(node)) is not None:

@@ -21,6 +21,7 @@ from ...runtime.precision import (
     matmuls_in_tf32,
 )
 from ..layer import TritonLayer
+from .activation import NO_ACTIVATION, Activation, activate
 
 
 class FusedLayer(TritonLayer, nn.Module):
@@ -32,6 +33,7 @@ class FusedLayer(TritonLayer, nn.Module):
     Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` or `scale` has
     changed; the `_recent` ones by what a call knows that has checked nothing: its input's type and PyTorch's switch.
     `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y" or "into residual".
+    `activation` is applied last.
     """
 
     weight: torch.Tensor
@@ -45,19 +47,20 @@ class FusedLayer(TritonLayer, nn.Module):
         scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         sums: str | None,
-        relu: bool,
+        activation: Activation,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("scale", None if scale is None else scale.to(_scale_type(weight)))
         self.register_buffer("bias", None if bias is None else bias.to(_sum_type(weight)))
-        self.sums, self.relu = sums, relu
+        self.sums, self.activation = sums, activation
         self._packed: dict[tuple, _Packed] = {}
         self._recent: dict[tuple, _Packed] = {}
         self.eval()
 
     def extra_repr(self) -> str:
-        steps = [step for step, present in (("residual", self.sums), ("relu", self.relu)) if present]
+        steps = ["residual"] * (self.sums is not None)
+        steps += [str(self.activation)] * (self.activation != NO_ACTIVATION)
         return f"weight={list(self.weight.shape)}, bias={self.bias is not None}, then={steps}"
 
     def __getstate__(self) -> dict:
@@ -105,7 +108,11 @@ class FusedLayer(TritonLayer, nn.Module):
             y = residual.clone().add_(y)
         elif self.sums is not None:
             y = y.add_(residual) if self.sums == "into y" else y + residual
-        return y.relu() if self.relu else y
+        return activate(y, *self.activation)
+
+    def _activation_in_kernel(self, apart: str | None) -> Activation:
+        """Not yet where there is a reason to add the residual apart, as the activation follows it."""
+        return self.activation if apart is None else NO_ACTIVATION
 
     def _added_apart(self, y: torch.Tensor, residual: object, reason: str | None) -> torch.Tensor:
         """y, to which the kernel has added the residual unless there is a reason why not."""
@@ -127,7 +134,7 @@ class FusedLayer(TritonLayer, nn.Module):
         return None
 
 
-def _launch_layer(x, weight, scale, bias, residual, relu, *window) -> torch.Tensor:
+def _launch_layer(x, weight, scale, bias, residual, activation, slope, *window) -> torch.Tensor:
     if weight.dim() == 2:
         weight, input_precision = weight[:, :, None, None], matmul_input_precision(x, weight)
     else:
@@ -136,11 +143,13 @@ def _launch_layer(x, weight, scale, bias, residual, relu, *window) -> torch.Tens
     if scale is not None:
         weight, scale = (_scaled(weight, scale), None) if x.element_size() > 2 else (weight, scale.float())
     packed = pack_filters(weight.to(x.dtype), input_precision, window[-1])
-    steps = scale, bias, residual, "relu" if relu else "none", 0.01
-    return conv2d_fused(x, packed, *steps, weight.shape[2:], *window, input_precision, False, False)
+    epilogue = scale, bias, residual, activation, slope
+    return conv2d_fused(x, packed, *epilogue, weight.shape[2:], *window, input_precision, False, False)
 
 
-def _layer_output(x, weight, scale, bias, residual, relu, stride, padding, dilation, *others) -> torch.Tensor:
+def _layer_output(
+    x, weight, scale, bias, residual, activation, slope, stride, padding, dilation, *others
+) -> torch.Tensor:
     windows = zip(x.shape[2:], weight.shape[2:] or (1, 1), stride, padding, dilation)
     shape = (x.shape[0], weight.shape[0], *(output_size(*window) for window in windows))
     return empty_image(shape, x, channels_last=True)
@@ -151,8 +160,8 @@ def _precisions() -> tuple[bool, bool]:
 
 
 fused_layer = register(
-    "fused_layer(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, int[2] stride, "
-    "int[2] padding, int[2] dilation, int groups) -> Tensor",
+    "fused_layer(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, str activation, float slope, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     _launch_layer,
     _layer_output,
     state=_precisions,

@@ -14,11 +14,12 @@ from ...runtime.precision import (
     convolutions_in_tf32,
 )
 from ..layer import TritonLayer, by_plan, reason_to_fall_back_image, windows_fit
+from .activation import NO_ACTIVATION, Activation
 from .base import Filters, FusedLayer, fused_layer, images, is_recorded
 
 
 class FusedConv2d(FusedLayer):
-    """y = relu(scale * conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
+    """y = activation(scale * conv2d(x, weight) + bias + residual), residual and activation where they were asked for.
 
     Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K]; residual and y
     [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type is added by PyTorch, and so are
@@ -38,9 +39,9 @@ class FusedConv2d(FusedLayer):
         dilation: tuple[int, int],
         groups: int,
         sums: str | None = None,
-        relu: bool = False,
+        activation: Activation = NO_ACTIVATION,
     ) -> None:
-        super().__init__(weight, scale, bias, sums, relu)
+        super().__init__(weight, scale, bias, sums, activation)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.rounded_input = self.round_output = False
         self.readers: tuple[Filters, ...] = ()
@@ -63,7 +64,7 @@ class FusedConv2d(FusedLayer):
             self.dilation,
             self.groups,
             self.sums,
-            self.relu,
+            self.activation,
             self.rounded_input,
             self.round_output,
             self.readers,
@@ -97,8 +98,7 @@ class FusedConv2d(FusedLayer):
             kept.scale,
             self.bias,
             None if added is None else images(added),
-            "relu" if self.relu and apart is None else "none",
-            0.01,
+            *self._activation_in_kernel(apart),
             (R, S),
             self.stride,
             self.padding,
@@ -147,7 +147,8 @@ class FusedConv2d(FusedLayer):
 
     def _recorded(self, x: torch.Tensor, residual: torch.Tensor | None, apart: str | None) -> torch.Tensor:
         window = self.stride, self.padding, self.dilation, self.groups
-        return fused_layer(x, self.weight, self.scale, self.bias, residual, self.relu and apart is None, *window)
+        activation = self._activation_in_kernel(apart)
+        return fused_layer(x, self.weight, self.scale, self.bias, residual, *activation, *window)
 
     def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
         y = F.conv2d(x, *self._pytorch_parameters(), self.stride, self.padding, self.dilation, self.groups)
@@ -183,8 +184,7 @@ class FusedSum(TritonLayer, nn.Module):
             shortcut_kept.packed,
             shortcut_kept.scale,
             shortcut.bias,
-            "relu" if self.last.relu else "none",
-            0.01,
+            *self.last.activation,
             tuple(main.weight.shape[2:]),
             main.stride,
             main.padding,
