@@ -22,11 +22,12 @@ MAY_IMPORT = {
     "swap": BELOW_LAYERS | {"layers", "swap"},
     "clocks": {"clocks"},
     "latency": BELOW_LAYERS | {"clocks", "layers", "swap", "latency"},
-    "fusion": BELOW_LAYERS | {"layers", "swap", "fusion"},
-    "compiler": BELOW_LAYERS | {"clocks", "layers", "fusion", "tuning", "compiler"},
+    "compile_ahead": BELOW_LAYERS | {"compile_ahead"},
+    "fusion": BELOW_LAYERS | {"compile_ahead", "layers", "swap", "fusion"},
+    "compiler": BELOW_LAYERS | {"clocks", "compile_ahead", "layers", "fusion", "compiler"},
     "command": {"clocks", "swap", "latency", "command"},
     "__main__": {"latency", "command"},  # and the public names
-    "tuning": BELOW_LAYERS | {"clocks", "layers", "swap", "latency", "fusion", "tuning"},
+    "tuning": BELOW_LAYERS | {"clocks", "compile_ahead", "layers", "swap", "latency", "fusion", "tuning"},
 }
 """By the folder of `tritonnn`, or the file in it."""
 

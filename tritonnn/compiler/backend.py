@@ -8,6 +8,7 @@ import triton
 from torch import Tensor, fx
 from torch._dynamo import lookup_backend
 
+from ..runtime.dependent_launch import launches_as_in_graphs
 from ..runtime.precision import (
     convolution_input_precision,
     convolutions_in_tf32,
@@ -20,12 +21,18 @@ from .rewrite import as_inputs, copy_of, replace
 from .weights import Packed, Weights
 
 DEFAULT_MODE = "reduce-overhead"
+CALLS_TO_WARM_UP = 2
+"""Before Inductor has captured a CUDA graph."""
+
+
+def _settings(mode: str | None, options: dict | None) -> dict[str, object]:
+    from torch._inductor import list_mode_options
+
+    return list_mode_options(mode or DEFAULT_MODE) | (options or {})
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[object], mode: str | None, options: dict | None) -> Callable:
-    from torch._inductor import list_mode_options
-
-    patches = list_mode_options(mode or DEFAULT_MODE) | (options or {})
+    patches = _settings(mode, options)
     return lookup_backend("inductor")(graph, inputs, config_patches=patches)
 
 
@@ -59,7 +66,8 @@ def compile_graph(
         return by_inductor(graph, example_inputs)
     extras = replace(changed, kept)
     compiled = by_inductor(changed, [*example_inputs, *as_inputs(changed, extras)])
-    return Compiled(compiled, graph, Weights([one for _, one in kept], example_inputs), extras)
+    in_graphs = bool(_settings(mode, options).get("triton.cudagraphs"))
+    return Compiled(compiled, graph, Weights([one for _, one in kept], example_inputs), extras, in_graphs)
 
 
 class Compiled:
@@ -69,8 +77,11 @@ class Compiled:
     runs as Dynamo captured it, one operation after the other.
     """
 
-    def __init__(self, compiled: Callable, unchanged: Callable, weights: Weights, extras: list[Tensor]) -> None:
+    def __init__(
+        self, compiled: Callable, unchanged: Callable, weights: Weights, extras: list[Tensor], in_graphs: bool
+    ) -> None:
         self.compiled, self.unchanged, self.weights, self.extras = compiled, unchanged, weights, extras
+        self.calls_to_warm_up = CALLS_TO_WARM_UP if in_graphs else 0
         self.in_float32 = any(one.dtype == torch.float32 for one in weights.packed)
         self.switches = _switches()
         self.warned = False
@@ -79,6 +90,10 @@ class Compiled:
         if self.in_float32 and _switches() != self.switches:
             return self._as_captured(inputs)
         self.weights.refresh(inputs)
+        if self.calls_to_warm_up:  # in graphs kernels are others: the first calls need not compile them twice
+            self.calls_to_warm_up -= 1
+            with launches_as_in_graphs():
+                return self.compiled(*inputs, *self.extras)
         return self.compiled(*inputs, *self.extras)
 
     def _as_captured(self, inputs: tuple) -> object:

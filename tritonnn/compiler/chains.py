@@ -4,45 +4,22 @@ The graph has PyTorch's functions and methods as the model's code calls them, wi
 `meta["example_value"]` of each node has the shape, strides and type of its result.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 from torch import fx
 
+from ..fusion.activations import PARAMETERS, activation_of
 from ..fusion.known_functions import argument, name_of
+from ..layers.fused.activation import NO_ACTIVATION, Activation
 from ..layers.layer import FLOATING_POINT, pair, windows_fit
 from ..runtime.hardware import reason_against
 
 IN_PLACE = frozenset(f"i{name}" for name in ("add", "and", "floordiv", "mod", "mul", "or", "pow", "sub", "truediv"))
-ACTIVATIONS: dict[str, Callable[[fx.Node], tuple[str, float] | None]] = {
-    "relu": lambda node: ("relu", 0.0),
-    "relu6": lambda node: ("relu6", 0.0),
-    "hardtanh": lambda node: ("relu6", 0.0) if _numbers(node, ("min_val", -1.0), ("max_val", 1.0)) == [0, 6] else None,
-    "clamp": lambda node: ("relu6", 0.0) if _numbers(node, ("min", None), ("max", None)) == [0, 6] else None,
-    "leaky_relu": lambda node: _leaky_relu(*_numbers(node, ("negative_slope", 0.01))),
-    "silu": lambda node: ("silu", 0.0),
-    "hardswish": lambda node: ("hardswish", 0.0),
-    "hardsigmoid": lambda node: ("hardsigmoid", 0.0),
-    "sigmoid": lambda node: ("sigmoid", 0.0),
-    "gelu": lambda node: (
-        ("gelu_tanh" if argument(node, 1, "approximate", "none") == "tanh" else "gelu"),
-        0.0,
-    ),
-}
-"""By the function's name, without the underscore of those in place: the epilogue's name for it, and a slope."""
-FRESH = frozenset(("conv2d", "linear", "batch_norm", "add", "mul", "iadd", "imul", *ACTIVATIONS))
+FRESH = frozenset(("conv2d", "linear", "batch_norm", "add", "mul", "iadd", "imul", *PARAMETERS))
 """Functions whose result shares no memory with another tensor, but for one that is overwritten."""
 LAYERS = ("conv2d", "linear")
-
-
-def _numbers(node: fx.Node, *parameters: tuple[str, object]) -> list:
-    return [argument(node, i, name, default) for i, (name, default) in enumerate(parameters, 1)]
-
-
-def _leaky_relu(slope: object) -> tuple[str, float] | None:
-    return ("leaky_relu", float(slope)) if isinstance(slope, (int, float)) else None
 
 
 def value(node: object) -> object:
@@ -107,8 +84,8 @@ class Chain:
         return 0.0 if self.norm is None else argument(self.norm, 7, "eps", 1e-5)
 
     @property
-    def act(self) -> tuple[str, float]:
-        return ("none", 0.0) if self.activation is None else activation_of(self.activation)
+    def act(self) -> Activation:
+        return NO_ACTIVATION if self.activation is None else activation_of(self.activation, None)
 
     @property
     def result(self) -> torch.Tensor:
@@ -126,11 +103,6 @@ class Chain:
 
 def operand(node: fx.Node, position: int, name: str) -> fx.Node | None:
     return argument(node, position, name)
-
-
-def activation_of(node: fx.Node) -> tuple[str, float] | None:
-    found = ACTIVATIONS.get(base_name(node))
-    return found(node) if found else None
 
 
 def overwritten(node: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -161,7 +133,7 @@ def _has_flag(node: fx.Node) -> bool:
     """Whether `inplace` is set: by name, or as the last argument of an activation."""
     if node.kwargs.get("inplace"):
         return True
-    return base_name(node) in ACTIVATIONS and any(arg is True for arg in node.args[1:])
+    return base_name(node) in PARAMETERS and any(arg is True for arg in node.args[1:])
 
 
 def is_fresh(node: fx.Node) -> bool:
@@ -220,7 +192,7 @@ def find(graph: fx.Graph) -> list[Chain]:
         if found and _residual(found, chain.tail) is not None:
             chain.add = found
             found = follower()
-        if found and _first(found) is chain.tail and activation_of(found) is not None:
+        if found and _first(found) is chain.tail and activation_of(found, None) is not None:
             chain.activation = found
         claimed.update(chain.nodes)
         chains.append(chain)

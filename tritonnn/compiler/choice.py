@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..clocks import Clock, alternate, captured, event_clock, mend_generator, repeats_for
+from ..compile_ahead import compile_ahead, progress_after
+from ..layers.fused.activation import Activation
 from ..ops.conv2d.op import conv2d_fused
-from ..tuning.compile_ahead import compile_ahead
+from ..runtime.dependent_launch import launches_as_in_graphs
 from .chains import Chain, has_neighbouring_channels, hint, value
 from .weights import Packed
 
@@ -37,7 +39,7 @@ class Kind(NamedTuple):
     input_precision: str
     steps: tuple[bool, bool, bool]
     """Scale, bias, residual."""
-    activation: tuple[str, float]
+    activation: Activation
     copies_y: bool
     """Whether the result is copied to where PyTorch would have put it."""
     own_epilogue: bool
@@ -46,7 +48,7 @@ class Kind(NamedTuple):
     def __str__(self) -> str:
         shape, weight = ("x".join(map(str, sizes)) for sizes in (self.x_shape, self.weight_shape))
         names = ("scale", "bias", "residual")
-        steps = [*[name for name, there in zip(names, self.steps) if there], self.activation[0]]
+        steps = [*[name for name, there in zip(names, self.steps) if there], str(self.activation)]
         (stride, *_), *_, groups = self.window
         alone = "" if self.own_epilogue else ", its epilogue free for Inductor"
         return f"{shape} by {weight}/{stride}, {groups} groups, {', '.join(steps)}{alone}"
@@ -117,7 +119,7 @@ class Trial:
         y = self._product()
         if self.residual is not None:
             return y + self.residual if self.kind.own_epilogue else y
-        follows = self._is_image and any(self.kind.steps[:2]) or self.kind.activation[0] != "none"
+        follows = self._is_image and any(self.kind.steps[:2]) or self.kind.activation.name != "none"
         return torch.relu(y) if follows and self.kind.own_epilogue else y
 
     @property
@@ -140,8 +142,9 @@ def faster_ones(chains: Sequence[Chain], packed: Sequence[Packed]) -> list[bool]
         return [False] * len(chains)
     kinds = [kind_of(chain, one) for chain, one in zip(chains, packed)]
     trials = {kind: Trial(kind, one, device) for kind, one in zip(kinds, packed)}
-    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-        compile_ahead([_compiling(trial) for trial in trials.values()], lambda total: None)
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), launches_as_in_graphs():
+        with progress_after() as advance:
+            compile_ahead([_compiling(trial) for trial in trials.values()], advance)
         faster = {kind: _is_faster(trial) for kind, trial in trials.items()}
     chosen = [faster[kind] for kind in kinds]
     LOG.info("%d of %d convolutions and linear layers run as kernels of tritonnn", sum(chosen), len(chosen))

@@ -70,10 +70,9 @@ def _call(
         K, C = value(chain.weight).shape
         x = nodes.call_method("reshape", (x, (-1, C, 1, 1)))
         residual = None if residual is None else nodes.call_method("reshape", (residual, (-1, K, 1, 1)))
-    activation, slope = chain.act
     window = (chain.kernel_size, *chain.window)
     y = nodes.call_function(
-        FUSED, (x, *parameters, residual, activation, slope, *window, packed.input_precision, False, False)
+        FUSED, (x, *parameters, residual, *chain.act, *window, packed.input_precision, False, False)
     )
     if not chain.is_linear:
         return y, y
