@@ -47,6 +47,7 @@ def kernels(monkeypatch) -> list:
 
 def steps(chain) -> list[str]:
     found = ["linear" if chain.is_linear else "conv2d"]
+    found += ["permute"] * (chain.permute is not None) + ["scale"] * (chain.scale is not None)
     found += ["norm"] * (chain.norm is not None) + ["sum"] * (chain.add is not None)
     return found + [chain.act[0]] * (chain.activation is not None)
 
@@ -116,6 +117,33 @@ def test_chains_of_a_network_become_kernels(kernels):
     with torch.no_grad():
         assert_as_right(compiled(model)(x), model, x)
     assert kernels == [BLOCK]
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.LayerNorm(8)
+        self.wide, self.narrow = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.layer_scale = nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.narrow(F.gelu(self.wide(y)))
+        y = self.layer_scale * torch.permute(y, (0, 3, 1, 2))
+        y += x
+        return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_linear_layer_whose_result_becomes_images(kernels, dtype):
+    model = randomize(ConvNeXtBlock()).to(dtype, memory_format=torch.channels_last)
+    x = images().to(dtype, memory_format=torch.channels_last)
+    fast = compiled(model)
+    with torch.no_grad():
+        assert_as_right(fast(x), model, x)
+        model.layer_scale.add_(1)
+        assert_as_right(fast(x), model, x)
+    assert kernels == [["conv2d", "linear gelu", "linear permute scale sum"]]
 
 
 def test_weights_that_change_count_from_the_next_call(kernels):

@@ -20,6 +20,7 @@ IN_PLACE = frozenset(f"i{name}" for name in ("add", "and", "floordiv", "mod", "m
 FRESH = frozenset(("conv2d", "linear", "batch_norm", "add", "mul", "iadd", "imul", *PARAMETERS))
 """Functions whose result shares no memory with another tensor, but for one that is overwritten."""
 LAYERS = ("conv2d", "linear")
+STORED_FOR = (*LAYERS, "add", "iadd")
 
 
 def value(node: object) -> object:
@@ -39,6 +40,10 @@ class Chain:
 
     layer: fx.Node
     norm: fx.Node | None = None
+    permute: fx.Node | None = None
+    """What makes images [N, K, H, W] of a linear layer's result [N, H, W, K]."""
+    scale: fx.Node | None = None
+    """A product with a parameter, one number a channel of such images."""
     add: fx.Node | None = None
     activation: fx.Node | None = None
     window: tuple = field(default=((1, 1), (0, 0), (1, 1), 1))
@@ -50,7 +55,8 @@ class Chain:
 
     @property
     def nodes(self) -> list[fx.Node]:
-        return [node for node in (self.layer, self.norm, self.add, self.activation) if node is not None]
+        nodes = self.layer, self.norm, self.permute, self.scale, self.add, self.activation
+        return [node for node in nodes if node is not None]
 
     @property
     def tail(self) -> fx.Node:
@@ -71,7 +77,12 @@ class Chain:
     @property
     def residual(self) -> fx.Node | None:
         """The other operand of the sum."""
-        return None if self.add is None else _residual(self.add, self.norm or self.layer)
+        return None if self.add is None else _other(self.add, self.nodes[self.nodes.index(self.add) - 1])
+
+    @property
+    def channel_scale(self) -> fx.Node | None:
+        """The parameter of the product."""
+        return None if self.scale is None else _other(self.scale, self.permute)
 
     @property
     def norm_operands(self) -> list[fx.Node | None]:
@@ -96,9 +107,12 @@ class Chain:
         return (1, 1) if self.is_linear else tuple(value(self.weight).shape[2:])
 
     @property
-    def users_are_layers(self) -> bool:
-        """Whether nobody else would compute the epilogue on the way: Inductor needs a kernel for it."""
-        return all(user.op == "output" or base_name(user) in LAYERS for user in self.tail.users)
+    def is_stored(self) -> bool:
+        """Whether somebody reads the result who computes nothing on the way: Inductor needs a kernel that writes it.
+
+        Sums count, as they are in the epilogue of another layer, or one reads the result besides.
+        """
+        return any(user.op == "output" or base_name(user) in STORED_FOR for user in self.tail.users)
 
 
 def operand(node: fx.Node, position: int, name: str) -> fx.Node | None:
@@ -177,23 +191,31 @@ def find(graph: fx.Graph) -> list[Chain]:
         chain = _begin(node)
         if chain is None or node not in stages.pure:
             continue
-        dtype = value(node).dtype
 
-        def follower(chain: Chain = chain, dtype: torch.dtype = dtype) -> fx.Node | None:
-            found = stages.only_user(chain.tail)
-            same = found is not None and isinstance(value(found), torch.Tensor)
-            same = same and (value(found).dtype, value(found).shape) == (dtype, value(chain.layer).shape)
-            return found if same and found not in claimed else None
+        def follower(chain: Chain = chain, same_shape: bool = True) -> fx.Node | None:
+            found, y = stages.only_user(chain.tail), value(chain.tail)
+            of = value(found)
+            if found in claimed or not isinstance(of, torch.Tensor) or of.dtype != y.dtype:
+                return None
+            return found if of.shape == y.shape or not same_shape else None
 
         found = follower()
         if found and _folds(found, chain):
             chain.norm = found
             found = follower()
-        if found and _residual(found, chain.tail) is not None:
+        if chain.is_linear and _makes_images(permute := follower(same_shape=False), chain):
+            chain.permute = permute
+            found = follower()
+            if found and _scales_channels(found, chain):
+                chain.scale = found
+                found = follower()
+        if found and _adds(found, chain.tail):
             chain.add = found
             found = follower()
         if found and _first(found) is chain.tail and activation_of(found, None) is not None:
             chain.activation = found
+        if chain.tail is chain.permute:
+            chain.permute = None
         claimed.update(chain.nodes)
         chains.append(chain)
     return chains[::-1]
@@ -285,19 +307,41 @@ def _folds(node: fx.Node, chain: Chain) -> bool:
     return all(x is None or (isinstance(x, fx.Node) and x.op == "placeholder") for x in operands)
 
 
-def _residual(node: fx.Node, tail: fx.Node) -> fx.Node | None:
-    """The other operand of a plain sum of the tail and a tensor of the same kind."""
+def _makes_images(node: fx.Node | None, chain: Chain) -> bool:
+    """Whether it makes [N, K, H, W] of [N, H, W, K]."""
+    if node is None or base_name(node) != "permute" or _first(node) is not chain.tail or value(node).dim() != 4:
+        return False
+    dims = node.args[1] if len(node.args) == 2 else node.args[1:]
+    return tuple(dims) == (0, 3, 1, 2)
+
+
+def _scales_channels(node: fx.Node, chain: Chain) -> bool:
+    """Whether it multiplies the images by a parameter [(1,) K, 1, 1]."""
+    other = _other(node, chain.tail) if base_name(node) in ("mul", "imul") else None
+    if other is None or other.op != "placeholder" or not isinstance(value(other), torch.Tensor):
+        return False
+    K = value(chain.weight).shape[0]
+    return tuple(value(other).shape) in ((K, 1, 1), (1, K, 1, 1))
+
+
+def _adds(node: fx.Node, tail: fx.Node) -> bool:
+    """Whether it is a plain sum of the tail and a tensor of the same kind."""
     if base_name(node) not in ("add", "iadd") or argument(node, 2, "alpha", 1) != 1:
-        return None
+        return False
+    residual = _other(node, tail)
+    other, y = value(residual), value(tail)
+    if not isinstance(other, torch.Tensor):
+        return False
+    return (other.shape, other.dtype, other.device) == (y.shape, y.dtype, y.device)
+
+
+def _other(node: fx.Node, tail: fx.Node) -> fx.Node | None:
+    """The other one of two operands, where it is another node."""
     a, b = argument(node, 0, "input"), argument(node, 1, "other")
     if a is b or tail not in (a, b):
         return None
-    residual = b if a is tail else a
-    other, y = value(residual), value(tail)
-    if not isinstance(residual, fx.Node) or not isinstance(other, torch.Tensor):
-        return None
-    same = (other.shape, other.dtype, other.device) == (y.shape, y.dtype, y.device)
-    return residual if same else None
+    other = b if a is tail else a
+    return other if isinstance(other, fx.Node) else None
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

@@ -18,7 +18,7 @@ from ..compile_ahead import compile_ahead, progress_after
 from ..layers.fused.activation import Activation
 from ..ops.conv2d.op import conv2d_fused
 from ..runtime.dependent_launch import launches_as_in_graphs
-from .chains import Chain, has_neighbouring_channels, hint, value
+from .chains import STORED_FOR, Chain, base_name, has_neighbouring_channels, hint, value
 from .weights import Packed
 
 LOG = logging.getLogger(__name__)
@@ -72,8 +72,11 @@ def kind_of(chain: Chain, packed: Packed) -> Kind:
         packed.input_precision,
         (packed.tensors[1] is not None, packed.tensors[2] is not None, chain.residual is not None),
         chain.act,
-        not chain.is_linear and not has_neighbouring_channels(y) and not chain.users_are_layers,
-        chain.users_are_layers,
+        y.dim() == 4
+        and not (chain.is_linear and chain.permute is None)
+        and not has_neighbouring_channels(y)
+        and any(base_name(user) not in STORED_FOR for user in chain.tail.users),
+        chain.is_stored,
     )
 
 
@@ -119,7 +122,8 @@ class Trial:
         y = self._product()
         if self.residual is not None:
             return y + self.residual if self.kind.own_epilogue else y
-        follows = self._is_image and any(self.kind.steps[:2]) or self.kind.activation.name != "none"
+        scale, bias, _ = self.kind.steps
+        follows = scale or (bias and self._is_image) or self.kind.activation.name != "none"
         return torch.relu(y) if follows and self.kind.own_epilogue else y
 
     @property

@@ -66,7 +66,9 @@ def _call(
     x, residual = chain.x, chain.residual
     if value(x).dtype != packed.dtype:
         x = nodes.call_method("to", (x, packed.dtype))
-    if chain.is_linear:
+    if chain.permute is not None:
+        x = nodes.call_method("permute", (x, (0, 3, 1, 2)))
+    elif chain.is_linear:
         K, C = value(chain.weight).shape
         x = nodes.call_method("reshape", (x, (-1, C, 1, 1)))
         residual = None if residual is None else nodes.call_method("reshape", (residual, (-1, K, 1, 1)))
@@ -74,7 +76,7 @@ def _call(
     y = nodes.call_function(
         FUSED, (x, *parameters, residual, *chain.act, *window, packed.input_precision, False, False)
     )
-    if not chain.is_linear:
+    if not chain.is_linear or chain.permute is not None:
         return y, y
     sizes = [-1 if is_open(size) else hint(size) for size in chain.result.shape]
     return nodes.call_method("reshape", (y, tuple(sizes))), None

@@ -14,11 +14,11 @@ class Packed:
     """A chain's packed weight, and its scale [K] and bias [K] where it has them, at addresses that never change.
 
     `sources` are the positions of the graph's inputs that they are made of: weight, bias, and the batch norm's mean,
-    variance, weight and bias, None for what there is not.
+    variance, weight and bias, and a factor for each channel, None for what there is not.
     """
 
     def __init__(self, chain: Chain, positions: dict, dtype: torch.dtype, input_precision: str) -> None:
-        nodes = (chain.weight, chain.bias, *(chain.norm_operands or [None] * 4))
+        nodes = (chain.weight, chain.bias, *(chain.norm_operands or [None] * 4), chain.channel_scale)
         self.sources = [None if node is None else positions[node] for node in nodes]
         self.has_norm, self.eps = chain.norm is not None, chain.eps
         self.dtype, self.input_precision, self.groups = dtype, input_precision, chain.window[-1]
@@ -35,7 +35,7 @@ class Packed:
                 if kept is not None:
                     kept.copy_(new)
 
-    def _made_of(self, weight, bias, mean, variance, norm_weight, norm_bias) -> list[Tensor | None]:
+    def _made_of(self, weight, bias, mean, variance, norm_weight, norm_bias, factor) -> list[Tensor | None]:
         filters, scale = (weight if weight.dim() == 4 else weight[:, :, None, None]), None
         sums = torch.float64 if weight.dtype == torch.float64 else torch.float32
         if self.has_norm:
@@ -43,6 +43,11 @@ class Packed:
                 running_mean=mean, running_var=variance, weight=norm_weight, bias=norm_bias, eps=self.eps
             )
             scale, bias = batch_norm_as_affine(bias, norm)
+        if factor is not None:
+            factor = factor.double().flatten()
+            scale = factor if scale is None else scale * factor
+            bias = None if bias is None else bias * factor
+        if scale is not None:
             if self.dtype.itemsize > 2:
                 filters = (filters.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
                 scale = None
