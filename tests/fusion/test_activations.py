@@ -8,6 +8,7 @@ import torch
 import torchvision
 from helpers.compare import DEVICE, TOLERANCE, image
 from helpers.fused import Net, assert_same
+from helpers.random_programs import type_on
 from helpers.trained import trained
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import tritonnn
 from tritonnn.device.activation import ACTIVATIONS
 from tritonnn.ops.conv2d import op
+from tritonnn.runtime.launch_plan import forget_plans
 
 MODULES = [
     ("relu", nn.ReLU()),
@@ -94,15 +96,23 @@ def function(source: str):
     return eval(f"lambda n, y, x: {source}", {"F": F, "torch": torch})
 
 
-def wide(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+TYPE = type_on(DEVICE)
+"""Not float64 on a GPU, where PyTorch's own hardswish and hardsigmoid multiply by 1 / 6 in float32."""
+
+
+def wide(*shape: int, dtype: torch.dtype = TYPE) -> Tensor:
     """Values among which every piece of every activation is met: up to about 12 on either side."""
     return 4 * image(*shape, dtype=dtype)
+
+
+def ready(model: nn.Module) -> nn.Module:
+    return trained(model, TYPE)
 
 
 @pytest.mark.parametrize(("name", "module"), MODULES, ids=[f"{module}" for _, module in MODULES])
 def test_modules(name, module):
     for layer, x in ((nn.Conv2d(4, 5, 3), wide(2, 4, 5, 6)), (nn.Linear(6, 5), wide(3, 6))):
-        report = assert_same(trained(nn.Sequential(layer, copy.deepcopy(module))), x).report
+        report = assert_same(ready(nn.Sequential(layer, copy.deepcopy(module))), x).report
         kind = "linear" if isinstance(layer, nn.Linear) else "conv2d"
         assert report.fused == {"0": f"{kind} + {name}"} and not report.apart and not report.stayed
 
@@ -110,14 +120,14 @@ def test_modules(name, module):
 @pytest.mark.parametrize(("name", "source"), FUNCTIONS, ids=[source for _, source in FUNCTIONS])
 def test_functions(name, source):
     called = function(source)
-    report = assert_same(trained(Net(lambda n, x: called(n, n.norm(n.a(x)), x))), wide(2, 4, 5, 6)).report
+    report = assert_same(ready(Net(lambda n, x: called(n, n.norm(n.a(x)), x))), wide(2, 4, 5, 6)).report
     assert report.fused == {"a": f"conv2d + batch_norm2d + {name}"} and not report.apart and not report.stayed
 
 
 @pytest.mark.parametrize("source", OTHERS)
 def test_what_is_no_activation_of_an_epilogue_stays_pytorchs(source):
     called = function(source)
-    report = assert_same(trained(Net(lambda n, x: called(n, n.a(x), x))), wide(2, 4, 5, 6)).report
+    report = assert_same(ready(Net(lambda n, x: called(n, n.a(x), x))), wide(2, 4, 5, 6)).report
     assert report.fused == {"a": "conv2d"} and report.stayed
 
 
@@ -137,7 +147,7 @@ def test_there_is_a_module_of_every_kind():
     ids=["sum", "sum in place", "linear", "broadcast"],
 )
 def test_the_residual_is_added_before_the_activation(name, code, steps):
-    model = trained(Net(code, act=copy.deepcopy(OF_EVERY_KIND[name]), linear=nn.Linear(4, 4)))
+    model = ready(Net(code, act=copy.deepcopy(OF_EVERY_KIND[name]), linear=nn.Linear(4, 4)))
     report = assert_same(model, wide(2, 4, 5, 4)).report
     assert list(report.fused.values()) == [steps if name == "none" else f"{steps} + {name}"]
 
@@ -175,7 +185,7 @@ def test_the_residual_is_added_before_the_activation(name, code, steps):
 )
 def test_in_place(code, fused):
     reflect = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
-    assert list(assert_same(trained(Net(code, reflect=reflect)), wide(2, 4, 5, 6)).report.fused.values()) == fused
+    assert list(assert_same(ready(Net(code, reflect=reflect)), wide(2, 4, 5, 6)).report.fused.values()) == fused
 
 
 def test_a_changed_module_is_called():
@@ -188,7 +198,7 @@ def test_a_changed_module_is_called():
             return super().forward(2 * x)
 
     for act, reason in ((hooked, "it has hooks"), (replaced, "its forward was replaced"), (Sharper(), None)):
-        report = assert_same(trained(Net(lambda n, x: n.act(n.a(x)), act=act)), wide(2, 4, 5, 6)).report
+        report = assert_same(ready(Net(lambda n, x: n.act(n.a(x)), act=act)), wide(2, 4, 5, 6)).report
         assert report.fused == {"a": "conv2d"} and report.apart.get("act") == reason
 
 
@@ -197,13 +207,13 @@ def test_the_report_tells_of_activations_apart():
         y = net.a(net.act(x))
         return net.act(y) * y
 
-    report = tritonnn.fuse(trained(Net(code, act=nn.SiLU()))).report
+    report = tritonnn.fuse(ready(Net(code, act=nn.SiLU()))).report
     assert report.apart["act"] == "what it follows is used elsewhere too"
     assert report.stayed["act"] == "no Triton layer for SiLU"
 
 
 def test_layers_print_and_are_copied_with_their_activation():
-    model = trained(nn.Sequential(nn.Conv2d(4, 4, 1), nn.LeakyReLU(0.3), nn.Conv2d(4, 4, 1), nn.SiLU()))
+    model = ready(nn.Sequential(nn.Conv2d(4, 4, 1), nn.LeakyReLU(0.3), nn.Conv2d(4, 4, 1), nn.SiLU()))
     fused, x = tritonnn.fuse(model), wide(2, 4, 3, 3)
     assert "then=['leaky_relu(0.3)']" in repr(fused.network) and "then=['silu']" in repr(fused.network)
     for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
@@ -212,9 +222,9 @@ def test_layers_print_and_are_copied_with_their_activation():
 
 def test_slopes_of_layers_of_one_shape_are_told_apart():
     layers = [layer for slope in (0.1, 0.5, 2.0) for layer in (nn.Conv2d(4, 4, 1), nn.LeakyReLU(slope))]
-    fused = assert_same(trained(nn.Sequential(*layers)), wide(2, 4, 5, 5))
+    fused = assert_same(ready(nn.Sequential(*layers)), wide(2, 4, 5, 5))
     assert list(fused.report.fused.values()) == ["conv2d + leaky_relu"] * 3
-    assert_same(trained(nn.Sequential(*layers)), wide(2, 4, 5, 5))
+    assert_same(ready(nn.Sequential(*layers)), wide(2, 4, 5, 5))
 
 
 models = torchvision.models
@@ -300,15 +310,24 @@ ON_A_GPU = {
 }
 """Layers that take a form of convolution on a Hopper GPU, whose name begins the key: a layer, and the shape of x."""
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "TF32": torch.float32, "float32": torch.float32}
+TF32_ROUNDING = 2**-11
+CASES_ON_A_GPU = [
+    *((layer, precision, "silu") for layer in ON_A_GPU for precision in PRECISIONS),
+    *((layer, "bfloat16", name) for layer in ("tma_halo", "tma, linear") for name in ACTIVATIONS[1:]),
+    *(("tma_halo", "TF32", name) for name in ACTIVATIONS[1:]),
+]
+"""Every form in every precision, and every activation in some: of each form alone there are tests beside it."""
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in OF_EVERY_KIND if name != "none"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("layer", ON_A_GPU)
+@pytest.mark.parametrize(("layer", "precision", "name"), dict.fromkeys(CASES_ON_A_GPU))
 def test_forms_on_a_gpu(layer, precision, name, hopper, monkeypatch):
-    """Errors are no larger than those of PyTorch's operations one by one, in every form."""
+    """Errors are no larger than those of PyTorch's operations one by one.
+
+    Of matrices with few rows PyTorch may not use TF32 where it is allowed to; then they are TF32's rounding.
+    """
     forms = []
+    forget_plans()  # of a kind of call that another test has made: they launch without choosing a form
     run = op.run
     monkeypatch.setattr(op, "run", lambda product, choice: (forms.append(choice.config.form), run(product, choice)))
     if precision == "TF32":
@@ -319,7 +338,13 @@ def test_forms_on_a_gpu(layer, precision, name, hopper, monkeypatch):
     x = 2 * image(*shape, dtype=dtype, channels_last=len(shape) == 4)
     pytorch, fused = errors(model, x)
     print(f"{layer}, {precision}, {name}: {forms[-1]} {fused:.3g}, PyTorch {pytorch:.3g}")
-    assert fused <= 1.02 * pytorch if dtype.itemsize == 2 else fused <= 1.1 * pytorch + 2e-7
+    match precision:
+        case "TF32":
+            assert fused <= max(1.02 * pytorch, TF32_ROUNDING)
+        case "float32":
+            assert fused <= 1.1 * pytorch + 1e-7
+        case _:
+            assert fused <= 1.02 * pytorch
     if precision != "float32":
         assert forms[-1] == layer.partition(",")[0]
 
@@ -347,4 +372,4 @@ def test_chains_on_a_gpu(name, precision, hopper):
     for n, side in ((1, 8), (256, 32)):
         pytorch, fused = errors(model, image(n, 64, side, side, dtype=dtype, channels_last=True), fused_layers=4)
         print(f"chain, {n} images, {precision}, {name}: {fused:.3g}, PyTorch {pytorch:.3g}")
-        assert fused <= 1.02 * pytorch if dtype.itemsize == 2 else fused <= 1.1 * pytorch + 5e-7
+        assert fused <= 1.02 * pytorch if dtype.itemsize == 2 else fused <= 1.1 * pytorch

@@ -10,8 +10,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..runtime.capabilities import knows
 from ..runtime.dependent_launch import launches_as_in_graphs
-from ..runtime.launch_plan import current_device
 from ..runtime.precision import CONVOLUTION, MATMUL
+from ..runtime.replay import current_device
 
 CAPTURE_AT_CALL = 2
 MAX_GRAPHS = 8

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..layers.layer import pair
 from ..runtime.memory_format import is_channels_last
 from ..swap import kind_of
-from .functionalize import PureGraph, is_fresh
+from .functionalize import FunctionalGraph, is_fresh
 from .known_functions import (
     BINARY,
     CONVERSIONS,
@@ -69,7 +69,7 @@ class _Value:
     parts: bool = False
 
 
-def keep_formats(traced: PureGraph) -> None:
+def keep_formats(traced: FunctionalGraph) -> None:
     """Inserts `as_pytorch_puts_it` into the graph wherever it matters."""
     _Formats(traced).run()
 
@@ -103,7 +103,7 @@ def _strides(shape: torch.Size, channels_last: bool) -> tuple[int, ...]:
 
 
 class _Formats:
-    def __init__(self, traced: PureGraph) -> None:
+    def __init__(self, traced: FunctionalGraph) -> None:
         self.traced, self.graph = traced, traced.graph
         self.values: dict[fx.Node, _Value] = {}
         self.copies: dict[fx.Node, fx.Node] = {}
@@ -262,7 +262,7 @@ class _Formats:
         return sum(size > 1 for size in tensor.shape) <= 1
 
 
-def _reorders(node: fx.Node, traced: PureGraph) -> bool:
+def _reorders(node: fx.Node, traced: FunctionalGraph) -> bool:
     """Whether a node whose inputs are neither may be no image, or one whose dimensions lie in an order of their own."""
     if node.op == "placeholder" or is_fresh(node, traced) or node in traced.overwriting:
         return False

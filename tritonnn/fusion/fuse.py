@@ -20,11 +20,11 @@ from ..layers.layer import TritonLayer
 from ..swap import kind_of, swap
 from .cuda_graphs import CudaGraphs
 from .first_calls import FirstCalls
-from .functionalize import pure_graph
+from .functionalize import functionalize
 from .fused_graph import FusedGraph
 from .report import FusionReport, few, join
 from .rewrite import fuse_graph
-from .tracing import WRAPPERS, describe, has_hooks, is_layer
+from .tracing import WRAPPERS, has_hooks, in_a_line, is_layer
 
 
 class FusedForward:
@@ -189,9 +189,9 @@ def _graph_of(module: nn.Module, name: str, report: FusionReport, parts: dict[st
         reason = f"it is a {type(module).__name__}"
     else:
         try:
-            traced = pure_graph(module)
+            traced = functionalize(module)
         except Exception as error:  # whatever the module's code makes of symbolic inputs
-            reason = describe(error)
+            reason = in_a_line(error)
         else:
             graph = fuse_graph(module, traced, name, report)
             for target, why in traced.opaque.items():

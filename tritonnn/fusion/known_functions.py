@@ -82,3 +82,15 @@ def flattens_images(node: fx.Node, module: nn.Module | None) -> bool:
 
 def argument(node: fx.Node, position: int, name: str, default: object = None) -> object:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def operands(node: fx.Node) -> tuple[object, object]:
+    named = {key: value for key, value in node.kwargs.items() if key in ("input", "other")}
+    a, b, *_ = [*node.args, *named.values(), None, None]
+    return a, b
+
+
+def unused_name(name: str, modules: dict[str, nn.Module]) -> str:
+    while name in modules:
+        name += "_"
+    return name

@@ -170,7 +170,7 @@ class _Tracer(fx.Tracer):
                     self.graph.erase_node(node)
             while len(self.module_stack) > len(stack):
                 self.module_stack.popitem()
-            self.opaque[name] = describe(error)
+            self.opaque[name] = in_a_line(error)
         return super().call_module(m, forward, args, kwargs)
 
 
@@ -179,7 +179,7 @@ def _state() -> tuple:
     return *autocast, CONVOLUTION.fp32_precision, MATMUL.fp32_precision
 
 
-def describe(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     first_line, *_ = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {first_line}"
 

@@ -60,9 +60,9 @@ def by_plan(attributes: Callable[[Any], tuple], state: Callable[[], object] | No
         def planned(self: TritonLayer, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
             if plain_eager() and type(self).__dict__.get(method.__name__) is planned:
                 args = (*tensors, *attributes(self))
-                described = launch_key(args, torch.is_grad_enabled())
-                if described is not None:
-                    return plans.run(described, args, method, self, *tensors)
+                key = launch_key(args, torch.is_grad_enabled())
+                if key is not None:
+                    return plans.run(key, args, method, self, *tensors)
             return method(self, *tensors)
 
         return planned

@@ -84,13 +84,13 @@ def _shortest_way(plans: Plans, on_gpu: Callable, on_cpu: Callable, op: Callable
 
     def call(*args):
         if plain_eager():
-            described = launch_key(args, torch.is_grad_enabled())
-            if described is not None:
+            key = launch_key(args, torch.is_grad_enabled())
+            if key is not None:
                 x = args[0]
                 if x.is_cuda:
-                    return plans.run(described, args, on_gpu, *args)
+                    return plans.run(key, args, on_gpu, *args)
                 if x.is_cpu:
-                    return plans.run(described, args, on_cpu, *args)
+                    return plans.run(key, args, on_cpu, *args)
         elif transforms_are_active():
             return transformed(*args)
         _refuse_onnx()
@@ -122,8 +122,8 @@ def _by_plan(plans: Plans, launch: Callable) -> Callable:
     """The operator's kernel for PyTorch's dispatcher."""
 
     def kernel(*args):
-        described = launch_key(args)
-        return launch(*args) if described is None else plans.run(described, args, launch, *args)
+        key = launch_key(args)
+        return launch(*args) if key is None else plans.run(key, args, launch, *args)
 
     return kernel
 

@@ -64,7 +64,7 @@ class FusedConv2d(FusedLayer):
             self.dilation,
             self.groups,
             self.sums,
-            self.activation,
+            *self.activation,
             self.rounded_input,
             self.round_output,
             self.readers,
