@@ -362,6 +362,42 @@ def test_with_inductor_on_a_channels_last_network():
         assert_as_right(fast(x), model, x)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["reduce-overhead", "default"])
+def test_with_inductor_on_a_gpu(kernels, mode):
+    """Also from a CUDA graph the next call sees weights that were overwritten or replaced, and another batch."""
+    model = randomize(Block()).to(torch.bfloat16)
+    fast = torch.compile(model, backend=public_backend, mode=mode)
+    with torch.no_grad():
+        for n in (2, 5):
+            x = images(n, 8, 6, 6).to(torch.bfloat16)
+            for _ in range(3):
+                assert_near(fast(x), model, x)
+            model.conv1.weight.mul_(-1.5)
+            assert_near(fast(x), model, x)
+            model.norm3.running_mean.add_(1)
+            assert_near(fast(x), model, x)
+            model.head.weight = nn.Parameter(model.head.weight * 2)
+            for _ in range(3):
+                assert_near(fast(x), model, x)
+    assert kernels == [BLOCK, BLOCK]
+
+
+def assert_near(actual: torch.Tensor, model: nn.Module, x: torch.Tensor) -> None:
+    exact, pytorch = copy.deepcopy(model).double()(x.double()), model(x)
+    assert (actual - exact).norm() <= 2 * (pytorch - exact).norm()
+
+
+@pytest.mark.gpu
+def test_what_is_slower_is_left_to_inductor():
+    """By a measurement: of these some are chosen, and all are right."""
+    model = randomize(Block()).to(torch.bfloat16)
+    x = images(64, 8, 6, 6).to(torch.bfloat16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_near(torch.compile(model, backend=public_backend)(x), model, x)
+
+
 def test_the_string_is_enough(tmp_path):
     """As the metadata of an installed package has it, which pyproject.toml makes."""
     import tomllib
