@@ -16,8 +16,8 @@ from ..runtime.precision import (
     matmuls_in_tf32,
 )
 from .chains import Chain, find, placeholders, value
-from .choice import faster_ones
-from .rewrite import as_inputs, copy_of, replace
+from .choice import compile_kernels, faster_ones
+from .rewrite import as_inputs, copy_of, drop_unused_inputs, replace
 from .weights import Packed, Weights
 
 DEFAULT_MODE = "reduce-overhead"
@@ -59,28 +59,39 @@ def compile_graph(
         return by_inductor(graph, example_inputs)
     positions = {node: i for i, node in enumerate(placeholders(changed.graph))}
     packed = [Packed(chain, positions, value(chain.layer).dtype, input_precision(chain)) for chain in chains]
+    compile_kernels(chains, packed, example_inputs)
     for one in packed:
         one.compute(example_inputs)
     kept = [pair for pair, ours in zip(zip(chains, packed), faster_ones(chains, packed)) if ours]
     if not kept:
         return by_inductor(graph, example_inputs)
     extras = replace(changed, kept)
-    compiled = by_inductor(changed, [*example_inputs, *as_inputs(changed, extras)])
+    further = as_inputs(changed, extras)
+    read = drop_unused_inputs(changed)
+    compiled = by_inductor(changed, [[*example_inputs, *further][i] for i in read])
+    read = read[: len(read) - len(extras)]
     in_graphs = bool(_settings(mode, options).get("triton.cudagraphs"))
-    return Compiled(compiled, graph, Weights([one for _, one in kept], example_inputs), extras, in_graphs)
+    return Compiled(compiled, graph, Weights([one for _, one in kept], example_inputs), read, extras, in_graphs)
 
 
 class Compiled:
-    """What Dynamo calls: the compiled graph, its packed weights among its inputs.
+    """What Dynamo calls: the compiled graph, with the inputs that it reads and its packed weights, `extras`.
 
     Precision follows PyTorch's TF32 switches at the first call, for float32; where they were changed since, the graph
     runs as Dynamo captured it, one operation after the other.
     """
 
     def __init__(
-        self, compiled: Callable, unchanged: Callable, weights: Weights, extras: list[Tensor], in_graphs: bool
+        self,
+        compiled: Callable,
+        unchanged: Callable,
+        weights: Weights,
+        read: list[int],
+        extras: list[Tensor],
+        in_graphs: bool,
     ) -> None:
-        self.compiled, self.unchanged, self.weights, self.extras = compiled, unchanged, weights, extras
+        self.compiled, self.unchanged, self.weights = compiled, unchanged, weights
+        self.read, self.extras = read, extras
         self.calls_to_warm_up = CALLS_TO_WARM_UP if in_graphs else 0
         self.in_float32 = any(one.dtype == torch.float32 for one in weights.packed)
         self.switches = _switches()
@@ -90,11 +101,12 @@ class Compiled:
         if self.in_float32 and _switches() != self.switches:
             return self._as_captured(inputs)
         self.weights.refresh(inputs)
+        read = [inputs[i] for i in self.read]
         if self.calls_to_warm_up:  # in graphs kernels are others: the first calls need not compile them twice
             self.calls_to_warm_up -= 1
             with launches_as_in_graphs():
-                return self.compiled(*inputs, *self.extras)
-        return self.compiled(*inputs, *self.extras)
+                return self.compiled(*read, *self.extras)
+        return self.compiled(*read, *self.extras)
 
     def _as_captured(self, inputs: tuple) -> object:
         if not self.warned:

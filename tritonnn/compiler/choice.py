@@ -5,7 +5,7 @@ joins that to what comes next. Each chain of a kind is timed alone, once, on ran
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -137,6 +137,24 @@ class Trial:
         return F.linear(self.x_theirs.flatten(1), self.weight, self.bias)[:, :, None, None]
 
 
+def compile_kernels(chains: Sequence[Chain], packed: Sequence[Packed], inputs: Sequence[object]) -> None:
+    """Has what packs the weights, and what all chains would launch, compiled beside each other."""
+    device = chains[0].result.device
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+
+    def calls() -> Iterator[Callable[[], object]]:
+        yield lambda: [one.compute(inputs) for one in packed]
+        kinds = {kind_of(chain, one): one for chain, one in zip(chains, packed) if one.tensors}
+        yield from (_compiling(Trial(kind, one, device)) for kind, one in kinds.items())
+
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), launches_as_in_graphs():
+        with progress_after() as advance:
+            compile_ahead(calls(), advance, every_kernel=True)
+    for one in packed:
+        one.tensors = []  # nothing was launched: they are nonsense
+
+
 def faster_ones(chains: Sequence[Chain], packed: Sequence[Packed]) -> list[bool]:
     """For each chain whether it is to be ours: on a GPU by measurement, in the interpreter always."""
     device = chains[0].result.device
@@ -147,8 +165,6 @@ def faster_ones(chains: Sequence[Chain], packed: Sequence[Packed]) -> list[bool]
     kinds = [kind_of(chain, one) for chain, one in zip(chains, packed)]
     trials = {kind: Trial(kind, one, device) for kind, one in zip(kinds, packed)}
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), launches_as_in_graphs():
-        with progress_after() as advance:
-            compile_ahead([_compiling(trial) for trial in trials.values()], advance)
         faster = {kind: _is_faster(trial) for kind, trial in trials.items()}
     chosen = [faster[kind] for kind in kinds]
     LOG.info("%d of %d convolutions and linear layers run as kernels of tritonnn", sum(chosen), len(chosen))

@@ -59,6 +59,18 @@ def replace(graph: fx.GraphModule, chains: Sequence[tuple[Chain, Packed]]) -> li
     return extras
 
 
+def drop_unused_inputs(graph: fx.GraphModule) -> list[int]:
+    """Removes tensors that nothing reads from the inputs, as each costs time at every call; the others' positions."""
+    kept = []
+    for i, node in enumerate(placeholders(graph.graph)):
+        if node.users or not isinstance(value(node), Tensor):
+            kept.append(i)
+        else:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return kept
+
+
 def _call(
     nodes: fx.Graph, chain: Chain, packed: Packed, parameters: list[fx.Node | None]
 ) -> tuple[fx.Node, fx.Node | None]:
