@@ -18,10 +18,10 @@ from triton.runtime import jit
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tritonnn
+from tritonnn import compile_ahead
 from tritonnn.fusion import cuda_graphs
 from tritonnn.ops.conv2d.forms import ORDER
 from tritonnn.runtime import cache_keys, capabilities, hardware, launch_plan
-from tritonnn.tuning import compile_ahead
 
 
 @pytest.fixture(autouse=True)

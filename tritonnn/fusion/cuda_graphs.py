@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..runtime.capabilities import knows
+from ..runtime.dependent_launch import launches_as_in_graphs
 from ..runtime.precision import CONVOLUTION, MATMUL
 from ..runtime.replay import current_device
 
@@ -108,7 +109,8 @@ class CudaGraphs:
         if key in self.refused:
             return call(*args, **kwargs)
         before = _state_of(network)
-        output = call(*args, **kwargs)
+        with launches_as_in_graphs():  # compiles what the graph will need, and nothing else
+            output = call(*args, **kwargs)
         if _state_of(network) != before:
             self.refused[key] = "the network changes its parameters or buffers"
         return output
@@ -136,7 +138,7 @@ class CudaGraphs:
                 versions = [x._version for x in inputs if isinstance(x, Tensor)]
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
+                with torch.cuda.stream(side), launches_as_in_graphs():
                     for _ in range(2):  # compiles, tunes, packs weights
                         call(*args, **kwargs)
                 torch.cuda.current_stream().wait_stream(side)

@@ -19,6 +19,7 @@ from ..layers.fused.linear import FusedPooledLinear
 from ..layers.layer import TritonLayer
 from ..swap import few, kind_of, swap
 from .cuda_graphs import CudaGraphs
+from .first_calls import FirstCalls
 from .functionalize import functionalize
 from .fused_graph import FusedGraph
 from .norm_act import split_norm_acts
@@ -98,6 +99,7 @@ class FusedNetwork(nn.Module):
         self.report = report
         self._with_options = None if unfused is None else FusedForward(network, unfused.forward)
         self._graphs = CudaGraphs(copy_output) if cuda_graph else None
+        self._first_calls = FirstCalls(network)
         super().train(False)
 
     def forward(self, *args, **kwargs) -> object:
@@ -106,7 +108,10 @@ class FusedNetwork(nn.Module):
                 raise RuntimeError("a fused network has no gradients: call it with inputs that require none")
         with torch.no_grad():
             call = self._with_options or self.network
-            if self._graphs is None or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                return call(*args, **kwargs)
+            self._first_calls.before(call, self, args, kwargs, self._graphs is not None)
+            if self._graphs is None:
                 return call(*args, **kwargs)
             return self._graphs(call, self, args, kwargs)
 

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from ..compile_ahead import compile_ahead
 from ..fusion.fuse import FusedNetwork
 from ..ops.conv2d import tables
 from ..ops.conv2d.dispatch import candidates, default_choice, run
@@ -24,7 +25,6 @@ from ..ops.conv2d.tables import Entry
 from ..runtime import hardware
 from ..runtime.dependent_launch import launches_as_in_graphs
 from ..swap import swapped
-from .compile_ahead import compile_ahead
 from .harness import WORSE_THAN_DEFAULT, Harness, Wrong, operands
 
 SAMPLES, FINAL_SAMPLES, FINALISTS = 2, 5, 3

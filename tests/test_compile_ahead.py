@@ -18,10 +18,10 @@ from helpers.trained import small, trained
 from torch import nn
 
 import tritonnn
+from tritonnn.compile_ahead import Kernel, compile_ahead, kernels_of
 from tritonnn.ops.conv2d.forms.pointers import conv2d_pointers_forward_kernel
 from tritonnn.ops.conv2d.pack import channels_last_kernel
 from tritonnn.runtime.dependent_launch import launches_as_in_graphs
-from tritonnn.tuning.compile_ahead import Kernel, compile_ahead, kernels_of
 
 POINTERS, RELU = "conv2d_pointers_forward_kernel", "relu_forward_kernel"
 OF_CONVOLUTIONS = [
@@ -53,11 +53,13 @@ def test_an_error_of_the_compiler_is_left_to_the_launch(told):
 
 def test_others_are_left_alone(told):
     """Kernels of others, other threads, and a hook that was there before."""
-    assert told["of others"] == {"noted": [], "asked": ["foreign_forward_kernel", RELU, POINTERS], "put back": True}
+    of_others = told["of others"]
+    assert of_others.pop("every kernel") == [RELU], "those of this package are noted where all are asked for"
+    assert of_others == {"noted": [], "asked": ["foreign_forward_kernel", RELU, POINTERS], "put back": True}
 
 
 def test_plans_that_were_made_meanwhile_are_forgotten(told):
-    assert told["plans forgotten"] == 1
+    assert told["plans forgotten"] == 2, "once for each time that kernels were noted"
 
 
 def test_keys_are_the_same_in_every_process():
@@ -69,10 +71,10 @@ def test_keys_are_the_same_in_every_process():
 def test_after_ctrl_c_nothing_more_is_compiled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
-    monkeypatch.setattr("tritonnn.tuning.compile_ahead.MOST_THREADS", 1)
+    monkeypatch.setattr("tritonnn.compile_ahead.MOST_THREADS", 1)
     compiler = mock.Mock(preload=mock.Mock(side_effect=lambda specialization: time.sleep(0.01)))
     kernels = [Kernel(compiler, str(i)) for i in range(100)]
-    monkeypatch.setattr("tritonnn.tuning.compile_ahead.kernels_of", lambda call: kernels)
+    monkeypatch.setattr("tritonnn.compile_ahead.kernels_of", lambda *call: kernels)
     with pytest.raises(KeyboardInterrupt):
         compile_ahead([None], mock.Mock(side_effect=KeyboardInterrupt))
     assert 0 < compiler.preload.call_count < 50
@@ -161,7 +163,7 @@ def posing() -> dict:
     launch = triton.JITFunction.run
     triton.JITFunction.run = lambda *args, warmup, **options: launch(*args, warmup=True, **options)
     triton.runtime.driver.set_active(Hopper())
-    with mock.patch("tritonnn.tuning.compile_ahead.forget_plans") as forget_plans:
+    with mock.patch("tritonnn.compile_ahead.forget_plans") as forget_plans:
         told = {"of others": kernels_of_others(), "plans forgotten": forget_plans.call_count}
     compiled = []
     with (
@@ -182,7 +184,7 @@ def posing() -> dict:
         told["compiled later"] = compiled[5:]
         advanced = told["advanced past an error"] = []
         kernel = Kernel(conv2d_pointers_forward_kernel, "{}")
-        with mock.patch("tritonnn.tuning.compile_ahead.kernels_of", lambda call: [kernel, kernel]):
+        with mock.patch("tritonnn.compile_ahead.kernels_of", lambda *call: [kernel, kernel]):
             compile_ahead([None], advanced.append)
     return told
 
@@ -205,9 +207,10 @@ def kernels_of_others() -> dict:
         thread.start()
         thread.join()
 
-    noted = kernels_of(call)
+    noted, every = kernels_of(call), kernels_of(relu, every_kernel=True)
     put_back, runtime.jit_cache_hook = runtime.jit_cache_hook is before, None
-    return {"noted": noted, "asked": asked, "put back": put_back}
+    names = [kernel.function.__name__ for kernel in every]
+    return {"noted": noted, "asked": asked, "put back": put_back, "every kernel": names}
 
 
 def convolutions() -> list[Callable[[], None]]:

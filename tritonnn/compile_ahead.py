@@ -1,7 +1,9 @@
 """Compiles kernels beside each other before their first launch; in threads, as most of it lets go of Python's lock."""
 
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -12,12 +14,14 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..ops.conv2d.forms import FORMS
-from ..runtime.capabilities import knows
-from ..runtime.launch_plan import forget_plans
+from .ops.conv2d.forms import FORMS
+from .runtime.capabilities import knows
+from .runtime.launch_plan import forget_plans
 
-PACKAGE = __package__.partition(".")[0]
+PACKAGE = __name__.partition(".")[0]
 MOST_THREADS = 16
+SILENT_S = 2.0
+"""Seconds after which a first call shows a progress bar."""
 
 
 class Kernel(NamedTuple):
@@ -27,10 +31,13 @@ class Kernel(NamedTuple):
     specialization: str
 
 
-def compile_ahead(calls: Iterable[Callable[[], object]], advance: Callable[[int], None]) -> None:
+def compile_ahead(
+    calls: Iterable[Callable[[], object]], advance: Callable[[int], None], every_kernel: bool = False
+) -> None:
     """Compiles the convolutions of the calls, on the current GPU; tells `advance` of each kernel, one of so many.
 
-    An error of the compiler is met again at the launch.
+    `every_kernel`: also those of other operations, and of packing weights: what the calls packed is nonsense then. An
+    error of the compiler is met again at the launch.
     """
     if not knows("preloading"):
         return
@@ -44,7 +51,7 @@ def compile_ahead(calls: Iterable[Callable[[], object]], advance: Callable[[int]
     try:
         futures: dict[Kernel, Future] = {}
         for call in calls:
-            for kernel in kernels_of(call):
+            for kernel in kernels_of(call, every_kernel):
                 if kernel not in futures:
                     futures[kernel] = pool.submit(compile, kernel)
         for _ in as_completed(futures.values()):
@@ -53,13 +60,13 @@ def compile_ahead(calls: Iterable[Callable[[], object]], advance: Callable[[int]
         pool.shutdown(cancel_futures=True)  # after Ctrl-C nobody waits for what had not begun
 
 
-def kernels_of(call: Callable[[], object]) -> list[Kernel]:
-    """The kernels of convolutions that `call` would have to compile.
+def kernels_of(call: Callable[[], object], every_kernel: bool = False) -> list[Kernel]:
+    """The kernels of convolutions, or of all operations, that `call` would have to compile.
 
     They are not launched, while all else is: packed weights are kept. What `call` computes is nonsense, and so are its
     errors: layers give zeros, as an index that nobody wrote would be out of range.
     """
-    with _noting_kernels() as kernels, _Zeros(), suppress(Exception):
+    with _noting_kernels(every_kernel) as kernels, _Zeros(), suppress(Exception):
         call()
     return list(kernels)
 
@@ -75,7 +82,7 @@ class _Zeros(TorchDispatchMode):
 
 
 @contextmanager
-def _noting_kernels() -> Iterator[dict[Kernel, None]]:
+def _noting_kernels(every_kernel: bool) -> Iterator[dict[Kernel, None]]:
     """In this thread: Triton launches nothing where the hook returns True, before it compiles."""
     runtime, thread, kernels = triton.knobs.runtime, threading.get_ident(), {}
     convolutions = {id(kernel) for form in FORMS for kernel in form.kernels}  # their hash asks for a compiler's key
@@ -83,7 +90,8 @@ def _noting_kernels() -> Iterator[dict[Kernel, None]]:
 
     def hook(**told: object) -> object:
         function = told["fn"]
-        if id(function.jit_function) not in convolutions or threading.get_ident() != thread:
+        noted = id(function.jit_function) in convolutions or (every_kernel and _is_ours(function.jit_function))
+        if not noted or threading.get_ident() != thread:
             return before and before(**told)
         kernels[Kernel(function.jit_function, told["compile"]["specialization_data"])] = None
         return True
@@ -94,3 +102,34 @@ def _noting_kernels() -> Iterator[dict[Kernel, None]]:
     finally:
         runtime.jit_cache_hook = before
         forget_plans()  # a plan would repeat launches that were not made
+
+
+def _is_ours(function: triton.JITFunction) -> bool:
+    return getattr(function.fn, "__module__", "").startswith(f"{PACKAGE}.ops.")
+
+
+@contextmanager
+def progress_after(seconds: float = SILENT_S) -> Iterator[Callable[[int], None]]:
+    """Gives what advances by one of so many kernels a bar that a terminal shows where it takes longer than that."""
+    if not sys.stderr.isatty():
+        yield lambda total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    start, done, lock = time.perf_counter(), 0, threading.Lock()
+    progress = Progress(console=Console(stderr=True), transient=True)
+    task = progress.add_task("Compiling kernels", total=None)
+
+    def advance(total: int) -> None:
+        nonlocal done
+        with lock:
+            done += 1
+            progress.update(task, total=total, completed=done)
+            if not progress.live.is_started and time.perf_counter() - start > seconds:
+                progress.start()
+
+    try:
+        yield advance
+    finally:
+        progress.stop()
