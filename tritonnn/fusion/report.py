@@ -24,7 +24,7 @@ class FusionReport:
     swapped: dict[str, str] = field(default_factory=dict)
     """Triton layer of its own, to its kind."""
     apart: dict[str, str] = field(default_factory=dict)
-    """Convolution, linear layer, batch norm, sum or ReLU that was not fused with what precedes it, to the reason."""
+    """Convolution, linear layer, batch norm, sum or activation not fused with what precedes it, to the reason."""
     stayed: dict[str, str] = field(default_factory=dict)
     """PyTorch layer or function to the reason."""
     untraced: dict[str, str] = field(default_factory=dict)
