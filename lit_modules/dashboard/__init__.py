@@ -88,17 +88,18 @@ def _numbers(result: EvaluationResult, run: str) -> dict[str, float]:
     name = variant.name if variant else "pytorch"
     quality: Quality | None = variant.quality if variant else proof.pytorch
     agreement: Agreement | None = variant.agreement if variant else proof.yardstick_agreement
-    numbers = {"top-1": quality.top1, "top-5": quality.top5, "loss": quality.loss} if quality else {}
+    numbers = {}
+    if result.latency and name in result.latency.network_timings:
+        latency = result.latency.network_timings[name]
+        numbers = {f"ms a batch, {clock}": timing(latency, clock).median for clock in result.latency.breakdowns}
+    if quality:
+        numbers |= {"top-1": quality.top1, "top-5": quality.top5, "loss": quality.loss}
     if name in proof.sides:
         numbers |= {metric: value for metric, value in proof.sides[name].metrics.items() if metric not in numbers}
     if agreement and proof.variants:  # PyTorch's are those of the yardstick: against itself in the other memory format
         numbers["predictions that differ from PyTorch's"] = agreement.differing
     if proof.float64 and name in proof.float64.errors:
         numbers["mean error against float64 x 1e6"] = proof.float64.errors[name].mean * 1e6
-    if result.latency and name in result.latency.network_timings:
-        latency = result.latency.network_timings[name]
-        for clock in result.latency.breakdowns:
-            numbers[f"ms a batch, {clock}"] = timing(latency, clock).median
     return {f"4_network/{index} {name}": value for index, (name, value) in enumerate(numbers.items(), 1)}
 
 
