@@ -182,13 +182,20 @@ Off until a GPU has shown that they round to nearest: tests/ops/conv2d/test_roun
 """
 
 
+@functools.lru_cache
 def can_round_on_load() -> bool:
+    """Whether all descriptors have the field that asks for it."""
     return all("round_f32_to_tf32" in {field.name for field in dataclasses.fields(cls)} for cls in descriptors())
+
+
+def rounds_on_load() -> bool:
+    """Whether x that is to be rounded to TF32 is so by the descriptors that load it, at no cost."""
+    return ROUNDS_ON_LOAD and can_round_on_load()
 
 
 def rounding_on_load(round_x: bool) -> dict[str, bool]:
     """Arguments of the descriptors of x, which is to be rounded to TF32 or not; empty where a kernel is to do that."""
-    return {"round_f32_to_tf32": True} if round_x and ROUNDS_ON_LOAD and can_round_on_load() else {}
+    return {"round_f32_to_tf32": True} if round_x and rounds_on_load() else {}
 
 
 def options_of_launches() -> dict[str, bool]:
@@ -216,4 +223,5 @@ def _version(version: str) -> tuple[int, int]:
 def forget() -> None:
     """Has all parts checked anew."""
     _known.clear()
+    can_round_on_load.cache_clear()
     empty_strided.cache_clear()

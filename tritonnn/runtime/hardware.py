@@ -28,7 +28,13 @@ class Gpu:
         return 3 * self.multiprocessors // 4
 
     @property
+    def has_tma(self) -> bool:
+        """Whether tensor descriptors load boxes: Hopper and newer."""
+        return self.capability >= (9, 0)
+
+    @property
     def is_hopper(self) -> bool:
+        """Whether it has wgmma, which no newer one has."""
         return self.capability == (9, 0)
 
 

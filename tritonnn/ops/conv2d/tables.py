@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ...runtime.capabilities import rounds_on_load
 from ...runtime.launch_plan import forget_plans
 from .forms import BY_NAME
 from .problem import Choice, Problem, Product, problem_of
@@ -75,8 +76,14 @@ def tuned_choices(device: int) -> ChainMap[Problem, Choice]:
                 own.update(_choices(folder / file_name(gpu)))
             for name in (SAME_CHIP.get(gpu), gpu):
                 for path in sorted(SHIPPED.glob(file_name(name, "*"))) if name else ():  # of every version of Triton
-                    others.update(_choices(path))
+                    others.update((p, c) for p, c in _choices(path).items() if not _is_of_other_costs(p, c))
     return choices
+
+
+def _is_of_other_costs(problem: Problem, choice: Choice) -> bool:
+    """Whether a choice was found where rounding to TF32 cost what it does not here: a copy, or work in the kernel."""
+    rounded = problem.round_x and (choice.copies_x or BY_NAME[choice.config.form].loads_by_descriptor)
+    return rounded and rounds_on_load()
 
 
 def _choices(path: Path) -> dict[Problem, Choice]:
