@@ -176,13 +176,13 @@ def find_problems(
     With `advance`, which is told of it, their convolutions are compiled ahead.
     """
     training = [module for module in model.modules() if module.training]
-    fused = [module for module in model.modules() if isinstance(module, FusedNetwork) and module._graphs is not None]
-    graphs = [network._graphs for network in fused]
+    fused = [module for module in model.modules() if isinstance(module, FusedNetwork) and module.graphs is not None]
+    graphs = [network.graphs for network in fused]
     try:
         for module in training:
             module.training = False
         for network in fused:
-            network._graphs = None
+            network.graphs = None
         with torch.no_grad(), swapped(model, layers):
             if advance:
                 compile_ahead([partial(model, *inputs)], partial(advance, "compiling"))
@@ -193,7 +193,7 @@ def find_problems(
             module.training = True
         for network, captured in zip(fused, graphs):
             captured.clear()  # they replay what was chosen before
-            network._graphs = captured
+            network.graphs = captured
     return list(dict.fromkeys(problems))
 
 
