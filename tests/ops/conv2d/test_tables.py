@@ -222,7 +222,7 @@ class TestLaunches:
         network = tritonnn.fuse(layer) if fused else layer
         (found,) = find_problems(network, (x,))
         assert found == problem(epilogue=("bias",))
-        tables._tables[-1] = {found: choice}
+        tables.tuned_choices(-1)[found] = choice
         with torch.no_grad(), tritonnn.swapped(layer):
             y = network(x)
         assert ran[-1] == choice
@@ -237,14 +237,14 @@ class TestLaunches:
         ids=lambda item: item[0],
     )
     def test_they_ignore_what_cannot_run(self, choice, ran):
-        tables._tables[-1] = {problem(epilogue=("bias",)): choice[1]}
+        tables.tuned_choices(-1)[problem(epilogue=("bias",))] = choice[1]
         layer, x = nn.Conv2d(64, 32, 3, padding=1), image(2, 64, 8, 8, channels_last=True)
         with torch.no_grad(), tritonnn.swapped(layer):
             layer(x)
         assert len(ran) == 1 and ran[0] != choice[1] and ran[0].config.form == "pointers"
 
     def test_a_problem_is_the_whole_key(self, ran):
-        tables._tables[-1] = {problem(n=3, epilogue=("bias",)): SLICED}
+        tables.tuned_choices(-1)[problem(n=3, epilogue=("bias",))] = SLICED
         layer, x = nn.Conv2d(64, 32, 3, padding=1), image(2, 64, 8, 8, channels_last=True)
         with torch.no_grad(), tritonnn.swapped(layer):
             layer(x)
