@@ -128,6 +128,28 @@ def test_max_pool(case, layout):
     assert actual.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("infinite", [False, True], ids=["", "windows of -inf"])
+@pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", MAX_POOLS)
+def test_max_pool_by_positions_in_windows(case, layout, infinite):
+    """Which the layer keeps in place of indices: ties, NaN and -inf are PyTorch's, and so is the second order."""
+    shape, kernel_size, stride, padding, dilation, ceil_mode = MAX_POOLS[case]
+    layer = nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
+    x = image(*shape, dtype=torch.float64, channels_last=layout).round()
+    x[0, 0, 3, 3] = float("nan")
+    if infinite:
+        x.fill_(-float("inf"))
+    gradients = []
+    for swap in (False, True):
+        if swap:
+            tritonnn.swap(layer, strict=True)
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = layer(leaf)
+        (grad,) = torch.autograd.grad(y, leaf, torch.arange(y.numel(), dtype=y.dtype, device=DEVICE).view(y.shape))
+        gradients.append(grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", AVG_POOLS)
 def test_avg_pool(case, layout):

@@ -61,7 +61,12 @@ HALO_BY_2 = HALO | dict(C=64, K=128, N=None, TILE_N=1, TILE_P=8, TILE_Q=16, BLOC
 HALO_BY_2 |= dict(X_SLOTS=3, W_SLOTS=7, STAGED=True, IN_SLOT=True, num_warps=8)
 DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, num_warps=4)
 MAX_POOL = FILTER | dict(
-    DEPENDENT=True, RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None
+    DEPENDENT=True,
+    RETURN_INDICES=False,
+    AS_TAPS=False,
+    SIGNED_ZEROS=False,
+    INDEX_0_OF_INFINITIES=False,
+    indices_ptr=None,
 )
 AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
 LARGE_POOL = "ops.avg_pool2d:avg_pool2d_large_forward_kernel"
@@ -322,7 +327,7 @@ KERNELS = {
         "ops.max_pool2d_backward:max_pool2d_backward_kernel",
         "bf16",
         LAST,
-        FILTER | BY_CHANNELS,
+        FILTER | BY_CHANNELS | dict(BY_TAPS=True, types=dict(indices_ptr="*u8")),
     ),
     "gradient of avg_pool2d": (
         "ops.avg_pool2d_backward:avg_pool2d_backward_kernel",
@@ -405,6 +410,7 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     kernel = getattr(importlib.import_module(f"tritonnn.{module}"), name)
     assert not [p.name for p in kernel.params if "stride" in p.name and p.annotation_type], "annotated strides"
     names, odd, descriptors = kernel.arg_names, constants.get("odd", ()), constants.get("descriptors")
+    special = constants.get("types", {})
     ones = ("stride_c", "stride_k") if memory_format == "channels_last" else ("stride_w", "stride_pixel")
     types_of_sums = dict(ACC=tl.float32, LANE=tl.float32, INDEX=tl.int32, OFFSET=tl.int32)
     constants = {name: 1 for name in names if name.endswith(ones)} | types_of_sums | constants
@@ -417,6 +423,7 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
         "inverse_of_pixels": "fp32",
         "inverse_of_q": "fp32",
     } | {name: "*fp32" for name in ("mean_ptr", "var_ptr", "partial_ptr", "coefficients_ptr", "inverse_ptr")}
+    types |= special
     if descriptors:
         types |= {name: f"tensordesc<{dtype}{box}>" for name, box in descriptors.items()}
     elif "X_SLOTS" in constants:
