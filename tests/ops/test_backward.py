@@ -1,5 +1,6 @@
 """The operators of gradients: PyTorch's numbers for every argument that forward takes, to the second order."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -18,6 +19,7 @@ from tritonnn.ops import (
     relu_backward,
 )
 from tritonnn.ops import channel_sums as sums
+from tritonnn.ops.conv2d import op as forward
 from tritonnn.ops.conv2d.backward import input_tma, weight_tma
 from tritonnn.ops.conv2d.backward import op as conv2d
 from tritonnn.ops.conv2d.backward.input import Taps
@@ -406,6 +408,21 @@ def test_a_swapped_network_runs_none_of_pytorchs_gradients():
     pytorchs |= {"aten::max_pool2d_with_indices_backward", "aten::avg_pool2d_backward", "aten::mm", "aten::div"}
     assert not ran & pytorchs
     assert not {key for key in ran if key.startswith("tritonnn::")}  # nobody watches: no dispatcher
+
+
+def test_what_backward_leaves_to_pytorch_is_counted(monkeypatch):
+    """In the layer whose gradient it is, and only that: a second layer's kernels, and the bias, stay."""
+    pytorch = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)).to(DEVICE, torch.float64)
+    swapped = copy.deepcopy(pytorch)
+    report = tritonnn.swap(swapped, strict=True)
+    monkeypatch.setattr(forward, "reasons_for_pytorch", lambda x, *_: (None, "slower" if x.shape[1] == 3 else None))
+    x = image(2, 3, 8, 8, dtype=torch.float64)
+    for model in (pytorch, swapped):
+        for _ in range(2):
+            model(x).square().sum().backward()
+    for p, q in zip(swapped.parameters(), pytorch.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-10)
+    assert report.fallbacks == {"0": {"slower": 2}}
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
