@@ -208,6 +208,19 @@ def test_channels_last_weights_make_channels_last_images(use):
     same_at_every_call(model)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_a_padded_copy_decides_how_the_result_lies_in_memory(mode, channels_last):
+    """As PyTorch's padding has it on that device: some of a GPU's are contiguous whatever their input."""
+    layers = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(6)
+    model = trained(nn.Sequential(*layers), torch.float32)
+    fused = tritonnn.fuse(model)
+    for _ in range(2):
+        x = image(2, 4, 6, 6, channels_last=channels_last)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-3, check_stride=True)
+
+
 def relu_of_the_input(net: Net, x: Tensor) -> Tensor:
     y = net.relu(x)
     x += 1

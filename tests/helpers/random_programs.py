@@ -348,12 +348,12 @@ def _statement(
     except KeyError:
         return None, []
     new = [names[key] for key in ("n", "m") if f"{{{key}}}" in template]
-    trial = dict(scope)
+    tried = dict(scope)
     try:
-        exec(line, trial)
+        exec(line, tried)
         fits = all(
             isinstance(y, Tensor) and 0 < y.numel() < 3000 and y.is_floating_point() and y.abs().max() < LARGEST
-            for y in (trial[name] for name in (*new, v, w))
+            for y in (tried[name] for name in (*new, v, w))
         )
     except Exception:
         fits = False
@@ -361,7 +361,7 @@ def _statement(
         for name in set(made._modules) - before:
             del made._modules[name]
         return None, []
-    scope.update(trial)
+    scope.update(tried)
     return line, new
 
 

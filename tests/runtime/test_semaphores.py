@@ -118,7 +118,7 @@ def test_streams_and_graphs_at_once(split):
 
 @pytest.mark.gpu
 def test_they_are_in_no_pool_of_graphs(split):
-    """In the warm-up of torch.compile's CUDA graphs, on a stream of their own, whose memory is to be free afterwards."""
+    """In the warm-up of torch.compile's CUDA graphs, on a stream of its own, whose memory is to be free afterwards."""
     convolution = Convolution()
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: op.conv2d_fused(x, convolution.packed, *SETTINGS) + 1, mode="reduce-overhead")

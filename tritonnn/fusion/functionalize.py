@@ -75,7 +75,7 @@ def functionalize(root: nn.Module) -> FunctionalGraph:
 
 
 def _remove_identities(traced: FunctionalGraph) -> None:
-    """In eval mode they hand on the very tensor they get."""
+    """Removes modules that in eval mode return the very tensor that they get."""
     for node in traced.graph.nodes:
         module = traced.module(node)
         one_argument = len(node.args) == 1 and not node.kwargs
@@ -86,7 +86,7 @@ def _remove_identities(traced: FunctionalGraph) -> None:
 
 
 def _is_stochastic_depth(node: fx.Node) -> bool:
-    """torchvision's, which does nothing in eval mode."""
+    """Whether it is torchvision's stochastic depth in eval mode, which does nothing."""
     if getattr(node.target, "__module__", None) != "torchvision.ops.stochastic_depth" or not node.args:
         return False
     return argument(node, 3, "training", True) is False
@@ -150,7 +150,7 @@ class _Pass:
         x.replace_all_uses_with(node, lambda user: self.order[user] > self.order[node])
 
     def refuse_parameters(self, targets: list[fx.Node]) -> None:
-        """Fused layers hold copies of them.
+        """Fused layers have copies of the parameters, which would not see the change.
 
         Raises:
             TraceError: a target may share memory with a parameter.
@@ -248,7 +248,7 @@ def is_fresh(node: fx.Node, traced: FunctionalGraph) -> bool:
 
 
 def _is_unknown(node: fx.Node, traced: FunctionalGraph) -> bool:
-    """Code that may overwrite its arguments."""
+    """Whether it is code that may overwrite its arguments."""
     if node.op in ("placeholder", "get_attr", "output"):
         return False
     if is_fresh(node, traced) or node in traced.overwriting:
@@ -265,7 +265,7 @@ def _is_changed(node: fx.Node, traced: FunctionalGraph) -> bool:
 
 
 def _is_of_pytorch(node: fx.Node, traced: FunctionalGraph) -> bool:
-    """Code of PyTorch, which keeps nothing that it was given for later."""
+    """Whether it is code of PyTorch, which keeps no argument for later."""
     module = traced.module(node)
     if module is not None:
         return node.target not in traced.opaque and is_layer(module) and not is_changed(module)

@@ -1,4 +1,4 @@
-"""The pass over a network's graph: which nodes become one kernel, and what becomes of the others."""
+"""Which nodes of a network's graph become one kernel: convolutions and linear layers with what follows them."""
 
 import copy
 import operator
@@ -54,7 +54,10 @@ class _Chain:
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """Of the fused node, as the graph is now: the residual may have been fused already."""
+        """The inputs of the fused node.
+
+        They are read from the graph as it is now, where the residual may be fused already.
+        """
         x = _input(self.pool or self.layer)
         return (x,) if self.add is None else (x, _summands(self.add)[self.add_first])
 
@@ -92,13 +95,18 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
             report.stayed[join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
-        elif kind_of(modules.get(node.target)) == "conv2d" and not is_changed(modules[node.target]):
+        elif _makes_channels_last(modules.get(node.target)):
             modules[node.target].to(memory_format=torch.channels_last)
         elif node.op == "get_attr":
             _keep(node, root, modules)
     round_ahead(graph, modules)
     drop_signs_of_zeros(graph, modules)
     return FusedGraph(modules, graph, type(root).__name__).eval()
+
+
+def _makes_channels_last(module: nn.Module | None) -> bool:
+    """Whether it is a convolution of its own that is to, as fused ones do; others come out as PyTorch puts them."""
+    return kind_of(module) == "conv2d" and not is_changed(module) and module.padding_mode == "zeros"
 
 
 def _keep(node: fx.Node, root: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -115,7 +123,7 @@ def _keep(node: fx.Node, root: nn.Module, modules: dict[str, nn.Module]) -> None
 def _join_shortcuts(traced: FunctionalGraph, modules: dict[str, nn.Module]) -> None:
     """Two fused convolutions whose results are added become one node where one of them is a shortcut.
 
-    The first of them runs later then: nothing may be overwritten in between.
+    The first one then runs later than before, so nothing may be overwritten in between.
     """
 
     def fused(node: fx.Node) -> bool:
@@ -136,7 +144,7 @@ def _join_shortcuts(traced: FunctionalGraph, modules: dict[str, nn.Module]) -> N
 
 
 def _chains(traced: FunctionalGraph) -> list[_Chain]:
-    """In the order of running. A sum of two convolutions goes to the one that is computed last."""
+    """The chains, in the order of running. A sum of two convolutions belongs to the one that is computed last."""
     chains: list[_Chain] = []
     claimed: set[fx.Node] = set()
     for node in reversed(traced.graph.nodes):

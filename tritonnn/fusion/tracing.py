@@ -43,7 +43,7 @@ def is_parameter(node: object) -> bool:
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether a call of the module does something else than its class says."""
+    """Whether hooks or a replaced forward make a call do something else than the module's class says."""
     return has_hooks(module) or "forward" in vars(module)
 
 
@@ -63,7 +63,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 class _Asked:
-    """A value of which only torch may ask the class: what holds for a proxy does not hold for the tensor."""
+    """A value whose class only torch may ask for: other code would draw conclusions about the tensor from its proxy."""
 
     @property
     def __class__(self) -> type:
@@ -80,7 +80,7 @@ class _Attribute(_Asked, Attribute):
 
 
 class _Proxy(_Asked, fx.Proxy):
-    """Records x += y as such; fx.Proxy takes it for x = x + y, which whoever else holds x does not see."""
+    """Records x += y as such. fx.Proxy would record x = x + y, which other references to x do not see."""
 
     def __getattr__(self, name: str) -> _Attribute:
         if not hasattr(torch.Tensor, name):

@@ -32,7 +32,7 @@ _generation = 0
 
 
 def forget_plans() -> None:
-    """Has all launches planned anew: choices of kernels may have changed, or launches are noted and not made."""
+    """Has all launches planned anew: choices of kernels may have changed, or the launchers are to be seen running."""
     global _generation
     _generation += 1
 
@@ -124,7 +124,7 @@ class Plans:
 
 
 def plain_eager() -> bool:
-    """Whether nobody wants to see which operators run: compilers, tracers, transforms, forward mode, modes."""
+    """Whether no compiler, tracer, transform, mode or forward-mode differentiation sees which operators run."""
     if torch.compiler.is_compiling():
         return False
     return capabilities.knows("watchers") and not (
@@ -137,7 +137,7 @@ def plain_eager() -> bool:
 
 
 def _can_record(tensors: list[torch.Tensor]) -> bool:
-    """On a GPU, where kernels are compiled; modes and transforms may not expect another mode."""
+    """Whether kernels run compiled on a GPU, and no other mode or transform is active that a mode might disturb."""
     if not (capabilities.knows("launches") and capabilities.knows("watchers")):
         return False
     watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()

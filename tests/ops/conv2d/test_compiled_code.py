@@ -101,6 +101,12 @@ KERNELS = {
         LAST,
         POINTERS | dict(INPUT_PRECISION="tf32x3"),
     ),
+    "conv2d, float32, one filter": (
+        KERNEL_OF["pointers"],
+        "fp32",
+        LAST,
+        POINTERS | dict(K=1, BLOCK_N=1, BLOCK_K=16),
+    ),
     "conv2d, 3 channels": (
         KERNEL_OF["pointers"],
         "bf16",
@@ -311,7 +317,12 @@ ROUNDS = [
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last", "padded rows"]
 GATHERS += ["conv2d, depthwise, contiguous"]
 """Kernels that read neighbouring pixels, one by one."""
-FEW_OUTPUTS = ["avg_pool2d, whole images", "avg_pool2d, whole images, contiguous", "conv2d, depthwise, contiguous"]
+FEW_OUTPUTS = [
+    "conv2d, float32, one filter",
+    "avg_pool2d, whole images",
+    "avg_pool2d, whole images, contiguous",
+    "conv2d, depthwise, contiguous",
+]
 """Kernels of which a thread has one output, or a column of them."""
 
 

@@ -27,13 +27,13 @@ from .activation import NO_ACTIVATION, Activation, activate
 class FusedLayer(TritonLayer, nn.Module):
     """Holds the weight, in the model's type, the bias in the type of the sums, and the scale (see `_scale_type`).
 
-    The scale is folded into weights that are packed as float32 or float64. Rounding a product of it to 16 bits would
-    cost precision, and may leave the range of float16: there the kernel scales the sums.
+    The scale is folded into weights that are packed as float32 or float64. With 16-bit weights the kernel scales the
+    sums instead: products rounded to 16 bits would lose precision, and might leave the range of float16.
 
     Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` or `scale` has
-    changed; the `_recent` ones by what a call knows that has checked nothing: its input's type and PyTorch's switch.
-    `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y" or "into residual".
-    `activation` is applied last.
+    changed. `_recent` has the same ones by the input's type and PyTorch's TF32 switch, which a call can look up before
+    it has checked its input. `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y"
+    or "into residual". `activation` is applied last.
     """
 
     weight: torch.Tensor
@@ -92,7 +92,7 @@ class FusedLayer(TritonLayer, nn.Module):
         return kept
 
     def _reason_to_fall_back_types(self, x: torch.Tensor) -> str | None:
-        """x as autocast has it."""
+        """Why the kernel does not take the type of x, which autocast has converted; None if it does."""
         if x.dtype == self.weight.dtype or x.dtype == autocast_type(self.weight):
             return None
         return "input and parameters of several types"
@@ -115,14 +115,14 @@ class FusedLayer(TritonLayer, nn.Module):
         return self.activation if apart is None else NO_ACTIVATION
 
     def _added_apart(self, y: torch.Tensor, residual: object, reason: str | None) -> torch.Tensor:
-        """y, to which the kernel has added the residual unless there is a reason why not."""
+        """The layer's result, of y from the kernel. With a `reason` PyTorch adds the residual, and that is counted."""
         if reason is None:
             return y
         self.fallbacks[reason] += 1
         return self._finish(y, residual)
 
     def _reason_to_add_apart(self, x: torch.Tensor, shape: tuple[int, ...], residual: object) -> str | None:
-        """Why the kernel cannot add the residual to y of this shape, if there is one to add."""
+        """Why PyTorch adds the residual to y, which has this shape; None where the kernel does, or there is none."""
         if self.sums is None:
             return None
         if not isinstance(residual, torch.Tensor):
@@ -171,12 +171,12 @@ a linear layer, [K, C] at every call, as precise as PyTorch's switches say then.
 
 
 def is_recorded() -> bool:
-    """Whether a compiler or tracer records what a layer does, and would keep for good what a call found out."""
+    """Whether a compiler or tracer records this call. What it finds out would then hold for all later calls too."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class _Source(NamedTuple):
-    """A tensor that something was made of: its memory is not given to another, at the same address."""
+    """A tensor that something was made of. It is kept, so that no other tensor can get the same address."""
 
     tensor: torch.Tensor
     version: int
@@ -222,7 +222,7 @@ class Filters(NamedTuple):
         return self.weight_shape[0], *(output_size(*window) for window in windows)
 
     def pixels(self, image_shape: Sequence[int]) -> int:
-        """In the outputs of all images."""
+        """The number of output pixels, N * P * Q."""
         return math.prod(image_shape[:-3]) * math.prod(self.output_shape(image_shape)[1:])
 
     @property
@@ -231,7 +231,7 @@ class Filters(NamedTuple):
         return convolution_in_tf32(0, self.weight_shape, self.groups, channels_last=True)
 
     def in_tf32(self, image_shape: Sequence[int]) -> bool:
-        """The same for channels_last images [(N,) C, H, W]."""
+        """Whether it uses TF32 for channels_last images [(N,) C, H, W], where that is allowed."""
         return convolution_in_tf32(self.pixels(image_shape), self.weight_shape, self.groups, channels_last=True)
 
 
@@ -245,7 +245,7 @@ def _sum_type(weight: torch.Tensor) -> torch.dtype:
 
 
 def _scale_type(weight: torch.Tensor) -> torch.dtype:
-    """That of the sums where the kernel scales them, else what folds without a rounding of its own."""
+    """float32 where the kernel scales the sums; float64 where the scale is folded into the weight."""
     return torch.float32 if weight.element_size() <= 2 else torch.float64
 
 
@@ -255,7 +255,7 @@ def _scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def batch_norm_as_affine(bias: torch.Tensor | None, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift [K], float64, that are a batch norm in eval mode after a convolution without its bias."""
+    """Scale and shift [K] in float64: a batch norm in eval mode after a convolution, whose bias goes into the shift."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()

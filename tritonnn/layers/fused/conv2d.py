@@ -21,12 +21,13 @@ from .base import Filters, FusedLayer, fused_layer, images, is_recorded
 class FusedConv2d(FusedLayer):
     """y = activation(scale * conv2d(x, weight) + bias + residual), residual and activation where they were asked for.
 
-    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K]; residual and y
-    [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type is added by PyTorch, and so are
-    inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
+    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K]; residual and y [N, K, P, Q]
+    or [K, P, Q], y in channels_last. PyTorch adds a residual of another shape or type, and computes what no kernel
+    takes; `fallbacks` counts both. No gradients.
 
-    Where convolutions use TF32, `round_output` rounds y to it, if all `readers` of y will use it for its size;
-    `rounded_input` says that x has been rounded so, if all of `fellow_readers`, which read x too, use TF32.
+    For TF32: with `round_output` y is rounded to it, provided that all `readers`, the convolutions that read y and may
+    not use TF32, do so for a y of its size. With `rounded_input` x has been rounded in this way, provided that all
+    `fellow_readers`, which read x as well, use TF32.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class FusedConv2d(FusedLayer):
     def _compute_again(
         self, x: torch.Tensor, residual: torch.Tensor | None, packed: torch.Tensor, scale: torch.Tensor | None
     ) -> torch.Tensor:
-        """With the weight packed before, and its scale, which `_compute` finds for itself."""
+        """As `_compute`, which finds for itself the packed weight and the scale that make the launch key complete."""
         return self._compute(x, residual)
 
     def _compute(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -118,7 +119,7 @@ class FusedConv2d(FusedLayer):
         return convolution_input_precision(x, self.weight, self.filters.pixels(x.shape))
 
     def has_rounded(self, x: torch.Tensor) -> bool:
-        """Whether x [(N,) C, H, W] has been rounded to TF32, if this convolution of it is one in TF32."""
+        """Whether x [(N,) C, H, W] has been rounded to TF32; asked of a convolution that uses TF32 for it."""
         return self.rounded_input and all(reader.in_tf32(x.shape) for reader in self.fellow_readers)
 
     def rounds_output_for(self, x: torch.Tensor) -> bool:
@@ -156,9 +157,9 @@ class FusedConv2d(FusedLayer):
 
 
 class FusedSum(TritonLayer, nn.Module):
-    """last(x, other(z)) of two fused convolutions, one of which is a shortcut: few pixels in one kernel.
+    """last(x, other(z)) of two fused convolutions, one of which is a shortcut. With few pixels that is one kernel.
 
-    Shapes: as for the two; `last` has been told to add a residual.
+    Shapes: as for the two. `last` adds a residual.
     """
 
     def __init__(self, last: FusedConv2d, other: FusedConv2d) -> None:

@@ -94,7 +94,7 @@ class FusedLinearOfImages(FusedConv2d):
 
 
 class FusedPooledLinear(FusedLinear):
-    """FusedLinear of the flattened result of `pool`, an average pool: one kernel where it pools whole images.
+    """A FusedLinear that reads the flattened result of `pool`, an average pool: one kernel if that pools whole images.
 
     Shapes: x [N, C, H, W], weight [K, C]; y [N, K]. Otherwise the pool and the linear layer follow each other.
     """
@@ -110,7 +110,7 @@ class FusedPooledLinear(FusedLinear):
         return pooled_linear(x, self.weight.to(x.dtype), self.bias)
 
     def _pools_whole_images(self, x: torch.Tensor) -> bool:
-        """Whether the kernel takes x and does all that there is to do; compiled code would ask that of each batch."""
+        """Whether one kernel does all of it for x. Never under compilers: their code would ask for each batch again."""
         if is_recorded():
             return False
         if (

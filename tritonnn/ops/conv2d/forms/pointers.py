@@ -109,7 +109,8 @@ def conv2d_pointers_forward_kernel(
     C and K count the channels of a group; weight is [GROUPS * K, R, S, C], contiguous, for "tf32x3" followed by what
     its rounding to TF32 left. A block of the reduction lies within one filter tap, whose mask and address are then a
     column each; with SPAN_TAPS (few channels) it runs over the whole filter. The residual has the strides of y. In
-    "tf32x3" the sums of FLUSH steps are added up apart, so that few float32 additions follow each other.
+    "tf32x3" the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. A single
+    filter (BLOCK_N = 1) is no matrix product: threads share its sum, whose error is smaller for it.
     """
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
@@ -179,6 +180,8 @@ def conv2d_pointers_forward_kernel(
                 part = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
         elif ROUND_X:
             acc = add_rounded_dot(x, weight, acc)
+        elif BLOCK_N == 1:
+            acc += tl.sum(x.to(ACC) * tl.trans(weight).to(ACC), 1, keep_dims=True)
         else:
             acc = dot(x, weight, acc, INPUT_PRECISION)
     start_successor(DEPENDENT)
@@ -230,8 +233,8 @@ class PointersForm(Form):
         usual = default_config(problem.pixels, k, c, taps, size, problem.input_precision, gpu)
         copies_x = default.copies_x or not (problem.channels_last_x or spans_taps(c, taps) or taps == 1)
         yield Choice(usual, copies_x)
-        tiles = TILES
-        if problem.input_precision == "tf32x3":  # larger tiles, held in two parts, do not fit the registers
+        tiles = [(*tile[:1], 1, *tile[2:]) for tile in TILES] if usual.BLOCK_N == 1 else TILES
+        if problem.input_precision == "tf32x3":  # larger tiles, split into two parts, do not fit the registers
             tiles = [tile for tile in tiles if tile[0] * tile[1] <= 64 * 64]
         for block_m, block_n, num_warps, num_stages in by_waves(problem, tiles, gpu):
             if num_stages * (block_m + block_n) * usual.BLOCK_K * size <= gpu.shared_memory:
@@ -292,8 +295,9 @@ def default_config(
     """For m pixels, and n output and c input channels of a group.
 
     In bfloat16 ResNet18's convolution of 128 channels takes 149 us with 4 warps, 158 with 8 (H200, 1,024 images). Tiles
-    of float32 are small: what they hold twice, rounded or split and not, would not fit the registers. Without tensor
-    cores ("ieee") they hold it once: the first layer takes 235 us for 354 with 64 pixels (H100, 1,024 images).
+    of float32 are small, as registers have their operands twice, as loaded and as rounded or split. Without tensor
+    cores ("ieee") they hold it once: the first layer takes 235 us for 354 with 64 pixels (H100, 1,024 images). A single
+    filter in float32 is summed up as precisely as by cuDNN: 16 products at a time, not by one thread each.
     """
     run = taps * c if spans_taps(c, taps) else c  # over which a block of the reduction is contiguous
     if triton.knobs.runtime.interpret:
@@ -307,6 +311,8 @@ def default_config(
             once = element_size == 2 or input_precision == "ieee"
             strict = element_size == 4 and input_precision != "tf32"
             block_m, block_n = power_of_2(m, 16, 128 if once else 64), power_of_2(n, 16, 64 if strict else 128)
+            if n == 1 and element_size == 4 and input_precision == "ieee":
+                block_n, block_k = 1, 16
             num_warps, num_stages = 4, 3
             while block_m > 16 and ceil_div(m, block_m) * ceil_div(n, block_n) < gpu.enough_programs:
                 block_m //= 2
