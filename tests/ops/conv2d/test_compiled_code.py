@@ -68,6 +68,7 @@ LARGE_POOL = "ops.avg_pool2d:avg_pool2d_large_forward_kernel"
 WHOLE_IMAGES = AVG_POOL | dict(R=112, S=112, PADDING_H=0, PADDING_W=0, ADAPTIVE=True, WHOLE=True, UNROLL=4)
 NORMALIZE = dict(INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True)
 BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
+GATE = dict(DEPENDENT=True, LANES=8, BLOCK=512, odd=("VECTORS", "RUN", "PER_IMAGE"))
 LAST, FIRST = "channels_last", "contiguous"
 
 KERNEL_OF = {
@@ -295,6 +296,15 @@ KERNELS = {
         dict(ROUND_TO_TF32=True, SPLIT=False, BLOCK_M=64, BLOCK_C=64),
     ),
     "relu": ("ops.relu:relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
+    "layer_norm": (
+        "ops.layer_norm:layer_norm_forward_kernel",
+        "bf16",
+        LAST,
+        dict(HAS_WEIGHT=True, HAS_BIAS=True, DEPENDENT=True, BLOCK_M=32, BLOCK_C=128),
+    ),
+    # Sizes in vectors of eight are no multiples of 16.
+    "gate": ("ops.gate:gate_forward_kernel", "bf16", LAST, GATE | dict(CHANNELS_LAST=True)),
+    "gate, contiguous": ("ops.gate:gate_forward_kernel", "bf16", FIRST, GATE | dict(CHANNELS_LAST=False)),
 }
 OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
