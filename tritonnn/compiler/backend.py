@@ -59,7 +59,8 @@ def compile_graph(
         return by_inductor(graph, example_inputs)
     positions = {node: i for i, node in enumerate(placeholders(changed.graph))}
     packed = [Packed(chain, positions, value(chain.layer).dtype, input_precision(chain)) for chain in chains]
-    compile_kernels(chains, packed, example_inputs)
+    in_graphs = bool(_settings(mode, options).get("triton.cudagraphs"))
+    compile_kernels(chains, packed, example_inputs, in_graphs)
     for one in packed:
         one.compute(example_inputs)
     kept = [pair for pair, ours in zip(zip(chains, packed), faster_ones(chains, packed)) if ours]
@@ -70,7 +71,6 @@ def compile_graph(
     read = drop_unused_inputs(changed)
     compiled = by_inductor(changed, [[*example_inputs, *further][i] for i in read])
     read = read[: len(read) - len(extras)]
-    in_graphs = bool(_settings(mode, options).get("triton.cudagraphs"))
     return Compiled(compiled, graph, Weights([one for _, one in kept], example_inputs), read, extras, in_graphs)
 
 
