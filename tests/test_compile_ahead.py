@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ import tritonnn
 from tritonnn.compile_ahead import Kernel, compile_ahead, kernels_of
 from tritonnn.ops.conv2d.forms.pointers import conv2d_pointers_forward_kernel
 from tritonnn.ops.conv2d.pack import channels_last_kernel
+from tritonnn.runtime import dependent_launch
 from tritonnn.runtime.dependent_launch import launches_as_in_graphs
 
 POINTERS, RELU = "conv2d_pointers_forward_kernel", "relu_forward_kernel"
@@ -78,6 +80,33 @@ def test_after_ctrl_c_nothing_more_is_compiled(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         compile_ahead([None], mock.Mock(side_effect=KeyboardInterrupt))
     assert 0 < compiler.preload.call_count < 50
+
+
+def test_two_threads_that_note_kernels_leave_no_hook_behind():
+    """The second one begins when the first has put back what was there, also where it asks earlier."""
+    first_notes, first_may_end = threading.Event(), threading.Event()
+    before = triton.knobs.runtime.jit_cache_hook
+    first = threading.Thread(target=kernels_of, args=(lambda: first_notes.set() or first_may_end.wait(5),))
+    second = threading.Thread(target=kernels_of, args=(lambda: None,))
+    first.start()
+    first_notes.wait(5)
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    first_may_end.set()
+    first.join()
+    second.join()
+    assert triton.knobs.runtime.jit_cache_hook is before
+
+
+def test_two_threads_that_launch_as_in_graphs_leave_nothing_behind():
+    first, second = launches_as_in_graphs(), launches_as_in_graphs()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dependent_launch._blocks == 1
+    second.__exit__(None, None, None)
+    assert dependent_launch._blocks == 0
 
 
 def test_layers_give_zeros():
@@ -190,8 +219,6 @@ def posing() -> dict:
 
 
 def kernels_of_others() -> dict:
-    import threading
-
     from tritonnn.ops.relu import relu_forward_kernel
 
     runtime, asked, x, convolution = triton.knobs.runtime, [], torch.zeros(16), convolutions()[0]

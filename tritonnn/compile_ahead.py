@@ -20,6 +20,8 @@ from .runtime.launch_plan import forget_plans
 
 PACKAGE = __name__.partition(".")[0]
 MOST_THREADS = 16
+_noting = threading.RLock()
+"""Held while kernels are noted: a hook that another thread put back later would stay, and launch nothing for good."""
 SILENT_S = 2.0
 """Seconds after which a first call shows a progress bar."""
 
@@ -86,7 +88,6 @@ def _noting_kernels(every_kernel: bool) -> Iterator[dict[Kernel, None]]:
     """In this thread: Triton launches nothing where the hook returns True, before it compiles."""
     runtime, thread, kernels = triton.knobs.runtime, threading.get_ident(), {}
     convolutions = {id(kernel) for form in FORMS for kernel in form.kernels}  # their hash asks for a compiler's key
-    before = runtime.jit_cache_hook
 
     def hook(**told: object) -> object:
         function = told["fn"]
@@ -96,12 +97,13 @@ def _noting_kernels(every_kernel: bool) -> Iterator[dict[Kernel, None]]:
         kernels[Kernel(function.jit_function, told["compile"]["specialization_data"])] = None
         return True
 
-    runtime.jit_cache_hook = hook
-    try:
-        yield kernels
-    finally:
-        runtime.jit_cache_hook = before
-        forget_plans()  # a plan would repeat launches that were not made
+    with _noting:
+        before, runtime.jit_cache_hook = runtime.jit_cache_hook, hook
+        try:
+            yield kernels
+        finally:
+            runtime.jit_cache_hook = before
+            forget_plans()  # a plan would repeat launches that were not made
 
 
 def _is_ours(function: triton.JITFunction) -> bool:

@@ -18,6 +18,7 @@ from tritonnn.compiler import rewrite
 from tritonnn.compiler.backend import compile_graph
 from tritonnn.compiler.chains import find
 
+pytestmark = pytest.mark.filterwarnings("error:tritonnn changes nothing")
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -333,6 +334,14 @@ def test_what_is_unknown_of_a_graph_leaves_it_to_inductor(kernels):
         fast = compile_graph(graph, [images()], rest=lambda graph, inputs, mode, options: graph.forward)
     assert not kernels
     assert fast(images()).shape == (2, 8, 6, 6)
+
+
+def test_an_error_of_the_pass_leaves_the_graph_to_inductor(kernels, monkeypatch):
+    monkeypatch.setattr("tritonnn.compiler.backend.find", lambda graph: 1 / 0)
+    model, x = randomize(Block()), images()
+    with torch.no_grad(), pytest.warns(UserWarning, match="changes nothing.*ZeroDivisionError: division by zero"):
+        assert_as_right(compiled(model)(x), model, x)
+    assert not kernels
 
 
 def test_chains_are_found_without_a_result_that_others_see():

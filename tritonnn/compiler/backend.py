@@ -50,27 +50,38 @@ def compile_graph(
 
     if _needs_gradients(example_inputs):
         return by_inductor(graph, example_inputs)
-    if (unknown := _unknown(graph, example_inputs)) is not None:
-        warnings.warn(f"tritonnn changes nothing in what torch.compile captured: {unknown}", stacklevel=2)
-        return by_inductor(graph, example_inputs)
+    reason = _unknown(graph, example_inputs)
+    if reason is None:
+        in_graphs = bool(_settings(mode, options).get("triton.cudagraphs"))
+        try:
+            return _with_kernels(graph, example_inputs, by_inductor, in_graphs) or by_inductor(graph, example_inputs)
+        except Exception as error:  # what Inductor alone can compile is not to fail; its own errors come again
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    warnings.warn(f"tritonnn changes nothing in what torch.compile captured: {reason}", stacklevel=2)
+    return by_inductor(graph, example_inputs)
+
+
+def _with_kernels(
+    graph: fx.GraphModule, example_inputs: Sequence[object], by_inductor: Callable, in_graphs: bool
+) -> "Compiled | None":
+    """The graph with kernels of ours; None where it has nothing that they compute faster."""
     changed = copy_of(graph)  # Dynamo reads its own again
     chains = [chain for chain in find(changed.graph) if not _needs_interpreter(chain)]
     if not chains:
-        return by_inductor(graph, example_inputs)
+        return None
     positions = {node: i for i, node in enumerate(placeholders(changed.graph))}
     packed = [Packed(chain, positions, value(chain.layer).dtype, input_precision(chain)) for chain in chains]
-    compile_kernels(chains, packed, example_inputs)
+    compile_kernels(chains, packed, example_inputs, in_graphs)
     for one in packed:
         one.compute(example_inputs)
     kept = [pair for pair, ours in zip(zip(chains, packed), faster_ones(chains, packed)) if ours]
     if not kept:
-        return by_inductor(graph, example_inputs)
+        return None
     extras = replace(changed, kept)
     further = as_inputs(changed, extras)
     read = drop_unused_inputs(changed)
     compiled = by_inductor(changed, [[*example_inputs, *further][i] for i in read])
     read = read[: len(read) - len(extras)]
-    in_graphs = bool(_settings(mode, options).get("triton.cudagraphs"))
     return Compiled(compiled, graph, Weights([one for _, one in kept], example_inputs), read, extras, in_graphs)
 
 

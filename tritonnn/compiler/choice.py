@@ -137,8 +137,13 @@ class Trial:
         return F.linear(self.x_theirs.flatten(1), self.weight, self.bias)[:, :, None, None]
 
 
-def compile_kernels(chains: Sequence[Chain], packed: Sequence[Packed], inputs: Sequence[object]) -> None:
-    """Has what packs the weights, and what all chains would launch, compiled beside each other."""
+def compile_kernels(
+    chains: Sequence[Chain], packed: Sequence[Packed], inputs: Sequence[object], in_graphs: bool
+) -> None:
+    """Has what packs the weights, and what all chains would launch, compiled beside each other.
+
+    They are timed in CUDA graphs, where kernels are others; unless they run `in_graphs` too, both are compiled.
+    """
     device = chains[0].result.device
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
@@ -148,8 +153,10 @@ def compile_kernels(chains: Sequence[Chain], packed: Sequence[Packed], inputs: S
         kinds = {kind_of(chain, one): one for chain, one in zip(chains, packed) if one.tensors}
         yield from (_compiling(Trial(kind, one, device)) for kind, one in kinds.items())
 
-    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), launches_as_in_graphs():
-        with progress_after() as advance:
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), progress_after() as advance:
+        with launches_as_in_graphs():
+            compile_ahead(calls(), advance, every_kernel=True)
+        if not in_graphs:
             compile_ahead(calls(), advance, every_kernel=True)
     for one in packed:
         one.tensors = []  # nothing was launched: they are nonsense
