@@ -377,7 +377,9 @@ def _agreement(agreement: Agreement | None) -> list[str]:
     ]
 
 
-def _layer_cells(row: LayerRow, clocks: list[str], latency: LatencyResult, kernels: dict[int, KernelRow]) -> list[str]:
+def _layer_cells(
+    row: LayerRow, usual_format: str, clocks: list[str], latency: LatencyResult, kernels: dict[int, KernelRow]
+) -> list[str]:
     size = "x".join(map(str, row.shape))
     usual = row.memory_format == usual_format or len(row.shape) != 4
     memory_format = "" if usual else f" {row.memory_format}"
