@@ -55,13 +55,14 @@ class Uses(TorchFunctionMode):
         self.together: list[tuple[str, str]] = []
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = function(*args, **kwargs or {})
         given = {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         integers = [place for place, x in self.integers.items() if id(x) in given]
-        if integers:
+        if integers and isinstance(result, Tensor):  # and is not asked for its length, say
             self.used += integers
             outputs = [name for name, x in named_outputs(self.side.calls) if id(x) in given]
             self.together += [(output, place) for output in outputs for place in integers]
-        return function(*args, **kwargs or {})
+        return result
 
 
 def find_predictions(uses: Uses, batch: Any, calls: Sequence[Call], labels: Labels | None) -> Predictions | None:

@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 from ..layers.fused.base import FusedLayer
 from ..layers.fused.linear import FusedPooledLinear
 from ..layers.layer import TritonLayer
-from ..swap import kind_of, swap
+from ..swap import few, kind_of, swap
 from .cuda_graphs import CudaGraphs
 from .functionalize import functionalize
 from .fused_graph import FusedGraph
-from .report import FusionReport, few, join
+from .norm_act import split_norm_acts
+from .report import FusionReport, join
 from .rewrite import fuse_graph
 from .tracing import WRAPPERS, has_hooks, in_a_line, is_layer
 
@@ -165,6 +166,7 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     report, parts = FusionReport(), {}
     with torch.inference_mode(False), torch.no_grad():
         network = copy.deepcopy(model)
+        split_norm_acts(network)
         if is_layer(network):
             network = nn.Sequential(network)
         graph = _graph_of(network, "", report, parts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..runtime.capabilities import notes
-from ..swap import KINDS
+from ..swap import KINDS, by_reason
 
 
 @dataclass
@@ -45,17 +45,10 @@ class FusionReport:
             ("stayed PyTorch", self.stayed),
             ("not traced", self.untraced),
         ):
-            names: dict[str, list[str]] = {}
-            for name, reason in reasons.items():
-                names.setdefault(reason, []).append(name or "(the model)")
-            lines += [f"{title}: {few(same)}: {reason}" for reason, same in names.items()]
+            lines += by_reason(title, reasons)
         for name, reasons in self.fallbacks.items():
             lines += [f"fell back to PyTorch: {name}: {reason} ({n} calls)" for reason, n in reasons.items()]
         return "\n".join(lines + notes())
-
-
-def few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def join(prefix: str, name: str) -> str:
