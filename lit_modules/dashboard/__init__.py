@@ -10,13 +10,15 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from lit_modules import report
 from lit_modules.agreement import Agreement, Quality
 from lit_modules.dashboard.figures import answer_figure, layers_figure, won_and_lost_figure
-from lit_modules.dashboard.style import LIGHT, Theme
+from lit_modules.dashboard.style import LIGHT, Theme, png
 from lit_modules.evaluation_result import Epoch, EvaluationResult, LatencyResult, LayerRow, timing
 from tritonnn.latency import Latency
 
@@ -169,10 +171,16 @@ def _write_hyperparameters(
 
 def _write_page(writer: SummaryWriter, result: EvaluationResult, theme: Theme) -> None:
     """The figures, the tables as text and the custom charts, which hold all sides and so are written once."""
-    writer.add_figure("1_answer/1 the answer", answer_figure(result, theme))
+
+    def add(tag: str, figure: Figure) -> None:
+        width, height = map(int, figure.bbox.size)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png(figure))
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]))
+
+    add("1_answer/1 the answer", answer_figure(result, theme))
     if result.latency and len(runs_of(result)) > 1 and result.latency.comparable:
-        writer.add_figure("1_answer/2 every layer in network order", layers_figure(result, theme))
-        writer.add_figure("1_answer/3 won and lost", won_and_lost_figure(result, theme))
+        add("1_answer/2 every layer in network order", layers_figure(result, theme))
+        add("1_answer/3 won and lost", won_and_lost_figure(result, theme))
     writer.add_text("1 The answer", report.answer_markdown(result))
     for index, table in enumerate(report.tables(result), 2):
         writer.add_text(f"{index} {table.title}", report.table_markdown(table))
