@@ -145,8 +145,9 @@ def child(case: Case, pipe: multiprocessing.connection.Connection) -> None:
 def serve() -> None:
     """One version: {"prepare": cases} and {"time": case}, a line each, are answered by lines."""
     follow_parent()
-    import lit_modules.resnet  # noqa: F401  # nothing of it touches the GPU, so children may be forked
     import tritonnn.tuning.compile_ahead  # noqa: F401
+
+    import lit_modules.resnet  # noqa: F401  # nothing of it touches the GPU, so children may be forked
     from tritonnn.runtime.capabilities import can_round_on_load
 
     def receive(case: Case) -> dict:
