@@ -90,8 +90,10 @@ class TestOnHopper:
     def test_forms(self):
         assert forms("bfloat16, 1024 images") == {"tma_halo", "tma", "pointers"}
         assert forms("1x1") == {"tma", "pointers"}
+        assert forms("1x1 over every pixel") == {"matmul", "tma", "pointers"}
         assert forms("one image") == {"in_registers", "sliced_k", "tma", "pointers"}
-        assert forms("groups") == forms("3 channels, NCHW") == {"pointers"}
+        assert forms("groups") == {"tma_halo", "pointers"}
+        assert forms("3 channels, NCHW") == {"direct", "pointers"}
         assert forms("7x7 of 3 channels") == forms("11x11, bfloat16") == {"few_channels", "pointers"}
 
     @pytest.mark.parametrize("name", ["7x7 of 3 channels", "7x7, strict float32", "11x11, bfloat16"])
@@ -114,5 +116,5 @@ class TestOnHopper:
 def test_another_gpu_has_those_of_its_own(name):
     with posing(A100):
         product, choices = product_of(PROBLEMS[name]), tried(name, A100)
-        assert forms(name, A100) <= {"few_channels", "sliced_k", "pointers"}
+        assert forms(name, A100) <= {"few_channels", "sliced_k", "direct", "pointers"}
         assert len(choices) > 1 and all(can_run(product, choice) for choice in choices)

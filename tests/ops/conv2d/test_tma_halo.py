@@ -26,12 +26,12 @@ from torch.nn import functional as F
 
 from tritonnn.device.activation import ACTIVATIONS
 from tritonnn.layers.fused.activation import activate
-from tritonnn.ops.conv2d.dispatch import can_run, default_choice
+from tritonnn.ops.conv2d.dispatch import can_run, candidates, default_choice
 from tritonnn.ops.conv2d.dispatch import run as run_choice
 from tritonnn.ops.conv2d.epilogue import Epilogue
-from tritonnn.ops.conv2d.forms.tma_halo import TmaHaloConfig
+from tritonnn.ops.conv2d.forms.tma_halo import TmaHaloConfig, depth_of_block
 from tritonnn.ops.conv2d.forms.tma_halo.geometry import box_rows, first_row, part
-from tritonnn.ops.conv2d.pack import pack_weight
+from tritonnn.ops.conv2d.pack import block_diagonal, pack_weight
 from tritonnn.ops.conv2d.problem import Choice, Product
 from tritonnn.runtime import hardware
 
@@ -54,7 +54,6 @@ CANNOT_RUN = {
     "5x5": dict(taps=5),
     "no padding": dict(side=34, padding=(0, 0)),
     "dilation": dict(padding=(2, 2), dilation=(2, 2)),
-    "groups": dict(groups=2),
     "strict float32": F32 | dict(input_precision="tf32x3"),
     "y is NCHW": dict(channels_last_y=False),
     "x is NCHW": dict(nchw=True),
@@ -67,7 +66,20 @@ CANNOT_RUN = {
 class TestChoice:
     def test_default_where_it_was_measured(self):
         assert default_choice(product()) == Choice(HALF_64) and can_run(product(), Choice(HALF_64))
-        assert form(product(n=127)) == form(product(k=128)) == "tma"  # too few tiles, and other channels
+        assert form(product(n=127)) == "tma"  # too few tiles
+
+    def test_default_by_rule(self):
+        """Elsewhere: where tiles lie mostly inside the images and keep the GPU busy; for few channels less so."""
+        assert form(product(n=64, c=128, side=56, k=32)) == form(product(n=64, c=256, side=14)) == "tma_halo"
+        assert form(product(n=64, c=512, side=7)) == form(product(n=1, c=256, side=28)) == "tma"
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_default_of_groups(self, stride):
+        sizes = dict(n=64, c=440, side=14, groups=55, stride=(stride, stride))
+        config, copies_x = default_choice(product(**sizes))
+        assert config.form == "tma_halo" and config.BLOCK_N == 64 and not copies_x
+        assert default_choice(product(**sizes, nchw=True)).copies_x  # into channels_last
+        assert form(product(**sizes | dict(c=220, groups=2))) == "pointers"  # half of its products would be with zeros
 
     @pytest.mark.parametrize("name", CANNOT_RUN)
     def test_what_it_cannot_run(self, name):
@@ -116,13 +128,13 @@ class TestChoice:
     @pytest.mark.parametrize(
         "sizes, copies",
         {
-            "64 channels": (dict(side=48), False),
-            "128 channels": (dict(c=128, side=24), True),
-            "256 channels": (dict(c=256, side=14), True),
-            "512 channels": (dict(c=512, side=4), True),
-            "64 to 128, stride 2": (BY_2 | dict(k=128, side=48), False),
-            "128 to 256, stride 2": (BY_2 | dict(c=128, side=24, k=256), False),
-            "256 to 512, stride 2": (BY_2 | dict(c=256, side=12, k=512), True),
+            "64 channels": (dict(side=48, padding=(0, 0)), False),
+            "128 channels": (dict(c=128, side=24, padding=(0, 0)), True),
+            "256 channels": (dict(c=256, side=14, padding=(0, 0)), True),
+            "512 channels": (dict(c=512, side=4, padding=(0, 0)), True),
+            "64 to 128, stride 2": (BY_2 | dict(k=128, side=48, padding=(0, 0)), False),
+            "128 to 256, stride 2": (BY_2 | dict(c=128, side=24, padding=(0, 0), k=256), False),
+            "256 to 512, stride 2": (BY_2 | dict(c=256, side=12, padding=(0, 0), k=512), True),
         }.values(),
         ids=str,
     )
@@ -448,6 +460,60 @@ class TestOnAGpu:
             images[2].fill_(float("nan"))
             graph.replay()
             assert torch.equal(images[1], expected)
+
+
+GROUPS_AND_ENDS = {
+    "8 channels a group, of 104": (9, 104, 28, 28, 104, 13, 1),
+    "stride 2": (9, 104, 28, 28, 104, 13, 2),
+    "4 channels a group": (9, 128, 15, 14, 128, 32, 1),
+    "24 channels a group": (20, 96, 14, 14, 96, 4, 1),
+    "7x7": (130, 440, 7, 7, 440, 55, 1),
+    "3 channels of x for 6 of y": (9, 24, 30, 30, 48, 8, 1),
+    "channels that no block divides": (9, 80, 14, 14, 200, 1, 1),
+    "few channels of y": (9, 128, 30, 20, 32, 1, 1),
+}
+"""Images, channels, rows, columns, channels of y, groups, stride."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("precision", ["bf16", "TF32, rounded on the way"])
+@pytest.mark.parametrize("case", GROUPS_AND_ENDS)
+def test_groups_and_ends_of_channels(case, precision, channels_last):
+    """Every candidate, with an epilogue, against float64 and itself."""
+    n, c, h, w, k, groups, stride = GROUPS_AND_ENDS[case]
+    dtype, input_precision = (torch.bfloat16, "ieee") if precision == "bf16" else (torch.float32, "tf32")
+    x = image(n, c, h, w, dtype=dtype, channels_last=channels_last)
+    weight = image(k, c // groups, 3, 3, dtype=dtype) / (c // groups) ** 0.5
+    scale, bias = 1 + image(k).abs(), image(k)
+    exact = F.conv2d(x.double(), weight.double(), None, stride, 1, 1, groups)
+    residual = image(*exact.shape, dtype=dtype, channels_last=channels_last)
+    exact = exact * scale.double()[:, None, None] + bias.double()[:, None, None] + residual.double()
+    y = torch.empty_like(residual)
+    epilogue = Epilogue(scale, bias, residual, "relu")
+    packed = pack_weight(weight, input_precision)
+    window = (stride, stride), (1, 1), (1, 1), groups
+    operands = Product(x, packed, y, channels_last, *window, input_precision, precision != "bf16", epilogue)
+    choices = [c for c in candidates(operands, hardware.gpu(x.device)) if c.config.form == "tma_halo"]
+    if not choices:
+        pytest.skip("the form has no candidates: mostly beside the images, or rows of no 16 bytes")
+    for choice in choices:
+        for _ in range(2):
+            y.fill_(float("nan"))
+            run_choice(operands, choice)
+            assert worst_image(y, exact.relu()) < (LIMIT[dtype] if precision == "bf16" else 2**-11), choice
+
+
+@pytest.mark.parametrize(("k", "groups", "group_c"), [(104, 13, 8), (128, 32, 4), (96, 4, 24), (64, 2, 16), (48, 8, 3)])
+def test_the_weight_of_groups_is_a_block_diagonal(k, groups, group_c):
+    group_k, block_n = k // groups, 64
+    packed = image(k, 3, 3, group_c)
+    depth = depth_of_block(group_c, group_k, k, block_n, 32)
+    expected = torch.zeros(k, 3, 3, depth, device=packed.device)
+    for row in range(k):
+        first = (row // group_k - row // block_n * block_n // group_k) * group_c
+        expected[row, :, :, first : first + group_c] = packed[row]
+    assert depth % 32 == 0 and torch.equal(block_diagonal(packed, group_k, block_n, depth), expected)
 
 
 @pytest.mark.parametrize("tile_p", [2, 8, 16])

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ...device.arithmetic import index_type, round_to_tf32, split_to_tf32
-from ...runtime.blocks import ceil_div, transpose_blocks
+from ...runtime.blocks import ceil_div, power_of_2, transpose_blocks
 from ...runtime.launch_plan import launch
 
 
@@ -85,6 +85,56 @@ def pack_filters(weight: torch.Tensor, input_precision: str, groups: int) -> tor
     if groups > 1 and weight.shape[1] == 1 and input_precision != "tf32x3":
         return channels_last(weight.transpose(0, 1)).permute(3, 1, 2, 0)
     return pack_weight(weight, input_precision)
+
+
+@triton.jit
+def block_diagonal_kernel(
+    packed_ptr,
+    y_ptr,
+    rows,
+    TAPS: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program owns BLOCK_ROWS of rows = K * TAPS rows of y."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    d = tl.arange(0, BLOCK_D)
+    k = row // TAPS
+    first = (k // BLOCK_N * BLOCK_N) // GROUP_K  # the first group of its block
+    c = d[None, :] - ((k // GROUP_K - first) * GROUP_C)[:, None]
+    mask = (row < rows)[:, None] & (d < DEPTH)[None, :]
+    weight = tl.load(packed_ptr + row[:, None] * GROUP_C + c, mask=mask & (c >= 0) & (c < GROUP_C), other=0.0)
+    tl.store(y_ptr + row[:, None] * DEPTH + d[None, :], weight, mask=mask)
+
+
+def block_diagonal(packed: torch.Tensor, group_k: int, block_n: int, depth: int) -> torch.Tensor:
+    """Filters [K, R, S, C / groups] as [K, R, S, depth]: zeros but for the channels of the row's own group.
+
+    The channels of a row are those from the first group on of its block of `block_n` rows; a group has `group_k` rows.
+    """
+    K, R, S, C = packed.shape
+    y = packed.new_empty(K, R, S, depth)
+    rows, block_d = K * R * S, power_of_2(depth, 1, 2**20)
+    block_rows = power_of_2(rows, 1, max(2048 // block_d, 1))
+    launch(
+        block_diagonal_kernel,
+        (ceil_div(rows, block_rows),),
+        packed,
+        y,
+        rows,
+        TAPS=R * S,
+        GROUP_C=C,
+        GROUP_K=group_k,
+        BLOCK_N=block_n,
+        DEPTH=depth,
+        BLOCK_ROWS=block_rows,
+        BLOCK_D=block_d,
+    )
+    return y
 
 
 def _copy(x: torch.Tensor, y: torch.Tensor, round_to_tf32: bool, split: bool) -> None:

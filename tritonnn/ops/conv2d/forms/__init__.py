@@ -7,9 +7,11 @@ from .form import Form
 
 ORDER = (
     "depthwise",
+    "direct",
     "in_registers",
     "sliced_k",
     "few_channels",
+    "matmul",
     "tma_halo",
     "tma",
     "pointers",

@@ -12,6 +12,7 @@ With stride 2 a box has of every other column the odd rows, which two rows of th
 as well.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -25,15 +26,18 @@ from .....runtime.capabilities import rounding_on_load, rounds_on_load
 from .....runtime.dependent_launch import dependent_launch
 from .....runtime.hardware import Gpu
 from .....runtime.launch_plan import launch
+from ...pack import block_diagonal
 from ...problem import Choice, Problem, Product
 from ..form import Form
-from .config import CANDIDATES, TmaHaloConfig, default_config
+from .config import CANDIDATES, TmaHaloConfig, default_config, grouped_config
 from .geometry import box_rows, edge_rows
 from .kernel import conv2d_tma_halo_forward_kernel
 
 OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_OF_A_TILE = 0.75
 """The part of the tiles with a halo that is to lie inside the images."""
+GROUPED_BLOCK_N = 64
+"""Output channels of a block where there are groups: the fewest, as the rest of its square of the weight is zeros."""
 BARRIERS = 256
 """Bytes of shared memory, at most."""
 
@@ -46,33 +50,37 @@ class TmaHaloForm(Form):
     kernels = (conv2d_tma_halo_forward_kernel,)
 
     def fits(self, product: Product) -> bool:
-        """A 3x3 filter over every pixel or, in images of even sides, every other; whole lines of 128 bytes of channels.
+        """A 3x3 filter over every pixel or, in images of even sides, every other; channels are multiples of 16 bytes.
 
-        Verified on Hopper, with some versions of Triton.
+        With a stride of 2 of 128 bytes, unless there are groups: what lies beyond x's last channel is then the next
+        column's first, and the weight is zero there. Verified on Hopper, with some versions of Triton.
         """
         x, K, stride = product.x, product.y.shape[1], tuple(product.stride)
         _, C, H, W = x.shape
-        window = *product.packed.shape[1:3], *product.padding, *product.dilation, product.groups
-        if window != (3, 3, 1, 1, 1, 1, 1) or x.dtype not in OPERANDS or not product.channels_last_y:
+        window = *product.packed.shape[1:3], *product.padding, *product.dilation
+        if window != (3, 3, 1, 1, 1, 1) or x.dtype not in OPERANDS:
             return False
         if x.dtype == torch.float32 and product.input_precision != "tf32":
             return False
         if stride not in ((1, 1), (2, 2)) or H % stride[0] != 0 or W % stride[0] != 0:
             return False
-        if C * x.element_size() % 128 != 0 or K % 64 != 0 or H * W * max(C, K) >= 2**31:
+        size = x.element_size()
+        if C * size % 16 != 0 or K * size % 16 != 0 or product.is_depthwise or H * W * max(C, K) >= 2**31:
+            return False
+        if stride != (1, 1) and product.groups == 1 and C * size % 128 != 0:
             return False
         return product.epilogue.has_aligned_residual and hardware.gluon_is_verified(x.device)
 
     def takes(self, product: Product, choice: Choice) -> bool:
         """Whether the kernel can be compiled with a configuration, shared memory and registers permitting."""
         config, stride = choice.config, product.stride[0]
-        C, (_, K, P, Q) = product.x.shape[1], product.y.shape
+        _, K, P, Q = product.y.shape
         line = 128 // product.x.element_size()
-        staging = config.STAGED or not config.IN_SLOT
+        staging = product.channels_last_y if config.STAGED else not config.IN_SLOT
         # y's box is then in one of x's
         in_slot = not config.IN_SLOT or config.TILE_P * config.BLOCK_N <= box_rows(config.TILE_P, stride) * line
         slots = min(config.X_SLOTS, config.W_SLOTS) >= 2  # one is read while the next is filled
-        divided = C % config.BLOCK_K == 0 and K % config.BLOCK_N == 0 and config.BLOCK_N % 64 == 0
+        divided = config.BLOCK_N % 64 == 0 if product.groups == 1 else config.BLOCK_N == GROUPED_BLOCK_N
         row = config.TILE_N * config.TILE_Q
         tile = row >= 8 and config.TILE_P * row >= 64 and config.num_warps >= 4  # the swizzle repeats after 8 lines
         indexed = config.TILE_N * P * Q * K < 2**31  # within a tile
@@ -82,27 +90,46 @@ class TmaHaloForm(Form):
     def default(self, product: Product) -> Choice | None:
         """On an aligned x, or where a copy of it is worth while."""
         (N, K, P, Q), C, aligned = product.y.shape, product.x.shape[1], product.is_aligned
-        rounds = product.round_x and aligned and not rounds_on_load()
-        config = default_config(N, P, Q, C, K, product.stride[0], product.x.element_size(), rounds)
-        if config is None or not self.fits(product):
+        stride, size = product.stride[0], product.x.element_size()
+        worth_a_copy = product.groups > 1 or product.reads_apart or product.rounds_often
+        if not self.fits(product) or not (aligned or worth_a_copy):
             return None
-        if aligned:
-            return Choice(config)
-        return Choice(config, copies_x=True) if product.reads_apart or product.rounds_often else None
+        if product.groups > 1:
+            wastes = depth_of_block(C // product.groups, K // product.groups, K, GROUPED_BLOCK_N, 128 // size)
+            if wastes > max(GROUPED_BLOCK_N, 2 * C // product.groups):
+                return None
+            config = grouped_config(P, Q, stride, size)
+        elif size == 2 and not product.channels_last_y:  # stores of two pixels' 4 bytes
+            config = None
+        else:
+            rounds = product.round_x and aligned and not rounds_on_load()
+            gpu = hardware.gpu(product.x.device)
+            config = default_config(N, P, Q, C, K, stride, size, rounds, gpu)
+        if config is None:
+            return None
+        if not product.channels_last_y:
+            config = dataclasses.replace(config, STAGED=False, IN_SLOT=False)
+        choice = Choice(config, copies_x=not aligned)
+        return choice if self.takes(product, choice) else None
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
         """The tiles that waste least first. TF32's x is rounded on load or on the way, unless NCHW is copied."""
         (p, q), size, stride = problem.output, problem.dtype.itemsize, problem.stride[0]
 
         def covered(config: TmaHaloConfig) -> int:
-            return config.tiles(problem.n, p, q) * config.TILE_N * config.TILE_P * config.TILE_Q
+            return config.tiles(problem.n, p, q) * config.pixels * ceil_div(problem.k, config.BLOCK_N) * config.BLOCK_N
 
-        for config in sorted(CANDIDATES[size, stride], key=covered):
-            pixels = config.TILE_N * config.TILE_P * config.TILE_Q
+        tiles = CANDIDATES[size, stride]
+        if problem.groups > 1:
+            tiles = [grouped_config(p, q, stride, size), *(tile for tile in tiles if tile.BLOCK_N == GROUPED_BLOCK_N)]
+        for config in sorted(tiles, key=covered):
             whole = config.TILE_N == 1 or (p <= config.TILE_P and q <= config.TILE_Q)  # several images: all of them
-            fits = problem.k % config.BLOCK_N == 0 and LEAST_OF_A_TILE * covered(config) <= problem.pixels
-            busy = 2 * problem.programs(pixels, config.BLOCK_N) >= gpu.multiprocessors
+            inside = LEAST_OF_A_TILE * config.tiles(problem.n, p, q) * config.pixels <= problem.pixels
+            fits = inside and config.BLOCK_N < max(2 * problem.k, 65)
+            busy = 2 * config.tiles(problem.n, p, q) * ceil_div(problem.k, config.BLOCK_N) >= gpu.multiprocessors
             if whole and fits and busy and shared_memory(config, size, stride) <= gpu.shared_memory:
+                if not problem.channels_last_y:
+                    config = dataclasses.replace(config, STAGED=False, IN_SLOT=False)
                 yield Choice(config, copies_x=not problem.channels_last_x)
 
     def run(self, product: Product, config: TmaHaloConfig) -> None:
@@ -122,7 +149,13 @@ class TmaHaloForm(Form):
             residual_desc = (
                 y_desc if epilogue.residual is None else _descriptor(_rows(epilogue.residual, 1)[:, 0], y_box)
             )
-        tiles_p, tiles_q, blocks_n = ceil_div(P, tile_p), ceil_div(Q, tile_q), K // block_n
+        tiles_p, tiles_q, blocks_n = ceil_div(P, tile_p), ceil_div(Q, tile_q), ceil_div(K, block_n)
+        group_c, group_k, depth = C // product.groups, K // product.groups, C
+        if product.groups > 1:
+            depth = depth_of_block(group_c, group_k, K, block_n, block_k)
+        expands = product.groups > 1 and depth == block_k and config.W_SLOTS >= 9
+        if product.groups > 1 and not expands:
+            weight = block_diagonal(weight, group_k, block_n, depth)
         tiles = ceil_div(N, tile_n) * tiles_p * tiles_q * blocks_n
         options = config.constants
         programs = min(tiles, options.pop("PROGRAMS") * hardware.gpu(x.device).multiprocessors)
@@ -132,7 +165,7 @@ class TmaHaloForm(Form):
             (programs,),
             _descriptor(rows, [tile_p, 1, tile_n, tile_q, block_k], **rounding),
             _descriptor(rows, [edge_rows(stride), 1, tile_n, tile_q, block_k], **rounding),
-            _descriptor(weight.view(K, -1), [block_n, block_k]),
+            weight if expands else _descriptor(weight.view(K, 9, -1), [block_n, 1, block_k]),
             epilogue.scale,
             epilogue.bias,
             residual_desc,
@@ -145,6 +178,9 @@ class TmaHaloForm(Form):
             tiles_q,
             C,
             K,
+            depth,
+            group_c,
+            group_k,
             **epilogue.flags,
             **dependent_launch(x),
             ROUND_X=round_x,
@@ -152,16 +188,24 @@ class TmaHaloForm(Form):
             WHOLE=Q == tile_q and (tile_n == 1 or P == tile_p),
             MASKED=N % tile_n != 0 or P % tile_p != 0 or Q % tile_q != 0,
             STRIDE=stride,
+            CHANNELS_LAST=product.channels_last_y,
+            EXPAND=expands,
             **options,
         )
+
+
+def depth_of_block(group_c: int, group_k: int, k: int, block_n: int, block_k: int) -> int:
+    """Channels of x, in whole blocks, that a block of output channels reads: those of all groups that it touches."""
+    firsts = range(0, k, block_n)
+    groups = max((min(first + block_n, k) - 1) // group_k - first // group_k + 1 for first in firsts)
+    return ceil_div(groups * group_c, block_k) * block_k
 
 
 def shared_memory(config: TmaHaloConfig, element_size: int, stride: int) -> int:
     """Bytes that the programs of a multiprocessor take together."""
     rows = box_rows(config.TILE_P, stride)
     lines = config.X_SLOTS * config.TILE_N * rows * config.TILE_Q + config.W_SLOTS * config.BLOCK_N
-    pixels = config.TILE_N * config.TILE_P * config.TILE_Q
-    stage = pixels * config.BLOCK_N * element_size if config.STAGED and not config.IN_SLOT else 0
+    stage = config.pixels * config.BLOCK_N * element_size if config.STAGED and not config.IN_SLOT else 0
     return config.PROGRAMS * (128 * lines + stage + BARRIERS)
 
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .....device.dependent_launch import wait_for_predecessor
 from .....device.gluon_versions import allocate_ring, barrier, load_box, of_any_size, ring_view
 from .geometry import box_rows, first_row, part
-from .pipeline import fetch_box, fetch_weight, fill_rings, place_of, round_box, round_rows, rows_of
+from .pipeline import expand_weight, fetch_box, fetch_weight, fill_rings, place_of, round_box, round_rows, rows_of
 from .store import store_from_registers, store_staged
 
 
@@ -41,6 +41,9 @@ def conv2d_tma_halo_forward_kernel(
     tiles_q,
     C: gl.constexpr,
     K: gl.constexpr,
+    DEPTH: gl.constexpr,
+    GROUP_C: gl.constexpr,
+    GROUP_K: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
@@ -53,6 +56,8 @@ def conv2d_tma_halo_forward_kernel(
     WHOLE: gl.constexpr,
     MASKED: gl.constexpr,
     STRIDE: gl.constexpr,
+    CHANNELS_LAST: gl.constexpr,
+    EXPAND: gl.constexpr,
     TILE_N: gl.constexpr,
     TILE_P: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -71,14 +76,19 @@ def conv2d_tma_halo_forward_kernel(
     weight is loaded once: the programs are a multiple of the blocks of channels, so that each keeps to one. The
     descriptors of images have the dimensions [rows, images, columns, channels], and in this order are a tile's pixels;
     x's are [H / STRIDE, STRIDE, N, W / STRIDE, STRIDE * C], in which a tap picks which of the STRIDE rows and columns.
-    y_desc and residual_desc are pointers unless y is STAGED. WHOLE: a tile is as wide as the image and, if it is of
-    several images, as high; unless it is MASKED, it lies inside. ROUND_AHEAD: a box is rounded in three parts, one
-    beside each step of the box before it, and not as a whole beside the last of them, which it would outlast.
+    y_desc and residual_desc are pointers unless y is STAGED, which it can be in CHANNELS_LAST only. WHOLE: a tile is as
+    wide as the image and, if it is of several images, as high; unless it is MASKED, it lies inside. ROUND_AHEAD: a box
+    is rounded in three parts, one beside each step of the box before it, and not as a whole beside the last of them,
+    which it would outlast. Of GROUP_C channels of x come GROUP_K of y; with several groups a block of y's channels
+    reads DEPTH channels of x, from those of its first group on, and the weight [K, 9, DEPTH] is zero where they belong
+    to others. To EXPAND, all of it stays in shared memory and is put there by the program, from [K, 9, GROUP_C] at the
+    pointer weight_desc.
     """
     BOX_ROWS: gl.constexpr = box_rows(TILE_P, STRIDE)
     BLOCK_M: gl.constexpr = TILE_N * TILE_P * TILE_Q
-    BLOCKS_N: gl.constexpr = K // BLOCK_N
-    BOXES: gl.constexpr = 3 * (C // BLOCK_K)
+    BLOCKS_N: gl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_C: gl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
+    BOXES: gl.constexpr = 3 * BLOCKS_C
     STEPS: gl.constexpr = 3 * BOXES
     RESIDENT: gl.constexpr = W_SLOTS >= STEPS
     DTYPE: gl.constexpr = x_desc.dtype
@@ -92,7 +102,7 @@ def conv2d_tma_halo_forward_kernel(
     )
 
     x_ring = allocate_ring(DTYPE, X_SLOTS, BOX_ROWS, TILE_N * TILE_Q, BLOCK_K, LINES)
-    w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS, BLOCK_N, BLOCK_K], LINES)
+    w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS, BLOCK_N, 1, BLOCK_K], gl.NVMMASharedLayout(128, BITS, 3))
     x_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
     w_bars = gl.allocate_shared_memory(gl.int64, [W_SLOTS, 1], mbarrier.MBarrierLayout())
     residual_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -109,6 +119,8 @@ def conv2d_tma_halo_forward_kernel(
     wait_for_predecessor(DEPENDENT)
     first = gl.program_id(0)
     programs = gl.num_programs(0)
+    if EXPAND:
+        expand_weight(weight_desc, w_ring, first % BLOCKS_N * BLOCK_N, K, GROUP_C, GROUP_K, num_warps)
     fill_rings(
         x_desc,
         edge_desc,
@@ -124,13 +136,17 @@ def conv2d_tma_halo_forward_kernel(
         tiles_q,
         BOXES,
         X_SLOTS - 1,
-        STEPS if RESIDENT else W_SLOTS - 1,
+        0 if EXPAND else STEPS if RESIDENT else W_SLOTS - 1,
         BLOCKS_N,
         C,
+        K,
+        GROUP_C,
+        GROUP_K,
         STRIDE,
         TILE_N,
         TILE_P,
         TILE_Q,
+        BLOCK_N,
     )
     if ROUND_X:
         mbarrier.wait(x_bars.index(0), 0)
@@ -149,7 +165,7 @@ def conv2d_tma_halo_forward_kernel(
             load_box(residual_desc, [p, n, q, k], residual_bar, y_stage)
 
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
-        for block_c in range(C // BLOCK_K):
+        for block_c in range(BLOCKS_C):
             for s in gl.static_range(3):
                 slot = box % X_SLOTS
                 if not ROUND_X:
@@ -157,13 +173,15 @@ def conv2d_tma_halo_forward_kernel(
                 for r in gl.static_range(3):
                     if RESIDENT:
                         w_slot = block_c * 9 + 3 * s + r
-                        mbarrier.wait(w_bars.index(w_slot), 0)
+                        if not EXPAND:
+                            mbarrier.wait(w_bars.index(w_slot), 0)
                     else:
                         w_slot = step % W_SLOTS
                         mbarrier.wait(w_bars.index(w_slot), step // W_SLOTS & 1)
                     x = rows_of(x_ring, slot, first_row(r, TILE_P, STRIDE), TILE_P, BOX_ROWS, LINES)
                     use_acc = True if s + r > 0 else block_c > 0
-                    acc = warpgroup_mma(w_ring.index(w_slot), x.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
+                    weight = w_ring.index(w_slot).reshape([BLOCK_N, BLOCK_K])
+                    acc = warpgroup_mma(weight, x.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
                     if r == 0 or not RESIDENT:
                         # All but this step's products are done: what they read can be overwritten.
                         acc = warpgroup_mma_wait(1, deps=[acc])
@@ -187,10 +205,14 @@ def conv2d_tma_halo_forward_kernel(
                             of_any_size(box_next % BOXES),
                             BLOCKS_N,
                             C,
+                            K,
+                            GROUP_C,
+                            GROUP_K,
                             STRIDE,
                             TILE_N,
                             TILE_P,
                             TILE_Q,
+                            BLOCK_N,
                         )
                     if not RESIDENT:
                         step_next = block_c * 9 + 3 * s + r + W_SLOTS - 1
@@ -203,7 +225,6 @@ def conv2d_tma_halo_forward_kernel(
                             tiles,
                             of_any_size(step_next % STEPS),
                             BLOCKS_N,
-                            C,
                         )
                     if ROUND_AHEAD:
                         slot_next = (box + 1) % X_SLOTS
@@ -226,10 +247,12 @@ def conv2d_tma_halo_forward_kernel(
         acc = warpgroup_mma_wait(0, deps=[acc])
 
         offs_n = k + gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
+        mask_n = offs_n < K if K % BLOCK_N else None
+        other = 0.0 if K % BLOCK_N else None
         if HAS_SCALE:
-            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n), 1).to(gl.float32)
+            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n, mask=mask_n, other=other), 1).to(gl.float32)
         if HAS_BIAS:
-            acc += gl.expand_dims(gl.load(bias_ptr + offs_n), 1).to(gl.float32)
+            acc += gl.expand_dims(gl.load(bias_ptr + offs_n, mask=mask_n, other=other), 1).to(gl.float32)
         if STAGED:
             if IN_SLOT:
                 barrier()  # every warp has read the last box
@@ -272,6 +295,7 @@ def conv2d_tma_halo_forward_kernel(
                 P,
                 Q,
                 K,
+                CHANNELS_LAST,
                 HAS_RESIDUAL,
                 ACTIVATION,
                 SLOPE,

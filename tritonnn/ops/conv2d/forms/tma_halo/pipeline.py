@@ -26,6 +26,12 @@ def place_of(
 
 
 @gluon.jit
+def first_channel(block, K: gl.constexpr, GROUP_C: gl.constexpr, GROUP_K: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The first channel of x that a block of output channels reads: that of its first group."""
+    return block * 0 if GROUP_K == K else block * BLOCK_N // GROUP_K * GROUP_C
+
+
+@gluon.jit
 def rows_of(x_ring, slot, FIRST: gl.constexpr, ROWS: gl.constexpr, BOX_ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """[ROWS * TILE_N * TILE_Q, BLOCK_K]: the rows of a box from FIRST on."""
     ROW: gl.constexpr = x_ring.shape[1]
@@ -47,18 +53,22 @@ def fetch_box(
     box,
     BLOCKS_N: gl.constexpr,
     C: gl.constexpr,
+    K: gl.constexpr,
+    GROUP_C: gl.constexpr,
+    GROUP_K: gl.constexpr,
     STRIDE: gl.constexpr,
     TILE_N: gl.constexpr,
     TILE_P: gl.constexpr,
     TILE_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):
     """Starts to load a tile's box of that number into a slot, unless there is no such tile."""
     BLOCK_K: gl.constexpr = x_ring.shape[2]
-    n, p, q, _ = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_N, TILE_P, TILE_Q)
+    n, p, q, block = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_N, TILE_P, TILE_Q)
     # The filter's column s lies STRIDE * q + s - 1 columns right of x's first.
     column = box % 3 + STRIDE - 1
     q += column // STRIDE - 1
-    c = column % STRIDE * C + box // 3 * BLOCK_K
+    c = column % STRIDE * C + box // 3 * BLOCK_K + first_channel(block, K, GROUP_C, GROUP_K, BLOCK_N)
     pred = tile < tiles
     bar = x_bars.index(slot)
     BOX_ROWS: gl.constexpr = box_rows(TILE_P, STRIDE)
@@ -77,15 +87,36 @@ def fetch_box(
 
 
 @gluon.jit
-def fetch_weight(weight_desc, w_ring, w_bars, slot, tile, tiles, step, BLOCKS_N: gl.constexpr, C: gl.constexpr):
+def fetch_weight(weight_desc, w_ring, w_bars, slot, tile, tiles, step, BLOCKS_N: gl.constexpr):
     """Starts to load the weight of a tile's step of that number into a slot, unless there is no such tile."""
     BLOCK_N: gl.constexpr = w_ring.shape[1]
-    BLOCK_K: gl.constexpr = w_ring.shape[2]
-    c = (step % 3 * 3 + step // 3 % 3) * C + step // 9 * BLOCK_K
+    BLOCK_K: gl.constexpr = w_ring.shape[3]
+    tap = step % 3 * 3 + step // 3 % 3
     pred = tile < tiles
     bar = w_bars.index(slot)
     mbarrier.expect(bar, weight_desc.block_type.nbytes, pred=pred)
-    load_box(weight_desc, [tile % BLOCKS_N * BLOCK_N, c], bar, w_ring.index(slot), pred=pred)
+    k, c = tile % BLOCKS_N * BLOCK_N, step // 9 * BLOCK_K
+    load_box(weight_desc, [k, tap, c], bar, w_ring.index(slot), pred=pred)
+
+
+@gluon.jit
+def expand_weight(
+    weight_ptr, w_ring, k, K: gl.constexpr, GROUP_C: gl.constexpr, GROUP_K: gl.constexpr, num_warps: gl.constexpr
+):
+    """Puts the weight of the block from channel k on into the slots, zero where a channel of x is of another group."""
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    BLOCK_K: gl.constexpr = w_ring.shape[3]
+    SPREAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BLOCK_K, BLOCK_K // 8], [num_warps, 1], [1, 0])
+    rows = gl.expand_dims(k + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SPREAD)), 1)
+    columns = gl.expand_dims(gl.arange(0, BLOCK_K, gl.SliceLayout(0, SPREAD)), 0)
+    c = columns - (rows // GROUP_K - k // GROUP_K) * GROUP_C
+    mask = (c >= 0) & (c < GROUP_C) & (rows < K)
+    for s in gl.static_range(3):
+        for r in gl.static_range(3):
+            weight = gl.load(weight_ptr + ((rows * 9 + 3 * r + s) * GROUP_C + c), mask=mask, other=0.0)
+            w_ring.index(3 * s + r).reshape([BLOCK_N, BLOCK_K]).store(weight)
+    fence_async_shared()
+    barrier()
 
 
 @gluon.jit
@@ -134,10 +165,14 @@ def fill_rings(
     W_LOADS: gl.constexpr,
     BLOCKS_N: gl.constexpr,
     C: gl.constexpr,
+    K: gl.constexpr,
+    GROUP_C: gl.constexpr,
+    GROUP_K: gl.constexpr,
     STRIDE: gl.constexpr,
     TILE_N: gl.constexpr,
     TILE_P: gl.constexpr,
     TILE_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):
     """Starts the first loads of a program, X_LOADS boxes and W_LOADS tiles of the weight; a tile has BOXES boxes."""
     for early in gl.static_range(X_LOADS):
@@ -154,10 +189,14 @@ def fill_rings(
             early % BOXES,
             BLOCKS_N,
             C,
+            K,
+            GROUP_C,
+            GROUP_K,
             STRIDE,
             TILE_N,
             TILE_P,
             TILE_Q,
+            BLOCK_N,
         )
     STEPS: gl.constexpr = 3 * BOXES
     for early in gl.static_range(W_LOADS):
@@ -170,5 +209,4 @@ def fill_rings(
             tiles,
             early % STEPS,
             BLOCKS_N,
-            C,
         )

@@ -19,9 +19,12 @@ def halves_of(acc, RUN: gl.constexpr):
 
 
 @gluon.jit
-def pixel_of(m, P, Q, TILE_N: gl.constexpr, TILE_Q: gl.constexpr):
-    """Where in images of P x Q pixels, from the tile's first on, those of number m in the tile are."""
-    return (m // TILE_Q % TILE_N * P + m // (TILE_N * TILE_Q)) * Q + m % TILE_Q
+def pixel_of(m, P, Q, IMAGES: gl.constexpr, TILE_N: gl.constexpr, TILE_Q: gl.constexpr):
+    """Where in images of P x Q pixels, from the tile's first on, those of number m in the tile are.
+
+    An image is as far from the next as IMAGES of one channel are large.
+    """
+    return (m // TILE_Q % TILE_N * (IMAGES * P) + m // (TILE_N * TILE_Q)) * Q + m % TILE_Q
 
 
 @gluon.jit
@@ -32,10 +35,12 @@ def store_pixels(
     n,
     p,
     q,
+    k,
     N,
     P,
     Q,
     K: gl.constexpr,
+    CHANNELS_LAST: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     ACTIVATION: gl.constexpr,
     SLOPE: gl.constexpr,
@@ -61,14 +66,26 @@ def store_pixels(
         # Of each 8 pixels the first, known to the compiler, and apart from it the place among them, which is a lane's.
         first, lane = offs_m // 8 * 8, offs_m % 8
         rows, columns = (TILE_P, TILE_Q) if WHOLE else (P, Q)
-        offs_pixel = pixel_of(first, rows, columns, TILE_N, TILE_Q) + pixel_of(lane, rows, columns, TILE_N, TILE_Q)
+        IMAGES: gl.constexpr = 1 if CHANNELS_LAST else K
+        offs_pixel = pixel_of(first, rows, columns, IMAGES, TILE_N, TILE_Q)
+        offs_pixel += pixel_of(lane, rows, columns, IMAGES, TILE_N, TILE_Q)
         inside = offs_m // TILE_Q % TILE_N < N - n
         if not WHOLE:
             inside &= (offs_m // (TILE_N * TILE_Q) < P - p) & (offs_m % TILE_Q < Q - q)
-    offs = gl.expand_dims(offs_pixel * K, 0) + gl.expand_dims(offs_n, 1)
-    mask = gl.expand_dims(inside, 0) if MASKED else None
+    if CHANNELS_LAST:
+        offs = gl.expand_dims(offs_pixel * K, 0) + gl.expand_dims(offs_n, 1)
+    else:
+        offs = gl.expand_dims(offs_pixel, 0) + gl.expand_dims(offs_n * (P * Q), 1)
+    ENDS: gl.constexpr = K % acc.shape[0] != 0  # within the last block of channels
+    mask = None
+    if MASKED and ENDS:
+        mask = gl.expand_dims(inside, 0) & gl.expand_dims(offs_n < K - k, 1)
+    elif MASKED:
+        mask = gl.expand_dims(inside, 0)
+    elif ENDS:
+        mask = gl.expand_dims(offs_n < K - k, 1)
     if HAS_RESIDUAL:
-        acc += gl.load(residual_ptr + offs, mask=mask, other=0.0 if MASKED else None).to(gl.float32)
+        acc += gl.load(residual_ptr + offs, mask=mask, other=0.0 if MASKED or ENDS else None).to(gl.float32)
     acc = finish(acc, ACTIVATION, SLOPE, ROUND_Y)
     gl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -86,6 +103,7 @@ def store_from_registers(
     P,
     Q,
     K: gl.constexpr,
+    CHANNELS_LAST: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     ACTIVATION: gl.constexpr,
     SLOPE: gl.constexpr,
@@ -101,7 +119,10 @@ def store_from_registers(
 
     With a residual in two parts: the whole of it would not fit the registers beside the sums.
     """
-    start = (n.to(gl.int64) * P * Q + p * Q + q) * K + k
+    if CHANNELS_LAST:
+        start = (n.to(gl.int64) * P * Q + p * Q + q) * K + k
+    else:
+        start = (n.to(gl.int64) * K + k) * P * Q + p * Q + q
     y_ptr += start
     residual_ptr = residual_ptr + start if HAS_RESIDUAL else y_ptr
     PARTS: gl.constexpr = 2 if HAS_RESIDUAL else 1
@@ -115,10 +136,12 @@ def store_from_registers(
             n,
             p,
             q,
+            k,
             N,
             P,
             Q,
             K,
+            CHANNELS_LAST,
             HAS_RESIDUAL,
             ACTIVATION,
             SLOPE,

@@ -1,0 +1,618 @@
+"""A filter of one tap, or a linear layer, as a matrix product: persistent, by TMA and wgmma, for Hopper GPUs, in Gluon.
+
+    y[n, m, k] = activation(bias[k] + residual[n, m, k] + scale[k] * sum over c of x[n, m, c] * weight[k, c])
+
+m numbers the pixels of an image; images in channels_last, and the rows of a linear layer, are one long image. x and y
+are each in channels_last or not: in NCHW a tile of x is [channels, pixels] and is turned round as it enters registers.
+What lies beyond the last pixel or channel TMA reads as zeros and does not write, so that no size has to divide another.
+Programs are persistent: while one tile is multiplied or stored, the ring of slots fills with the next ones.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ....device.arithmetic import FLUSH_STEPS, add, round_to_tf32, split_to_tf32
+from ....device.dependent_launch import wait_for_predecessor
+from ....device.epilogue import finish
+from ....device.gluon_versions import barrier, load_box, store_box
+from ....runtime import hardware
+from ....runtime.blocks import ceil_div, power_of_2
+from ....runtime.dependent_launch import dependent_launch
+from ....runtime.hardware import Gpu
+from ....runtime.launch_plan import launch
+from ..problem import Choice, Problem, Product
+from .form import Config, Form
+from .tma_halo.kernel import start_successor_if
+
+OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
+LEAST_CHANNELS = 16
+"""A block of the reduction has at least so many; with fewer most of it would be zeros."""
+MOST_RESIDENT_STEPS = 4
+"""Up to so many steps the whole of a block of the weight is kept."""
+BARRIERS = 1024
+"""Bytes of shared memory, at most, that a program has besides its tiles."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatmulConfig(Config):
+    """A tile of BLOCK_M pixels x BLOCK_N channels, reduced BLOCK_K channels at a time; PROGRAMS on a multiprocessor.
+
+    SLOTS tiles of x, and of the weight, in shared memory; RESIDENT: all that a program needs of the weight stays there.
+    """
+
+    form: ClassVar[str] = "matmul"
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    X_SLOTS: int
+    RESIDENT: bool
+    num_warps: int
+    PROGRAMS: int
+
+    @property
+    def notes(self) -> list[str]:
+        notes = [f"{self.X_SLOTS} slots", f"{self.PROGRAMS} a multiprocessor"]
+        return super().notes + notes + ["weight resident"] * self.RESIDENT
+
+
+class Kind(NamedTuple):
+    """A tile, and what it was measured to take: microseconds of a step of 128 bytes of channels, and of all else.
+
+    As many of them as run on a multiprocessor at a time, together; see `microseconds`.
+    """
+
+    block_m: int
+    block_n: int
+    slots: int
+    resident: bool
+    num_warps: int
+    programs: int
+    step_us: float
+    tile_us: float
+
+    def config(self, block_k: int) -> MatmulConfig:
+        return MatmulConfig(
+            BLOCK_M=self.block_m,
+            BLOCK_N=self.block_n,
+            BLOCK_K=block_k,
+            X_SLOTS=self.slots,
+            RESIDENT=self.resident,
+            num_warps=self.num_warps,
+            PROGRAMS=self.programs,
+        )
+
+
+FROM_SHARED_MEMORY = {
+    2: [
+        Kind(128, 64, 4, False, 4, 2, 0.33, 1.3),
+        Kind(128, 64, 4, True, 4, 2, 0.36, 0.85),
+        Kind(128, 256, 3, False, 8, 1, 0.62, 2.5),
+        Kind(128, 256, 3, True, 8, 1, 1.36, 0.7),
+        Kind(128, 128, 4, False, 8, 1, 0.44, 1.3),
+        Kind(128, 128, 3, True, 8, 2, 0.96, 1.3),
+        Kind(64, 128, 3, False, 4, 2, 0.43, 1.4),
+        Kind(128, 32, 3, False, 4, 3, 0.44, 1.3),
+    ],
+    4: [
+        Kind(128, 64, 3, False, 4, 2, 0.4, 1.7),
+        Kind(128, 128, 4, False, 8, 1, 0.5, 1.6),
+        Kind(128, 32, 3, False, 4, 2, 0.4, 1.4),
+    ],
+}
+"""Where both operands are read from shared memory, by the bytes of an element."""
+FROM_REGISTERS = [
+    Kind(64, 128, 3, False, 4, 2, 0.64, 0.7),
+    Kind(64, 64, 3, False, 4, 3, 0.61, 0.7),
+    Kind(128, 128, 3, False, 8, 1, 0.76, 0.7),
+    Kind(128, 32, 3, False, 4, 3, 0.8, 0.7),
+]
+"""Where x is rounded, or turned round, in registers."""
+SPLIT = [
+    Kind(64, 128, 2, False, 4, 2, 1.16, 0.7),
+    Kind(64, 64, 2, False, 4, 3, 1.01, 0.7),
+    Kind(64, 64, 3, True, 4, 3, 0.9, 0.9),
+    Kind(128, 32, 3, False, 4, 2, 1.02, 0.6),
+]
+"""Where x is split for strict float32.
+
+All as a model of the sweep of 142 layers of 64 images, H200 (benchmarks/results): its choices take 4 % longer than the
+best of 22 kinds in bfloat16, 1 % in float32.
+"""
+
+
+@gluon.jit
+def place_of(tile, blocks_n, blocks_of_image, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(image, pixel, output channel) at which a tile begins."""
+    block_m = tile // blocks_n
+    return block_m // blocks_of_image, block_m % blocks_of_image * BLOCK_M, tile % blocks_n * BLOCK_N
+
+
+@gluon.jit
+def fetch_weight(weight_desc, w_slots, first, bar, k, c, K, SPLIT: gl.constexpr, pred):
+    """Starts to load a tile of the weight and, SPLIT, of what its rounding to TF32 left, K rows below."""
+    load_box(weight_desc, [k, c], bar, w_slots.index(first), pred=pred)
+    if SPLIT:
+        load_box(weight_desc, [K + k, c], bar, w_slots.index(first + 1), pred=pred)
+
+
+@gluon.jit
+def fetch(
+    x_desc,
+    weight_desc,
+    x_ring,
+    x_bars,
+    w_ring,
+    w_bars,
+    slot,
+    pred,
+    n,
+    m,
+    k,
+    step,
+    K,
+    CHANNELS_LAST_X: gl.constexpr,
+    SPLIT: gl.constexpr,
+    RESIDENT: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+):
+    """Starts to load x, and the weight unless it is RESIDENT, for a step of the tile at (n, m, k)."""
+    PARTS: gl.constexpr = 2 if SPLIT else 1
+    c = step * BLOCK_K
+    # Together, as the compiler has all warps wait between the two operations on one kind of barrier.
+    mbarrier.expect(x_bars.index(slot), x_desc.block_type.nbytes, pred=pred)
+    if not RESIDENT:
+        mbarrier.expect(w_bars.index(slot), PARTS * weight_desc.block_type.nbytes, pred=pred)
+    if CHANNELS_LAST_X:
+        load_box(x_desc, [n, m, c], x_bars.index(slot), x_ring.index(slot), pred=pred)
+    else:
+        load_box(x_desc, [n, c, m], x_bars.index(slot), x_ring.index(slot), pred=pred)
+    if not RESIDENT:
+        fetch_weight(weight_desc, w_ring, slot * PARTS, w_bars.index(slot), k, c, K, SPLIT, pred)
+
+
+@gluon.jit
+def next_step(
+    step, tile, n, m, k, steps, programs, blocks_n, blocks_of_image, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """The step after one, and its tile and place; divisions are for each tile only."""
+    step += 1
+    if step == steps:
+        step = 0
+        tile += programs
+        n, m, k = place_of(tile, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
+    return step, tile, n, m, k
+
+
+@gluon.jit
+def load_pixels(
+    x_ring, slot, CHANNELS_LAST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """[BLOCK_M, BLOCK_K] of a slot in registers."""
+    if CHANNELS_LAST:
+        x = x_ring.index(slot).reshape([BLOCK_M, BLOCK_K]).load(LAYOUT)
+    else:
+        x = x_ring.index(slot).reshape([BLOCK_K, BLOCK_M]).permute([1, 0]).load(LAYOUT)
+    return x
+
+
+@gluon.jit(do_not_specialize=["tiles", "blocks_n", "blocks_of_image", "steps", "K"])
+def conv2d_matmul_forward_kernel(
+    x_desc,
+    weight_desc,
+    scale_ptr,
+    bias_ptr,
+    residual_desc,
+    y_desc,
+    tiles,
+    blocks_n,
+    blocks_of_image,
+    steps,
+    K,
+    HAS_SCALE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    SLOPE: gl.constexpr,
+    ROUND_Y: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+    INPUT_PRECISION: gl.constexpr,
+    ROUND_X: gl.constexpr,
+    CHANNELS_LAST_X: gl.constexpr,
+    CHANNELS_LAST_Y: gl.constexpr,
+    FLUSH: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    X_SLOTS: gl.constexpr,
+    RESIDENT: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """A program owns every num_programs-th tile of BLOCK_M pixels x BLOCK_N channels.
+
+    acc [pixels, channels] = x @ weight.T. Both are read from shared memory or, where x is to be rounded to TF32, split
+    for float32 ("tf32x3") or turned round, x from registers. In "tf32x3" weight_desc has K rows below what the rounding
+    of the weight left, and the sums of FLUSH steps, where there are more (else 0), are added up apart, so that few
+    float32 additions follow each other. RESIDENT, the number of steps or 0: the weight is loaded once; the programs are
+    a multiple of the blocks of channels, so that each keeps to one. Descriptors are [images, pixels, channels] in
+    channels_last, else [images, channels, pixels].
+    """
+    SPLIT: gl.constexpr = INPUT_PRECISION == "tf32x3"
+    IN_REGISTERS: gl.constexpr = SPLIT or ROUND_X or not CHANNELS_LAST_X
+    PARTS: gl.constexpr = 2 if SPLIT else 1
+    DTYPE: gl.constexpr = x_desc.dtype
+    BITS: gl.constexpr = DTYPE.primitive_bitwidth
+    W_SLOTS: gl.constexpr = PARTS * (RESIDENT if RESIDENT else X_SLOTS)
+    # A step's slot is free once x is in registers, and else when the next step's products have begun.
+    AHEAD: gl.constexpr = X_SLOTS if IN_REGISTERS else X_SLOTS - 1
+    WARPS_M: gl.constexpr = num_warps if BLOCK_M >= 16 * num_warps else BLOCK_M // 16
+    WARPS_N: gl.constexpr = num_warps // WARPS_M
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS_M, WARPS_N], instr_shape=[16, BLOCK_N // WARPS_N, 256 // BITS]
+    )
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
+
+    x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS] + x_desc.block_type.shape, x_desc.layout)
+    w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS] + weight_desc.block_type.shape, weight_desc.layout)
+    y_stage = gl.allocate_shared_memory(DTYPE, y_desc.block_type.shape, y_desc.layout)
+    x_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
+    w_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
+    residual_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(X_SLOTS):
+        mbarrier.init(x_bars.index(i), count=1)
+        mbarrier.init(w_bars.index(i), count=1)
+    mbarrier.init(residual_bar, count=1)
+    fence_async_shared()
+    barrier()
+
+    wait_for_predecessor(DEPENDENT)
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    if RESIDENT:
+        bar, k = w_bars.index(0), first % blocks_n * BLOCK_N
+        mbarrier.expect(bar, W_SLOTS * weight_desc.block_type.nbytes)
+        for i in gl.static_range(RESIDENT):
+            fetch_weight(weight_desc, w_ring, i * PARTS, bar, k, i * BLOCK_K, K, SPLIT, True)
+    ahead_step, ahead_tile = first * 0, first  # what is fetched next
+    ahead_n, ahead_m, ahead_k = place_of(first, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
+    for i in gl.static_range(AHEAD):
+        fetch(
+            x_desc,
+            weight_desc,
+            x_ring,
+            x_bars,
+            w_ring,
+            w_bars,
+            i,
+            ahead_tile < tiles,
+            ahead_n,
+            ahead_m,
+            ahead_k,
+            ahead_step,
+            K,
+            CHANNELS_LAST_X,
+            SPLIT,
+            RESIDENT,
+            BLOCK_K,
+        )
+        ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = next_step(
+            ahead_step,
+            ahead_tile,
+            ahead_n,
+            ahead_m,
+            ahead_k,
+            steps,
+            programs,
+            blocks_n,
+            blocks_of_image,
+            BLOCK_M,
+            BLOCK_N,
+        )
+    if RESIDENT:
+        mbarrier.wait(w_bars.index(0), 0)
+    if IN_REGISTERS:
+        mbarrier.wait(x_bars.index(0), 0)
+        x = load_pixels(x_ring, 0, CHANNELS_LAST_X, BLOCK_M, BLOCK_K, OPERAND)
+
+    count = first * 0  # steps that this program has begun
+    stored = first * 0
+    for tile in range(first, tiles, programs):
+        n, m, k = place_of(tile, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
+        if HAS_RESIDUAL:
+            tma.store_wait(0)
+            barrier()
+            mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
+            if CHANNELS_LAST_Y:
+                load_box(residual_desc, [n, m, k], residual_bar, y_stage)
+            else:
+                load_box(residual_desc, [n, k, m], residual_bar, y_stage)
+
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACC)
+        part = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACC)
+        for step in range(steps):
+            slot = count % X_SLOTS
+            phase = count // X_SLOTS & 1
+            if not IN_REGISTERS:
+                mbarrier.wait(x_bars.index(slot), phase)
+            if RESIDENT:
+                w_slot = step * PARTS
+            else:
+                w_slot = slot * PARTS
+                mbarrier.wait(w_bars.index(slot), phase)
+            weight = w_ring.index(w_slot).permute([1, 0])
+            if not IN_REGISTERS:
+                x_lines = x_ring.index(slot).reshape([BLOCK_M, BLOCK_K])
+                acc = warpgroup_mma(x_lines, weight, acc, use_acc=step > 0, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])  # all but this step's products are done
+            else:
+                if SPLIT:
+                    rest = w_ring.index(w_slot + 1).permute([1, 0])
+                    high, low = split_to_tf32(x)
+                    products = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACC)
+                    products = warpgroup_mma(low, weight, products, use_acc=False, is_async=True)
+                    products = warpgroup_mma(high, rest, products, is_async=True)
+                    products = warpgroup_mma(high, weight, products, is_async=True)
+                else:
+                    rounded = round_to_tf32(x) if ROUND_X else x
+                    acc = warpgroup_mma(rounded, weight, acc, use_acc=step > 0, is_async=True)
+                # Meanwhile the next step's x comes into registers; this step's are kept until its products are done.
+                has_next = (step + 1 < steps) | (tile + programs < tiles)
+                slot_next = (count + 1) % X_SLOTS
+                mbarrier.wait(x_bars.index(slot_next), (count + 1) // X_SLOTS & 1, pred=has_next)
+                x = load_pixels(x_ring, slot_next, CHANNELS_LAST_X, BLOCK_M, BLOCK_K, OPERAND)
+                if SPLIT:
+                    products, high, low = warpgroup_mma_wait(0, deps=[products, high, low])
+                    part = add(part, products)
+                    if FLUSH:
+                        if (step + 1) % FLUSH == 0:
+                            acc += part
+                            part = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACC)
+                else:
+                    acc, rounded = warpgroup_mma_wait(0, deps=[acc, rounded])
+            barrier()  # for all warps
+            fetch(
+                x_desc,
+                weight_desc,
+                x_ring,
+                x_bars,
+                w_ring,
+                w_bars,
+                (count + AHEAD) % X_SLOTS,
+                ahead_tile < tiles,
+                ahead_n,
+                ahead_m,
+                ahead_k,
+                ahead_step,
+                K,
+                CHANNELS_LAST_X,
+                SPLIT,
+                RESIDENT,
+                BLOCK_K,
+            )
+            ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = next_step(
+                ahead_step,
+                ahead_tile,
+                ahead_n,
+                ahead_m,
+                ahead_k,
+                steps,
+                programs,
+                blocks_n,
+                blocks_of_image,
+                BLOCK_M,
+                BLOCK_N,
+            )
+            count += 1
+        if DEPENDENT:
+            start_successor_if(tile + programs >= tiles)
+        if not IN_REGISTERS:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+        if SPLIT:
+            acc = acc + part if FLUSH else part
+
+        offs_n = k + gl.arange(0, BLOCK_N, gl.SliceLayout(0, ACC))
+        if HAS_SCALE:
+            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0), 0)
+        if HAS_BIAS:
+            acc += gl.expand_dims(gl.load(bias_ptr + offs_n, mask=offs_n < K, other=0.0), 0)
+        if CHANNELS_LAST_Y:
+            y_lines = y_stage.reshape([BLOCK_M, BLOCK_N])
+        else:
+            y_lines = y_stage.reshape([BLOCK_N, BLOCK_M]).permute([1, 0])
+        if HAS_RESIDUAL:
+            mbarrier.wait(residual_bar, stored & 1)
+            acc += y_lines.load(ACC).to(gl.float32)
+        else:
+            tma.store_wait(0)
+        acc = finish(acc, ACTIVATION, SLOPE, ROUND_Y)
+        barrier()
+        y_lines.store(acc.to(DTYPE))
+        fence_async_shared()
+        barrier()
+        if CHANNELS_LAST_Y:
+            store_box(y_desc, [n, m, k], y_stage)
+        else:
+            store_box(y_desc, [n, k, m], y_stage)
+        stored += 1
+    tma.store_wait(0)
+
+
+class MatmulForm(Form):
+    """A filter of one tap over every pixel, also a linear layer; x and y of whole multiples of 16 bytes."""
+
+    config = MatmulConfig
+    kernels = (conv2d_matmul_forward_kernel,)
+    most_candidates = 10
+    most_beside_others = 10
+
+    def fits(self, product: Product) -> bool:
+        """Rows of channels, or in NCHW of an image's pixels, are multiples of 16 bytes. Verified on Hopper."""
+        x, y, size = product.x, product.y, product.x.element_size()
+        window = product.taps, *product.stride, *product.padding, product.groups
+        if window != (1, 1, 1, 0, 0, 1) or x.dtype not in OPERANDS or not product.on_tensor_cores:
+            return False
+        (C, H, W), K = x.shape[1:], y.shape[1]
+        if x.data_ptr() % 16 != 0 or not product.epilogue.has_aligned_residual or not _is_dense(x):
+            return False
+        rows_x = C if x.stride(1) == 1 else H * W
+        rows_y = K if product.channels_last_y else H * W
+        return (
+            C >= LEAST_CHANNELS
+            and C * size % 16 == rows_x * size % 16 == rows_y * size % 16 == 0
+            and hardware.gluon_is_verified(x.device)
+        )
+
+    def takes(self, product: Product, choice: Choice) -> bool:
+        config, split = choice.config, product.input_precision == "tf32x3"
+        size, C = product.x.element_size(), product.x.shape[1]
+        lines = config.BLOCK_K * size in (32, 64, 128)
+        tile = config.BLOCK_M % 64 == 0 and config.BLOCK_N >= 16 and config.X_SLOTS >= 2 and config.num_warps >= 4
+        memory = shared_memory(config, size, ceil_div(C, config.BLOCK_K), split)
+        return lines and tile and not choice.copies_x and memory <= hardware.gpu(product.x.device).shared_memory
+
+    def default(self, product: Product) -> Choice | None:
+        """None where tiles are few: the form TMA, which is not persistent, then starts earlier."""
+        if not self.fits(product):
+            return None
+        x, (N, K, P, Q) = product.x, product.y.shape
+        last_x, split = x.stride(1) == 1, product.input_precision == "tf32x3"
+        kinds = kinds_of(x.element_size(), last_x, split, product.round_x)
+        images, pixels = (1, N * P * Q) if last_x and product.channels_last_y else (N, P * Q)
+        gpu = hardware.gpu(x.device)
+        found = ranked(kinds, images, pixels, x.shape[1], K, x.element_size(), split, gpu)
+        if not found or 2 * tiles_of(found[0], images, pixels, K) < gpu.multiprocessors:
+            return None
+        return Choice(found[0])
+
+    def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
+        split, size = problem.input_precision == "tf32x3", problem.dtype.itemsize
+        kinds = kinds_of(size, problem.channels_last_x, split, problem.round_x)
+        flat, (p, q) = problem.channels_last_x and problem.channels_last_y, problem.output
+        images, pixels = (1, problem.pixels) if flat else (problem.n, p * q)
+        yield from map(Choice, ranked(kinds, images, pixels, problem.c, problem.k, size, split, gpu))
+
+    def run(self, product: Product, config: MatmulConfig) -> None:
+        x, weight, y, epilogue = product.x, product.packed, product.y, product.epilogue
+        C, K = x.shape[1], y.shape[1]
+        split = product.input_precision == "tf32x3"
+        last_x, last_y = x.stride(1) == 1, product.channels_last_y
+        flat = last_x and last_y
+        block_m, block_n, block_k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+        x_rows, x_box = _image(x, last_x, flat), [1, block_m, block_k] if last_x else [1, block_k, block_m]
+        y_rows, y_box = _image(y, last_y, flat), [1, block_m, block_n] if last_y else [1, block_n, block_m]
+        y_desc = _descriptor(y_rows, y_box)
+        residual_desc = y_desc
+        if epilogue.residual is not None:
+            residual_desc = _descriptor(_image(epilogue.residual, last_y, flat), y_box)
+        pixels = y.shape[2] * y.shape[3] * (y.shape[0] if flat else 1)
+        blocks_of_image, blocks_n, steps = ceil_div(pixels, block_m), ceil_div(K, block_n), ceil_div(C, block_k)
+        tiles = blocks_n * blocks_of_image * (1 if flat else y.shape[0])
+        options = config.constants
+        programs = min(tiles, options.pop("PROGRAMS") * hardware.gpu(x.device).multiprocessors)
+        if options.pop("RESIDENT"):
+            programs = max(programs - programs % blocks_n, blocks_n)
+        launch(
+            conv2d_matmul_forward_kernel,
+            (programs,),
+            _descriptor(x_rows, x_box),
+            _descriptor(weight.view(-1, C), [block_n, block_k]),
+            epilogue.scale,
+            epilogue.bias,
+            residual_desc,
+            y_desc,
+            tiles,
+            blocks_n,
+            blocks_of_image,
+            steps,
+            K,
+            **epilogue.flags,
+            **dependent_launch(x),
+            INPUT_PRECISION=product.input_precision,
+            ROUND_X=product.round_x,
+            CHANNELS_LAST_X=last_x,
+            CHANNELS_LAST_Y=last_y,
+            FLUSH=FLUSH_STEPS if split and steps > FLUSH_STEPS else 0,
+            RESIDENT=steps if config.RESIDENT else 0,
+            **options,
+        )
+
+
+def kinds_of(element_size: int, channels_last_x: bool, split: bool, round_x: bool) -> list[Kind]:
+    if split:
+        return SPLIT
+    return FROM_REGISTERS if round_x or not channels_last_x else FROM_SHARED_MEMORY[element_size]
+
+
+def tiles_of(tile: Kind | MatmulConfig, images: int, pixels: int, k: int) -> int:
+    """That cover y, of `images` of so many pixels."""
+    block_m, block_n = (tile.block_m, tile.block_n) if isinstance(tile, Kind) else (tile.BLOCK_M, tile.BLOCK_N)
+    return images * ceil_div(pixels, block_m) * ceil_div(k, block_n)
+
+
+def ranked(
+    kinds: list[Kind], images: int, pixels: int, c: int, k: int, element_size: int, split: bool, gpu: Gpu
+) -> list[MatmulConfig]:
+    """Those that a product may have, the fastest by the model first."""
+    block_k = power_of_2(c, LEAST_CHANNELS, 128 // element_size)
+    steps = ceil_div(c, block_k)
+
+    def microseconds(kind: Kind) -> float:
+        """As many rounds as it takes for all tiles to have run, each of so many steps and the rest."""
+        rounds = ceil_div(tiles_of(kind, images, pixels, k), kind.programs * gpu.multiprocessors)
+        return rounds * (steps * kind.step_us * block_k * element_size / 128 + kind.tile_us)
+
+    def suits(kind: Kind) -> bool:
+        wide = kind.block_n >= 2 * k and kind.block_n > min(kind.block_n for kind in kinds)
+        many = tiles_of(kind, images, pixels, k) >= 2 * kind.programs * gpu.multiprocessors
+        stays = steps <= MOST_RESIDENT_STEPS and many
+        fits = shared_memory(kind.config(block_k), element_size, steps, split) <= gpu.shared_memory
+        return fits and not wide and (stays or not kind.resident)
+
+    return [kind.config(block_k) for kind in sorted(filter(suits, kinds), key=microseconds)]
+
+
+def shared_memory(config: MatmulConfig, element_size: int, steps: int, split: bool) -> int:
+    """Bytes that the programs of a multiprocessor take together."""
+    weights = (2 if split else 1) * (steps if config.RESIDENT else config.X_SLOTS) * config.BLOCK_N
+    lines = config.X_SLOTS * config.BLOCK_M + weights
+    tile = config.BLOCK_M * config.BLOCK_N
+    return config.PROGRAMS * (element_size * (lines * config.BLOCK_K + tile) + BARRIERS)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether x is dense in channels_last or NCHW."""
+    return x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
+
+
+def _image(x: torch.Tensor, channels_last: bool, flat: bool) -> torch.Tensor:
+    """x [N, C, H, W] as [images, pixels, channels] or [images, channels, pixels], flat: as one image."""
+    N, C, H, W = x.shape
+    if flat:
+        return x.as_strided((1, N * H * W, C), (N * H * W * C, C, 1))
+    if channels_last:
+        return x.as_strided((N, H * W, C), (H * W * C, C, 1))
+    return x.as_strided((N, C, H * W), (H * W * C, H * W, 1))
+
+
+@functools.lru_cache
+def _layout(line: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(min(line, 128), bits, rank)
+
+
+def _descriptor(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
+    layout = _layout(box[-1] * x.element_size(), 8 * x.element_size(), len(box))
+    return TensorDescriptor.from_tensor(x, box, layout)
