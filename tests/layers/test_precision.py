@@ -234,6 +234,9 @@ TF32_IN_CUDNN = {
     "64 to 128, 1x1/2": ((64, 128, 1), {"stride": 2}, (16, 56)),
     "1024 to 256, 1x1": ((1024, 256, 1), {}, (16, 14)),
     "in 4 groups": ((256, 256, 3), {"padding": 1, "groups": 4}, (32, 28)),
+    "in 32 groups of 4": ((128, 128, 3), {"padding": 1, "groups": 32}, (8, 56)),
+    "16 to 96, 1x1": ((16, 96, 1), {}, (16, 112)),
+    "32 to 192, 1x1": ((32, 192, 1), {}, (64, 28)),
 }
 
 
@@ -291,6 +294,20 @@ def test_tf32_where_it_saves_time(case, tf32, ampere):
     assert chosen(TF32_IN_CUDNN[case], channels_last=True) == "tf32"
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     assert chosen(TF32_IN_CUDNN[case], channels_last=True) != "tf32"
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    {
+        "much work": (((256, 512, 1), {}, (64, 28)), "tf32"),
+        "less": (((256, 128, 1), {}, (2, 28)), "tf32x3"),
+        "every other pixel": (((64, 384, 1), {"stride": 2}, (64, 28)), "tf32x3"),
+        "few filters": (((144, 24, 1), {}, (64, 56)), "tf32x3"),
+    }.values(),
+    ids=str,
+)
+def test_one_tap_of_nchw_is_in_tf32_where_it_is_much_work(case, expected, tf32, ampere):
+    assert chosen(case, channels_last=False) == expected
 
 
 @pytest.mark.parametrize("flag", ["ieee", "tf32"])

@@ -16,6 +16,8 @@ CONVOLUTION, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 TINY_REDUCTION, SHORT_REDUCTION = 48, 256
 FEW_CHANNELS, FEW_FILTERS, FEW_PIXELS = 40, 15, 1 << 16
 """cuDNN computes in float32 what has no more channels or filters in a group, or output pixels, or has short sums."""
+MUCH_WORK, MANY_PIXELS = 10**8, 1 << 14
+"""Products of a filter of one tap, and pixels of groups, from which on cuDNN was found to use TF32."""
 
 
 def _on_tensor_cores(x: torch.Tensor) -> bool:
@@ -50,15 +52,25 @@ def matmuls_in_tf32() -> bool:
     return MATMUL.fp32_precision == "tf32"
 
 
-def convolution_in_tf32(pixels: int, weight_shape: Sequence[int], groups: int, channels_last: bool) -> bool:
+def convolution_in_tf32(
+    pixels: int, weight_shape: Sequence[int], groups: int, channels_last: bool, every_pixel: bool = False
+) -> bool:
     """Whether a convolution with so many pixels in its output, of all images, uses TF32 where that is allowed.
+
+    `every_pixel`: it has one tap and as many pixels as its input.
 
     Its result is to be no less precise than cuDNN's, which computes many convolutions in float32 although TF32 is
     allowed. Which ones depends on all sizes, in no simple way; of 6,600 tried on an H100 all those are small, or wait
-    for memory rather than for the tensor cores, so that strict float32 costs little there.
+    for memory rather than for the tensor cores, so that strict float32 costs little there. Of 2,500 on an H200 all of
+    two kinds were in TF32: 353 of much work under a filter of one tap over every pixel, and 24 of groups of channels
+    as many as filters, on many pixels of channels_last images.
     """
     K, C, R, S = weight_shape
     filters, reduction = K // groups, C * R * S
+    if every_pixel and groups == 1 and C >= 16 and filters >= 32 and C * filters * pixels >= MUCH_WORK:
+        return True
+    if groups > 1 and channels_last and R * S > 1 and filters == C and C % 4 == 0 and pixels >= MANY_PIXELS:
+        return True
     if (
         C == 1
         or filters < 8
@@ -76,7 +88,10 @@ def convolution_in_tf32(pixels: int, weight_shape: Sequence[int], groups: int, c
 def convolution_input_precision(x: torch.Tensor, weight: torch.Tensor, pixels: int) -> str:
     """For a convolution of x [(N,) C, H, W] with a weight [K, C / groups, R, S] and `pixels` N * P * Q."""
     groups = x.shape[-3] // weight.shape[1]
-    in_tf32 = convolutions_in_tf32() and convolution_in_tf32(pixels, weight.shape, groups, is_channels_last(x))
+    every_pixel = weight.shape[2:] == (1, 1) and x.numel() == pixels * x.shape[-3]
+    in_tf32 = convolutions_in_tf32() and convolution_in_tf32(
+        pixels, weight.shape, groups, is_channels_last(x), every_pixel
+    )
     return _input_precision(x, weight[0].numel(), weight.shape[0] // groups, in_tf32)
 
 
