@@ -11,10 +11,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .....device.dependent_launch import wait_for_predecessor
-from .....device.gluon_versions import allocate_ring, barrier, load_box, of_any_size, ring_view
-from .geometry import box_rows, first_row, part
-from .pipeline import expand_weight, fetch_box, fetch_weight, fill_rings, place_of, round_box, round_rows, rows_of
-from .store import store_from_registers, store_staged
+from .....device.gluon_versions import allocate_ring, barrier, ring_view
+from .geometry import box_rows, first_row
+from .pipeline import (
+    expand_weight,
+    fetch_next_box,
+    fetch_next_weight,
+    fill_rings,
+    place_of,
+    round_next_box,
+    round_part_of_next_box,
+    rows_of,
+    wait_for_load,
+    wait_for_weight,
+)
+from .store import fetch_residual, scaled, store_from_registers, store_staged, wait_for_stores
 
 
 @gluon.jit
@@ -116,41 +127,24 @@ def conv2d_tma_halo_forward_kernel(
     fence_async_shared()
     barrier()
 
+    images = (x_desc, edge_desc, x_ring, x_bars)
+    weights = (weight_desc, w_ring, w_bars)
+    grid = (tiles, tiles_p, tiles_q)
+    TILE: gl.constexpr = (TILE_N, TILE_P, TILE_Q)
+    CHANNELS: gl.constexpr = (C, K, GROUP_C, GROUP_K)
+
     wait_for_predecessor(DEPENDENT)
     first = gl.program_id(0)
     programs = gl.num_programs(0)
     if EXPAND:
         expand_weight(weight_desc, w_ring, first % BLOCKS_N * BLOCK_N, K, GROUP_C, GROUP_K, num_warps)
+    X_LOADS: gl.constexpr = X_SLOTS - 1
+    W_LOADS: gl.constexpr = 0 if EXPAND else STEPS if RESIDENT else W_SLOTS - 1
     fill_rings(
-        x_desc,
-        edge_desc,
-        weight_desc,
-        x_ring,
-        x_bars,
-        w_ring,
-        w_bars,
-        first,
-        programs,
-        tiles,
-        tiles_p,
-        tiles_q,
-        BOXES,
-        X_SLOTS - 1,
-        0 if EXPAND else STEPS if RESIDENT else W_SLOTS - 1,
-        BLOCKS_N,
-        C,
-        K,
-        GROUP_C,
-        GROUP_K,
-        STRIDE,
-        TILE_N,
-        TILE_P,
-        TILE_Q,
-        BLOCK_N,
+        images, weights, first, programs, grid, BOXES, X_LOADS, W_LOADS, BLOCKS_N, CHANNELS, STRIDE, TILE, BLOCK_N
     )
     if ROUND_X:
-        mbarrier.wait(x_bars.index(0), 0)
-        round_box(x_ring, 0, STRIDE, TILE_P, LINES, num_warps)
+        round_next_box(x_ring, x_bars, 0, True, STRIDE, TILE_P, LINES, num_warps)
 
     box = 0  # boxes and steps that this program has begun
     step = 0
@@ -159,25 +153,17 @@ def conv2d_tma_halo_forward_kernel(
         n, p, q, block = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_N, TILE_P, TILE_Q)
         k = block * BLOCK_N
         if HAS_RESIDUAL and STAGED and not IN_SLOT:
-            tma.store_wait(0)
-            barrier()
-            mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
-            load_box(residual_desc, [p, n, q, k], residual_bar, y_stage)
+            wait_for_stores()
+            fetch_residual(residual_desc, residual_bar, y_stage, n, p, q, k)
 
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
         for block_c in range(BLOCKS_C):
             for s in gl.static_range(3):
                 slot = box % X_SLOTS
                 if not ROUND_X:
-                    mbarrier.wait(x_bars.index(slot), box // X_SLOTS & 1)
+                    wait_for_load(x_bars, box)
                 for r in gl.static_range(3):
-                    if RESIDENT:
-                        w_slot = block_c * 9 + 3 * s + r
-                        if not EXPAND:
-                            mbarrier.wait(w_bars.index(w_slot), 0)
-                    else:
-                        w_slot = step % W_SLOTS
-                        mbarrier.wait(w_bars.index(w_slot), step // W_SLOTS & 1)
+                    w_slot = wait_for_weight(w_bars, step, block_c, 3 * s + r, RESIDENT, EXPAND)
                     x = rows_of(x_ring, slot, first_row(r, TILE_P, STRIDE), TILE_P, BOX_ROWS, LINES)
                     use_acc = True if s + r > 0 else block_c > 0
                     weight = w_ring.index(w_slot).reshape([BLOCK_N, BLOCK_K])
@@ -191,68 +177,36 @@ def conv2d_tma_halo_forward_kernel(
                     elif r == 2:
                         acc = warpgroup_mma_wait(3, deps=[acc])  # waits for nothing: a loop carries only tensors
                     if r == 0:
-                        box_next = block_c * 3 + s + X_SLOTS - 1
-                        fetch_box(
-                            x_desc,
-                            edge_desc,
-                            x_ring,
-                            x_bars,
-                            (box + X_SLOTS - 1) % X_SLOTS,
-                            tile + box_next // BOXES * programs,
-                            tiles,
-                            tiles_p,
-                            tiles_q,
-                            of_any_size(box_next % BOXES),
+                        fetch_next_box(
+                            images,
+                            box,
+                            tile,
+                            block_c,
+                            s,
+                            programs,
+                            grid,
+                            BOXES,
                             BLOCKS_N,
-                            C,
-                            K,
-                            GROUP_C,
-                            GROUP_K,
+                            CHANNELS,
                             STRIDE,
-                            TILE_N,
-                            TILE_P,
-                            TILE_Q,
+                            TILE,
                             BLOCK_N,
                         )
                     if not RESIDENT:
-                        step_next = block_c * 9 + 3 * s + r + W_SLOTS - 1
-                        fetch_weight(
-                            weight_desc,
-                            w_ring,
-                            w_bars,
-                            (step + W_SLOTS - 1) % W_SLOTS,
-                            tile + step_next // STEPS * programs,
-                            tiles,
-                            of_any_size(step_next % STEPS),
-                            BLOCKS_N,
-                        )
+                        fetch_next_weight(weights, step, tile, block_c, 3 * s + r, programs, tiles, STEPS, BLOCKS_N)
                     if ROUND_AHEAD:
-                        slot_next = (box + 1) % X_SLOTS
-                        if r == 0:
-                            has_next = (tile + (block_c * 3 + s + 1) // BOXES * programs) < tiles
-                            mbarrier.wait(x_bars.index(slot_next), (box + 1) // X_SLOTS & 1, pred=has_next)
-                        round_rows(x_ring, slot_next, part(r, TILE_P, STRIDE), BOX_ROWS, LINES, num_warps)
-                        if r == 2:
-                            fence_async_shared()
-                            barrier()
+                        has_next = tile + (block_c * 3 + s + 1) // BOXES * programs < tiles
+                        round_part_of_next_box(x_ring, x_bars, box + 1, has_next, r, STRIDE, TILE_P, LINES, num_warps)
                     step += 1
                 box += 1
                 if ROUND_X and not ROUND_AHEAD:
-                    slot_next = box % X_SLOTS
-                    has_next = (tile + (block_c * 3 + s + 1) // BOXES * programs) < tiles
-                    mbarrier.wait(x_bars.index(slot_next), box // X_SLOTS & 1, pred=has_next)
-                    round_box(x_ring, slot_next, STRIDE, TILE_P, LINES, num_warps)
+                    has_next = tile + (block_c * 3 + s + 1) // BOXES * programs < tiles
+                    round_next_box(x_ring, x_bars, box, has_next, STRIDE, TILE_P, LINES, num_warps)
         if DEPENDENT:
             start_successor_if(tile + programs >= tiles)
         acc = warpgroup_mma_wait(0, deps=[acc])
 
-        offs_n = k + gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
-        mask_n = offs_n < K if K % BLOCK_N else None
-        other = 0.0 if K % BLOCK_N else None
-        if HAS_SCALE:
-            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n, mask=mask_n, other=other), 1).to(gl.float32)
-        if HAS_BIAS:
-            acc += gl.expand_dims(gl.load(bias_ptr + offs_n, mask=mask_n, other=other), 1).to(gl.float32)
+        acc = scaled(acc, scale_ptr, bias_ptr, k, K, HAS_SCALE, HAS_BIAS)
         if STAGED:
             if IN_SLOT:
                 barrier()  # every warp has read the last box
@@ -260,28 +214,13 @@ def conv2d_tma_halo_forward_kernel(
                 Y_LAYOUT: gl.constexpr = y_desc.layout
                 y_box = ring_view(x_ring, (box + X_SLOTS - 1) % X_SLOTS, 0, BOX_ROWS, Y_BOX, Y_LAYOUT)
                 if HAS_RESIDUAL:
-                    mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
-                    load_box(residual_desc, [p, n, q, k], residual_bar, y_box)
+                    fetch_residual(residual_desc, residual_bar, y_box, n, p, q, k)
             else:
                 y_box = y_stage
                 if not HAS_RESIDUAL:
-                    tma.store_wait(0)
-                    barrier()
-            store_staged(
-                acc,
-                y_box,
-                residual_bar,
-                count & 1,
-                y_desc,
-                n,
-                p,
-                q,
-                k,
-                HAS_RESIDUAL,
-                ACTIVATION,
-                SLOPE,
-                ROUND_Y,
-            )
+                    wait_for_stores()
+            phase = count & 1
+            store_staged(acc, y_box, residual_bar, phase, y_desc, n, p, q, k, HAS_RESIDUAL, ACTIVATION, SLOPE, ROUND_Y)
         else:
             store_from_registers(
                 acc,

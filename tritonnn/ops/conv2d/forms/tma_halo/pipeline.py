@@ -5,8 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .....device.arithmetic import round_to_tf32
-from .....device.gluon_versions import barrier, load_box, ring_view
-from .geometry import box_rows, edge_rows
+from .....device.gluon_versions import barrier, load_box, of_any_size, ring_view
+from .geometry import box_rows, edge_rows, part
 
 
 @gluon.jit
@@ -40,35 +40,60 @@ def rows_of(x_ring, slot, FIRST: gl.constexpr, ROWS: gl.constexpr, BOX_ROWS: gl.
 
 
 @gluon.jit
+def wait_for_load(bars, number, pred=True):
+    """Waits until a program's load of that number, counted from 0, has filled its slot of a ring; gives the slot."""
+    SLOTS: gl.constexpr = bars.shape[0]
+    slot = number % SLOTS
+    mbarrier.wait(bars.index(slot), number // SLOTS & 1, pred=pred)
+    return slot
+
+
+@gluon.jit
+def wait_for_weight(w_bars, step, block_c, TAP: gl.constexpr, RESIDENT: gl.constexpr, EXPAND: gl.constexpr):
+    """Waits for the weight of a program's step of that number and gives its slot: RESIDENT, it keeps one for all tiles.
+
+    block_c: which block of channels it is of; TAP: which of that block's nine steps. Where the program has put it there
+    (EXPAND) there is nothing to wait for.
+    """
+    if RESIDENT:
+        slot = block_c * 9 + TAP
+        if not EXPAND:
+            mbarrier.wait(w_bars.index(slot), 0)
+    else:
+        slot = wait_for_load(w_bars, step)
+    return slot
+
+
+@gluon.jit
 def fetch_box(
-    x_desc,
-    edge_desc,
-    x_ring,
-    x_bars,
+    images,
     slot,
     tile,
-    tiles,
-    tiles_p,
-    tiles_q,
     box,
+    grid,
     BLOCKS_N: gl.constexpr,
-    C: gl.constexpr,
-    K: gl.constexpr,
-    GROUP_C: gl.constexpr,
-    GROUP_K: gl.constexpr,
+    CHANNELS: gl.constexpr,
     STRIDE: gl.constexpr,
-    TILE_N: gl.constexpr,
-    TILE_P: gl.constexpr,
-    TILE_Q: gl.constexpr,
+    TILE: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """Starts to load a tile's box of that number into a slot, unless there is no such tile."""
+    """Starts to load a tile's box of that number into a slot, unless there is no such tile.
+
+    images: (x_desc, edge_desc, x_ring, x_bars); grid: (tiles, tiles_p, tiles_q); CHANNELS: (C, K, GROUP_C, GROUP_K);
+    TILE: (TILE_N, TILE_P, TILE_Q).
+    """
+    x_desc, edge_desc, x_ring, x_bars = images
+    tiles, tiles_p, tiles_q = grid
+    TILE_N: gl.constexpr = TILE[0]
+    TILE_P: gl.constexpr = TILE[1]
+    TILE_Q: gl.constexpr = TILE[2]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
     n, p, q, block = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_N, TILE_P, TILE_Q)
     # The filter's column s lies STRIDE * q + s - 1 columns right of x's first.
     column = box % 3 + STRIDE - 1
     q += column // STRIDE - 1
-    c = column % STRIDE * C + box // 3 * BLOCK_K + first_channel(block, K, GROUP_C, GROUP_K, BLOCK_N)
+    first = first_channel(block, CHANNELS[1], CHANNELS[2], CHANNELS[3], BLOCK_N)
+    c = column % STRIDE * CHANNELS[0] + box // 3 * BLOCK_K + first
     pred = tile < tiles
     bar = x_bars.index(slot)
     BOX_ROWS: gl.constexpr = box_rows(TILE_P, STRIDE)
@@ -87,8 +112,12 @@ def fetch_box(
 
 
 @gluon.jit
-def fetch_weight(weight_desc, w_ring, w_bars, slot, tile, tiles, step, BLOCKS_N: gl.constexpr):
-    """Starts to load the weight of a tile's step of that number into a slot, unless there is no such tile."""
+def fetch_weight(weights, slot, tile, step, tiles, BLOCKS_N: gl.constexpr):
+    """Starts to load the weight of a tile's step of that number into a slot, unless there is no such tile.
+
+    weights: (weight_desc, w_ring, w_bars).
+    """
+    weight_desc, w_ring, w_bars = weights
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     BLOCK_K: gl.constexpr = w_ring.shape[3]
     tap = step % 3 * 3 + step // 3 % 3
@@ -120,6 +149,87 @@ def expand_weight(
 
 
 @gluon.jit
+def fill_rings(
+    images,
+    weights,
+    first,
+    programs,
+    grid,
+    BOXES: gl.constexpr,
+    X_LOADS: gl.constexpr,
+    W_LOADS: gl.constexpr,
+    BLOCKS_N: gl.constexpr,
+    CHANNELS: gl.constexpr,
+    STRIDE: gl.constexpr,
+    TILE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """Starts the first loads of a program, X_LOADS boxes and W_LOADS tiles of the weight; a tile has BOXES boxes."""
+    for early in gl.static_range(X_LOADS):
+        tile = first + early // BOXES * programs
+        fetch_box(images, early, tile, early % BOXES, grid, BLOCKS_N, CHANNELS, STRIDE, TILE, BLOCK_N)
+    STEPS: gl.constexpr = 3 * BOXES
+    for early in gl.static_range(W_LOADS):
+        fetch_weight(weights, early, first + early // STEPS * programs, early % STEPS, grid[0], BLOCKS_N)
+
+
+@gluon.jit
+def fetch_next_box(
+    images,
+    box,
+    tile,
+    block_c,
+    s: gl.constexpr,
+    programs,
+    grid,
+    BOXES: gl.constexpr,
+    BLOCKS_N: gl.constexpr,
+    CHANNELS: gl.constexpr,
+    STRIDE: gl.constexpr,
+    TILE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """Starts the load of the last box that the ring has room for while a program multiplies with its box `box`.
+
+    That is of the tile's block block_c of channels and the filter's column s. The new one may be of the next tile.
+    """
+    SLOTS: gl.constexpr = images[3].shape[0]
+    ahead = block_c * 3 + s + SLOTS - 1
+    slot = (box + SLOTS - 1) % SLOTS
+    fetch_box(
+        images,
+        slot,
+        tile + ahead // BOXES * programs,
+        of_any_size(ahead % BOXES),
+        grid,
+        BLOCKS_N,
+        CHANNELS,
+        STRIDE,
+        TILE,
+        BLOCK_N,
+    )
+
+
+@gluon.jit
+def fetch_next_weight(
+    weights,
+    step,
+    tile,
+    block_c,
+    TAP: gl.constexpr,
+    programs,
+    tiles,
+    STEPS: gl.constexpr,
+    BLOCKS_N: gl.constexpr,
+):
+    """As `fetch_next_box`, of the weight while a program multiplies in its step `step`."""
+    SLOTS: gl.constexpr = weights[2].shape[0]
+    ahead = block_c * 9 + TAP + SLOTS - 1
+    slot = (step + SLOTS - 1) % SLOTS
+    fetch_weight(weights, slot, tile + ahead // STEPS * programs, of_any_size(ahead % STEPS), tiles, BLOCKS_N)
+
+
+@gluon.jit
 def round_box(x_ring, slot, STRIDE: gl.constexpr, TILE_P: gl.constexpr, LAYOUT: gl.constexpr, num_warps: gl.constexpr):
     """Rounds a box to TF32 where it lies."""
     EDGE: gl.constexpr = edge_rows(STRIDE)
@@ -147,66 +257,38 @@ def round_rows(x_ring, slot, PART: gl.constexpr, BOX_ROWS: gl.constexpr, LAYOUT:
 
 
 @gluon.jit
-def fill_rings(
-    x_desc,
-    edge_desc,
-    weight_desc,
+def round_next_box(
     x_ring,
     x_bars,
-    w_ring,
-    w_bars,
-    first,
-    programs,
-    tiles,
-    tiles_p,
-    tiles_q,
-    BOXES: gl.constexpr,
-    X_LOADS: gl.constexpr,
-    W_LOADS: gl.constexpr,
-    BLOCKS_N: gl.constexpr,
-    C: gl.constexpr,
-    K: gl.constexpr,
-    GROUP_C: gl.constexpr,
-    GROUP_K: gl.constexpr,
+    box,
+    has_next,
     STRIDE: gl.constexpr,
-    TILE_N: gl.constexpr,
     TILE_P: gl.constexpr,
-    TILE_Q: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
-    """Starts the first loads of a program, X_LOADS boxes and W_LOADS tiles of the weight; a tile has BOXES boxes."""
-    for early in gl.static_range(X_LOADS):
-        fetch_box(
-            x_desc,
-            edge_desc,
-            x_ring,
-            x_bars,
-            early,
-            first + early // BOXES * programs,
-            tiles,
-            tiles_p,
-            tiles_q,
-            early % BOXES,
-            BLOCKS_N,
-            C,
-            K,
-            GROUP_C,
-            GROUP_K,
-            STRIDE,
-            TILE_N,
-            TILE_P,
-            TILE_Q,
-            BLOCK_N,
-        )
-    STEPS: gl.constexpr = 3 * BOXES
-    for early in gl.static_range(W_LOADS):
-        fetch_weight(
-            weight_desc,
-            w_ring,
-            w_bars,
-            early,
-            first + early // STEPS * programs,
-            tiles,
-            early % STEPS,
-            BLOCKS_N,
-        )
+    """Rounds a program's box `box`, if it has one, as soon as it is there."""
+    slot = wait_for_load(x_bars, box, has_next)
+    round_box(x_ring, slot, STRIDE, TILE_P, LAYOUT, num_warps)
+
+
+@gluon.jit
+def round_part_of_next_box(
+    x_ring,
+    x_bars,
+    box,
+    has_next,
+    r: gl.constexpr,
+    STRIDE: gl.constexpr,
+    TILE_P: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """As `round_next_box`, a third of it beside the step r of the box before; after the last, products may read it."""
+    slot = box % x_bars.shape[0]
+    if r == 0:
+        wait_for_load(x_bars, box, has_next)
+    round_rows(x_ring, slot, part(r, TILE_P, STRIDE), box_rows(TILE_P, STRIDE), LAYOUT, num_warps)
+    if r == 2:
+        fence_async_shared()
+        barrier()

@@ -1,11 +1,41 @@
-"""The stage after a product: residual, activation, and the store of y, from registers or by TMA from shared memory."""
+"""The stage after the products: scale, bias, residual, activation, and the store of y.
+
+y is stored from registers, or by TMA from shared memory.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .....device.epilogue import finish
-from .....device.gluon_versions import barrier, store_box
+from .....device.gluon_versions import barrier, load_box, store_box
+
+
+@gluon.jit
+def scaled(acc, scale_ptr, bias_ptr, k, K: gl.constexpr, HAS_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """scale * acc + bias, as much of it as there is, of acc [channels, pixels] from channel k on."""
+    offs_n = k + gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
+    mask_n = offs_n < K if K % acc.shape[0] else None
+    other = 0.0 if K % acc.shape[0] else None
+    if HAS_SCALE:
+        acc *= gl.expand_dims(gl.load(scale_ptr + offs_n, mask=mask_n, other=other), 1).to(gl.float32)
+    if HAS_BIAS:
+        acc += gl.expand_dims(gl.load(bias_ptr + offs_n, mask=mask_n, other=other), 1).to(gl.float32)
+    return acc
+
+
+@gluon.jit
+def wait_for_stores():
+    """Waits, with all threads, until the stores by TMA have read what they store: it may be overwritten then."""
+    tma.store_wait(0)
+    barrier()
+
+
+@gluon.jit
+def fetch_residual(residual_desc, residual_bar, box, n, p, q, k):
+    """Starts to load the residual of the tile at (n, p, q) and channel k."""
+    mbarrier.expect(residual_bar, residual_desc.block_type.nbytes)
+    load_box(residual_desc, [p, n, q, k], residual_bar, box)
 
 
 @gluon.jit
