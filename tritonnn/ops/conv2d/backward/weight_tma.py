@@ -11,6 +11,7 @@ all finish at the same time, whatever the number of tiles. So a program ends one
 both go to a slot of their own, [programs, 2, tile], and those of a tile are added up in the order of its boxes.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -158,22 +159,27 @@ class Config(NamedTuple):
     pixels: int = STEP_PIXELS
 
 
-def fits(g: torch.Tensor, x: torch.Tensor, filter_size: tuple[int, int], window: tuple, groups: int) -> bool:
+def takes(g_shape: Sequence[int], x_shape: Sequence[int], filter_size: Sequence[int], window: tuple) -> bool:
     """Whole lines of 128 bytes of channels; stride 1, or 2 over images of even sides; boxes of whole rows of g."""
     stride = tuple(window[0])
-    _, K, P, Q = g.shape
-    C = x.shape[1]
-    if triton.knobs.runtime.interpret or x.element_size() != 2 or groups > 1 or not hardware.gpu(x.device).is_hopper:
-        return False
-    if C % 64 != 0 or K % 64 != 0 or not (is_aligned(x) and is_aligned(g)):
+    _, K, P, Q = g_shape
+    _, C, H, W = x_shape
+    if C % 64 != 0 or K % 64 != 0:
         return False
     if _is_product_of_matrices(filter_size, window):
         return True
-    even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+    even = H % 2 == 0 and W % 2 == 0
     return box_of(P, Q, STEP_PIXELS) is not None and (stride == (1, 1) or (stride == (2, 2) and even))
 
 
-def _is_product_of_matrices(filter_size: tuple[int, int], window: tuple) -> bool:
+def fits(g: torch.Tensor, x: torch.Tensor, filter_size: Sequence[int], window: tuple, groups: int) -> bool:
+    """Whether the kernel runs here, for these images."""
+    if triton.knobs.runtime.interpret or x.element_size() != 2 or groups > 1 or not hardware.gpu(x.device).is_hopper:
+        return False
+    return is_aligned(x) and is_aligned(g) and takes(g.shape, x.shape, filter_size, window)
+
+
+def _is_product_of_matrices(filter_size: Sequence[int], window: tuple) -> bool:
     """Whether each pixel of y sees one of x, the same: then all pixels are one row."""
     stride, padding, _ = map(tuple, window)
     return tuple(filter_size) == (1, 1) and stride == (1, 1) and padding == (0, 0)
