@@ -18,9 +18,10 @@ from triton.runtime import jit
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tritonnn
+from tritonnn import compile_ahead
 from tritonnn.fusion import cuda_graphs
+from tritonnn.ops.conv2d.forms import ORDER
 from tritonnn.runtime import cache_keys, capabilities, hardware, launch_plan
-from tritonnn.tuning import compile_ahead
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,8 @@ UNKNOWN = [
 ]
 
 
-def test_all_parts_are_known_here():
+def test_all_parts_are_known_here(monkeypatch):
+    monkeypatch.setattr(hardware, "GLUON_VERSIONS", triton.__version__)
     assert capabilities.notes() == []
 
 
@@ -139,12 +141,12 @@ def test_no_plan_is_made_of_unknown_launches(monkeypatch):
     tensors = [image(4)]
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert launch_plan._can_record(tensors)
+    assert launch_plan.can_record(tensors)
     for part in ("launches", "watchers"):
         capabilities.forget()
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(capabilities.CHECKS, part, (lambda: False, ""))
-            assert not launch_plan._can_record(tensors)
+            assert not launch_plan.can_record(tensors)
 
 
 def test_unknown_watchers_are_expected_at_every_call(monkeypatch):
@@ -168,10 +170,10 @@ def test_graphs_are_not_captured_where_workspaces_stay(monkeypatch):
     x = torch.randn(2)
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert cuda_graphs._can_be_captured([x])
+    assert cuda_graphs.can_be_captured([x])
     capabilities.forget()
     monkeypatch.setitem(capabilities.CHECKS, "workspaces", (lambda: False, ""))
-    assert not cuda_graphs._can_be_captured([x])
+    assert not cuda_graphs.can_be_captured([x])
 
 
 def test_allocations_of_an_unknown_kind_are_pytorchs_own(monkeypatch):
@@ -201,6 +203,7 @@ def test_the_interpreter_names_the_numpy_that_it_fails_with(of_triton, of_numpy,
 
 def test_kernels_in_gluon_need_a_version_that_they_were_checked_with(monkeypatch):
     monkeypatch.setattr(hardware, "gpu", lambda device: H100)
+    monkeypatch.setattr(hardware, "GLUON_VERSIONS", triton.__version__)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     assert hardware.gluon_is_verified(torch.device("cuda", 0))
     monkeypatch.setattr(triton, "__version__", "4.0.0")
@@ -209,21 +212,22 @@ def test_kernels_in_gluon_need_a_version_that_they_were_checked_with(monkeypatch
 
 
 GONE = {
-    "the barrier": "from triton.experimental.gluon import language as gl\n"
+    "tma_halo": "from triton.experimental.gluon import language as gl\n"
     "for name in ('barrier', 'thread_barrier'): vars(gl).pop(name, None)",
-    "the product": "from triton.experimental.gluon.language.nvidia import ampere; del ampere.mma_v2",
+    "in_registers": "from triton.experimental.gluon.language.nvidia import ampere; del ampere.mma_v2",
 }
+"""A form to what takes away a part of Gluon that it needs: the barrier, a product."""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
-@pytest.mark.parametrize("gone", GONE)
-def test_without_a_part_of_gluon_the_other_forms_are_left(gone):
+@pytest.mark.parametrize("form", GONE)
+def test_without_a_part_of_gluon_the_other_forms_are_left(form):
     """In a process of its own."""
     code = (
-        f"import os, sys; os.environ['TRITON_INTERPRET'] = '1'; import triton; {GONE[gone]}\n"
+        f"import os, sys; os.environ['TRITON_INTERPRET'] = '1'; import triton; {GONE[form]}\n"
         "import torch, tritonnn; from tritonnn.ops.conv2d.forms import FORMS\n"
         "print([form.name for form in FORMS], tritonnn.TritonConv2d(2, 3, 3)(torch.ones(1, 2, 4, 4)).shape)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    said = "['depthwise', 'sliced_k', 'few_channels', 'tma', 'pointers'] torch.Size([1, 3, 2, 2])\n"
+    said = f"{[name for name in ORDER if name != form]} torch.Size([1, 3, 2, 2])\n"
     assert run.stdout == said, run.stderr

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..runtime.capabilities import knows
-from ..runtime.launch_plan import current_device
+from ..runtime.dependent_launch import launches_as_in_graphs
 from ..runtime.precision import CONVOLUTION, MATMUL
+from ..runtime.replay import current_device
 
 CAPTURE_AT_CALL = 2
 MAX_GRAPHS = 8
@@ -22,11 +23,11 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     output: object
-    held: list[tuple[dict, str, Tensor, int, int | None]]
+    weights: list[tuple[dict, str, Tensor, int, int | None]]
     """The network's parameters and buffers: where they are kept, and the state in which they were captured."""
 
     def is_current(self) -> bool:
-        for holder, name, tensor, address, version in self.held:  # at every call: no function, no generator
+        for holder, name, tensor, address, version in self.weights:  # at every call: no function, no generator
             if holder.get(name) is not tensor or tensor.data_ptr() != address:
                 return False
             if version is not None and tensor._version != version:
@@ -37,8 +38,9 @@ class _Captured:
 def release_workspaces() -> None:
     """Has the graph that is captured next allocate cuBLAS' workspaces anew, among its own memory.
 
-    They are kept by stream, and all captures share one: a graph would read a workspace in the memory of a graph that
-    may be gone, and that the graphs of torch.compile free. Its next replay is an illegal memory access then.
+    cuBLAS keeps a workspace for each stream, and all captures share one stream. Without this, a graph would use a
+    workspace that lies in the memory of an earlier graph; once that is gone, or torch.compile has freed it, a replay
+    would access memory illegally.
     """
     torch._C._cuda_clearCublasWorkspaces()
 
@@ -76,7 +78,7 @@ class CudaGraphs:
         """call(*args, **kwargs), which reads the parameters and buffers of `network`."""
         leaves, spec = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not _can_be_captured(tensors):
+        if not can_be_captured(tensors):
             return call(*args, **kwargs)
         key = _key(leaves, spec)
         captured = self._captured.get(key)
@@ -100,11 +102,15 @@ class CudaGraphs:
             return self._replay(captured, tensors)
 
     def _eagerly(self, call: Callable, network: nn.Module, args: tuple, kwargs: dict, key: tuple) -> object:
-        """Warming up would repeat, and a graph not notice, what a call changes for the next one."""
+        """The first call of a kind, and calls that are refused.
+
+        A network that changes its own state is refused: warming up would change it more often, and a replay not at all.
+        """
         if key in self.refused:
             return call(*args, **kwargs)
         before = _state_of(network)
-        output = call(*args, **kwargs)
+        with launches_as_in_graphs():  # compiles what the graph will need, and nothing else
+            output = call(*args, **kwargs)
         if _state_of(network) != before:
             self.refused[key] = "the network changes its parameters or buffers"
         return output
@@ -115,7 +121,7 @@ class CudaGraphs:
         captured.graph.replay()
         if not self.copy_output:
             return captured.output
-        return _clone(captured.output) if type(captured.output) is Tensor else tree_map(_clone, captured.output)
+        return clone(captured.output) if type(captured.output) is Tensor else tree_map(clone, captured.output)
 
     def _capture(
         self, call: Callable, network: nn.Module, leaves: list, spec: TreeSpec | None, key: tuple
@@ -132,7 +138,7 @@ class CudaGraphs:
                 versions = [x._version for x in inputs if isinstance(x, Tensor)]
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
+                with torch.cuda.stream(side), launches_as_in_graphs():
                     for _ in range(2):  # compiles, tunes, packs weights
                         call(*args, **kwargs)
                 torch.cuda.current_stream().wait_stream(side)
@@ -141,7 +147,7 @@ class CudaGraphs:
                 if overwritten or not all(_same(x, y) for x, y in zip(inputs, leaves) if isinstance(x, Tensor)):
                     self.refused[key] = "the network overwrites its inputs"
                     return None
-                held = [(*place, t, t.data_ptr(), _version(t)) for place, t in _tensors(network)]
+                weights = [(*place, t, t.data_ptr(), _version(t)) for place, t in _tensors(network)]
                 graph = torch.cuda.CUDAGraph()
                 pool = next((other.graph.pool() for other in self._captured.values()), None)
                 release_workspaces()
@@ -162,11 +168,11 @@ class CudaGraphs:
         if len(self._captured) >= MAX_GRAPHS:
             self._captured.popitem(last=False)
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        self._captured[key] = captured = _Captured(graph, tensors, output, held)
+        self._captured[key] = captured = _Captured(graph, tensors, output, weights)
         return captured
 
 
-def _can_be_captured(tensors: list[Tensor]) -> bool:
+def can_be_captured(tensors: list[Tensor]) -> bool:
     if not tensors or any(x.device != tensors[0].device or x.layout != torch.strided for x in tensors):
         return False
     if tensors[0].device.type != "cuda" or torch.compiler.is_compiling() or not knows("workspaces"):
@@ -175,7 +181,7 @@ def _can_be_captured(tensors: list[Tensor]) -> bool:
 
 
 def _flatten(args: tuple, kwargs: dict) -> tuple[list, TreeSpec | None]:
-    """The leaves and how they hang together; None for nothing but tensors by position."""
+    """The leaves and their structure, which is None if all arguments are tensors by position."""
     if not kwargs and all(type(arg) is Tensor for arg in args):
         return list(args), None
     return tree_flatten((args, kwargs))
@@ -207,7 +213,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _clone(x: object) -> object:
+def clone(x: object) -> object:
     """A tensor of its own with the same strides, also where these leave gaps or repeat elements."""
     if not isinstance(x, Tensor):
         return x

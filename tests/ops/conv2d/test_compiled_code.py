@@ -83,6 +83,7 @@ GRADIENT_OF_INPUT |= dict(
     descriptors=dict(g_desc=[1, 8, 16, 64], weight_desc=[128, 64], grad_x_desc=[1, 8, 1, 16, 128]), num_stages=3
 )
 BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
+GATE = dict(DEPENDENT=True, LANES=8, BLOCK=512, odd=("VECTORS", "RUN", "PER_IMAGE"))
 LAST, FIRST = "channels_last", "contiguous"
 
 KERNEL_OF = {
@@ -359,6 +360,15 @@ KERNELS = {
         LAST,
         GRADIENT_OF_INPUT,
     ),
+    "layer_norm": (
+        "ops.layer_norm:layer_norm_forward_kernel",
+        "bf16",
+        LAST,
+        dict(HAS_WEIGHT=True, HAS_BIAS=True, DEPENDENT=True, BLOCK_M=32, BLOCK_C=128),
+    ),
+    # Sizes in vectors of eight are no multiples of 16.
+    "gate": ("ops.gate:gate_forward_kernel", "bf16", LAST, GATE | dict(CHANNELS_LAST=True)),
+    "gate, contiguous": ("ops.gate:gate_forward_kernel", "bf16", FIRST, GATE | dict(CHANNELS_LAST=False)),
 }
 OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
