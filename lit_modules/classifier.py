@@ -183,9 +183,9 @@ class ImageClassifier(LightningModule):
         loss, hits = self._step(images, labels)
         self._hits += hits
         self._seen += len(labels)
-        self.log("train/loss", loss.detach())
         every = self.trainer.log_every_n_steps
-        if every and (self.trainer.global_step + 1) % every == 0:  # a number waits for the GPU
+        if self.trainer.is_last_batch or every and (self.trainer.global_step + 1) % every == 0:
+            self.log("train/loss", loss.detach())
             self.log("train/lr", self.optimizers().param_groups[0]["lr"])
         return loss
 
