@@ -237,6 +237,9 @@ def main(args: ArgsType = None) -> None:
     try:
         cli = command_line(args)
         resumed = checkpoint_to_resume(cli)
+        evaluation = cli.config_init.evaluation
+        if evaluation and evaluation.every_n_epochs:
+            cli.trainer.callbacks.append(evaluation)
         with cli.run_folders():
             train(cli, resumed)
             test(cli)

@@ -1,9 +1,12 @@
 """The callback that swaps Triton's layers into a network under test, proves that nothing changed and times them."""
 
+import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,20 +25,25 @@ from lit_modules import dashboard, report
 from lit_modules.checkpoint import weights_digest
 from lit_modules.comparison import Comparison, Outputs
 from lit_modules.environment import environment, flags, is_exact, resolution, strict_float32
+from lit_modules.epoch_comparison import EpochComparison
 from lit_modules.evaluation_result import (
+    Epoch,
     Evaluated,
     EvaluationResult,
     LatencyResult,
     Proof,
     SideResult,
     Variant,
-    summarise_latency,
 )
+from lit_modules.float64_errors import Float64Errors, float64_errors
+from lit_modules.measurement import measure
 from lit_modules.predictions import Inputs, Labels, Predictions, Uses, chosen, find_predictions
+from lit_modules.progress import Progress
 from lit_modules.side import STEPS, Call, Replayed, Side, in_format, modules_called, named_outputs, replay
+from lit_modules.traces import how_to_open_traces, write_traces
 from lit_modules.trees import batch_size, mapped, named_tensors
 from lit_modules.verdict import judge_variant
-from tritonnn.latency import time_layers, time_networks
+from tritonnn.latency import twin
 
 PIPED_WIDTH = 140
 
@@ -71,6 +79,11 @@ class TritonEvaluation(Callback):
         tune: first tune the convolutions of all variants on the first batch (`tritonnn.tune`), on each rank.
         log_dir: folder to write to; None takes the logger's, and writes nothing where the Trainer has none.
         budget_s: seconds to time one layer on one clock; the network as a whole gets twenty times that.
+        every_n_epochs: during a training, make every n-th validation again with the layers swapped together: for curves
+            of both sides, one upon the other. None: only in the test.
+        time_interpreter: time Triton's side also where it runs in its interpreter, which says nothing about its speed.
+        trace: write a batch of each side as a file for Perfetto, too.
+        progress: draw bars in a terminal; for a Trainer that draws none.
         inputs: what the module's forward takes of a batch, where the step does not call it: a key of the batch, several
             keys, or a function of the batch that gives the input, a tuple of inputs or a dictionary of named inputs.
         labels: the integer labels of the logits, where they cannot be found: a key of the batch, or a function of it;
@@ -93,6 +106,10 @@ class TritonEvaluation(Callback):
         budget_s: float = 0.1,
         inputs: Inputs | None = None,
         labels: Labels | None = None,
+        every_n_epochs: int | None = None,
+        time_interpreter: bool = False,
+        trace: bool = False,
+        progress: bool = False,
     ) -> None:
         self.layers = [layers] if isinstance(layers, str) else list(layers)
         check_layers(self.layers)
@@ -107,6 +124,17 @@ class TritonEvaluation(Callback):
         self.budget_s = budget_s
         self.inputs = inputs
         self.labels = labels
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1 or None, got {every_n_epochs}")
+        self.every_n_epochs = every_n_epochs
+        together = "all" if self.layers in (["each"], ["none"]) else layers
+        self.epochs: list[Epoch] = []
+        self._curves = None
+        if every_n_epochs:
+            self._curves = EpochComparison(self.epochs, together, every_n_epochs, time_interpreter)
+        self.time_interpreter = time_interpreter
+        self.trace = trace
+        self.progress = progress
         self.result: EvaluationResult | None = None
         self._stage: str | None = None
         self._checkpoint: Evaluated | None = None
@@ -118,6 +146,7 @@ class TritonEvaluation(Callback):
         self._calls: list[Call] = []
         self._comparison: Comparison | None = None
         self._batch: Any = None
+        self._progress: Progress | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = stage if stage in STEPS else None
@@ -138,6 +167,8 @@ class TritonEvaluation(Callback):
         self._start(trainer, pl_module, trainer.test_dataloaders)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._curves and trainer.state.fn == "fit":
+            self._curves.start(trainer, pl_module, _memory_format(pl_module))
         self._start(trainer, pl_module, trainer.val_dataloaders)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,6 +193,8 @@ class TritonEvaluation(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
+        if self._curves and trainer.state.fn == "fit":
+            self._curves.add(batch, indices, pl_module.device)
         self._end_batch(trainer, pl_module, indices)
 
     def on_predict_batch_end(
@@ -173,6 +206,8 @@ class TritonEvaluation(Callback):
         self._end(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._curves and trainer.state.fn == "fit":
+            self._curves.end(trainer, self._folder_to_write(trainer))
         self._end(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,6 +221,14 @@ class TritonEvaluation(Callback):
         if self._made:
             with suppress(OSError):  # it is not empty
                 self._made.rmdir()
+
+    def state_dict(self) -> dict[str, Any]:
+        """In the checkpoints of a training: its curves go on when it is resumed, and stand in later evaluations."""
+        return {"epochs": [asdict(epoch) for epoch in self.epochs]} if self.epochs else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self.epochs:  # the best epoch's checkpoint knows none of those after it
+            self.epochs += [Epoch(**epoch) for epoch in state_dict.get("epochs", [])]
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, dataloaders: Any) -> None:
         if self._stage is None:
@@ -210,6 +253,11 @@ class TritonEvaluation(Callback):
         self._loaders = CombinedLoader(dataloaders, "sequential").flattened
         self._seen: Counter[int] = Counter()
         self._samples = 0
+        self._batches, batches = 0, sum(len(loader) if _has_length(loader) else math.inf for loader in self._loaders)
+        self._all_batches = None if math.isinf(batches) else int(batches)
+        self._float64: Float64Errors | None = None
+        self._console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+        self._progress = Progress(self._console, self.progress and trainer.is_global_zero)
 
     def _start_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Keeps the batch, and copies the module for each side, as they are before the module's step."""
@@ -255,6 +303,8 @@ class TritonEvaluation(Callback):
                     self._without_reference(f"the step draws random numbers, which are others in {self._reference}")
             for name in [name for name in self._sides if name not in outputs]:
                 rewind()
+                if first:
+                    self._progress.tell("compiling", name, len(outputs), len(self._sides))
                 try:
                     outputs[name] = self._step(name, mapped(torch.clone, batch), indices)
                 except (RuntimeError, TypeError, ValueError) as error:
@@ -267,6 +317,13 @@ class TritonEvaluation(Callback):
             labels = self._predictions.of(batch, logits)
         self._samples += len(places)
         self._comparison.add(outputs, labels, places.to(pl_module.device))
+        if first:
+            self._progress.tell("compiling", "", len(self._sides), len(self._sides))
+            if self._calls:
+                network, inputs = self._network(pl_module)
+                self._float64 = float64_errors(network, inputs, outputs)
+        self._batches += 1
+        self._progress.tell("proving", "", self._batches, self._all_batches)
 
     def _first_step(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, indices: tuple[int, ...]
@@ -334,6 +391,8 @@ class TritonEvaluation(Callback):
                     side.module.get_submodule(part).__dict__["forward"] = fused.__call__
 
     def _restore(self, pl_module: LightningModule) -> None:
+        if self._progress:
+            self._progress.stop()
         for module, training in self._training.items():
             module.training = training
         if self._training and self.channels_last and self._was_contiguous:
@@ -365,10 +424,13 @@ class TritonEvaluation(Callback):
 
     def _fused_networks(self) -> list[nn.Module]:
         """As `_network`, of the fused networks."""
-        only = {name: next(iter(parts.values())) for name, parts in self._fused.items() if len(parts) == 1}
+        return [self._calling(parts) for parts in self._fused.values()]
+
+    def _calling(self, parts: dict[str, nn.Module]) -> nn.Module:
+        """What makes the calls of the first step again with these in place of the module's parts."""
         if len(self._calls) == 1 and not self._calls[0].kwargs:
-            return list(only.values())
-        return [Replayed(parts, self._calls) for parts in self._fused.values()]
+            return next(iter(parts.values()))
+        return Replayed(parts, self._calls)
 
     def _tune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         report = tritonnn.TuningReport()
@@ -454,25 +516,35 @@ class TritonEvaluation(Callback):
             reference=self._reference,
             sides=sides,
             notes=self._notes,
+            float64=self._float64,
         )
 
-    def _time(self, pl_module: LightningModule, console: Console) -> LatencyResult | None:
+    def _time(self, pl_module: LightningModule) -> LatencyResult | None:
         if not self._calls:
-            console.print("There are no times: the step calls no network of the module.")
+            self._console.print("There are no times: the step calls no network of the module.")
             return None
-        console.print("Timing the layers and the network ...")
         network, inputs = self._network(pl_module)
-        variants = list(self._variants.values())
-        layers = time_layers(network, *inputs, layers=variants[-1] if variants else (), budget_s=self.budget_s)
-        budget_s = 20 * self.budget_s
-        networks = time_networks(network, *inputs, variants=variants, others=self._fused_networks(), budget_s=budget_s)
-        swapped = list(self._variants)
-        return summarise_latency(layers, [*swapped, *self._fused], networks, swapped[-1] if swapped else None)
+        parts = {}  # as the fused network has them, without CUDA graphs, into which nobody can look
+        for name, part in next(iter(self._fused.values()), {}).items():
+            fused = isinstance(part, tritonnn.FusedNetwork)
+            parts[name] = tritonnn.fuse(pl_module.get_submodule(name)) if fused else part
+        return measure(
+            network,
+            inputs,
+            self._variants,
+            dict(zip(self._fused, self._fused_networks(), strict=True)),
+            (self._calling(parts), parts) if parts else None,
+            self.budget_s,
+            self.time_interpreter,
+            self._progress.tell,
+        )
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, proof: Proof) -> None:
         if trainer.progress_bar_callback:  # it stays above the tables
             trainer.progress_bar_callback.teardown(trainer, pl_module, self._stage)
-        console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+        latency = self._time(pl_module) if self.latency else None
+        self._progress.stop()
+        console = self._console
         self.result = EvaluationResult(
             checkpoint=self._checkpoint,
             environment=environment(pl_module.device),
@@ -484,7 +556,9 @@ class TritonEvaluation(Callback):
             processes=trainer.world_size,
             parameters={k: v for k, v in pl_module.hparams.items() if isinstance(v, str | int | float | bool)},
             proof=proof,
-            latency=self._time(pl_module, console) if self.latency else None,
+            latency=latency,
+            network=name_of_network(pl_module),
+            epochs=self.epochs,
         )
         report.print_to(console, self.result)
         if self._folder is None:
@@ -494,8 +568,23 @@ class TritonEvaluation(Callback):
             self.result.write_json(Path(new, "results.json"))
             Path(new, "results.md").write_text(report.markdown(self.result))
             dashboard.write(self.result, Path(new))
+            if self.trace and self._calls:
+                write_traces(Path(new), self._calls_to_trace(pl_module))
             _replace(Path(new), self._folder)
-        console.print(dashboard.how_to_open(self._folder), markup=False, highlight=False, soft_wrap=True)
+        how_to_open = [dashboard.how_to_open(self._folder), *([how_to_open_traces(self._folder)] if self.trace else [])]
+        console.print("\n".join(how_to_open), markup=False, highlight=False, soft_wrap=True)
+
+    def _calls_to_trace(self, pl_module: LightningModule) -> dict[str, Callable[[], object]]:
+        """A batch through PyTorch's layers, through the last variant of Triton's, and through the fused network."""
+        network, inputs = self._network(pl_module)
+        calls: dict[str, Callable[[], object]] = {"pytorch": partial(network, *inputs)}
+        for layers in list(self._variants.values())[-1:]:
+            swapped = twin(network)
+            tritonnn.swap(swapped, layers=layers)
+            calls["triton"] = partial(swapped, *inputs)
+        for name, fused in zip(self._fused, self._fused_networks(), strict=True):
+            calls[name] = partial(fused, *inputs)
+        return calls
 
     def _folder_to_write(self, trainer: Trainer) -> Path | None:
         """Made now, so that it is known before any work that it can be; None where nothing is to be written."""
@@ -511,15 +600,19 @@ class TritonEvaluation(Callback):
 
 def _replace(new: Path, folder: Path) -> None:
     """Moves an evaluation's files to the folder, where those of an earlier one go first; anything else there stays."""
-    for side in dashboard.SIDES:
-        for events in (folder / side).glob("events.out.tfevents.*"):
-            events.unlink()
-        if (folder / side).is_dir() and not any((folder / side).iterdir()):
-            (folder / side).rmdir()
+    dashboard.remove(folder)
     files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
     for file in sorted(files, key=lambda file: file.suffix == ".json"):  # last: where it stands, all does
         (folder / file).parent.mkdir(exist_ok=True)
         (new / file).replace(folder / file)
+
+
+def name_of_network(module: LightningModule) -> str:
+    """The class of the one part that has all the parameters, else, or where that is a mere container, the module's."""
+    number = sum(1 for _ in module.parameters())
+    parts = [part for part in module.children() if sum(1 for _ in part.parameters()) == number]
+    named = len(parts) == 1 and not isinstance(parts[0], nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    return type(parts[0] if named else module).__name__
 
 
 def check_layers(layers: Sequence[str]) -> None:
@@ -638,6 +731,14 @@ def _samples(loader: Any, seen: int) -> int:
         return len(loader.dataset)
     except (AttributeError, TypeError):
         return seen
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        len(loader)
+    except (AttributeError, NotImplementedError, TypeError):
+        return False
+    return True
 
 
 def _sampler(loader: Any) -> Any:

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "layers": BELOW_LAYERS | {"layers"},
     "swap": BELOW_LAYERS | {"layers", "swap"},
     "clocks": {"clocks"},
-    "latency": BELOW_LAYERS | {"clocks", "layers", "swap", "latency"},
+    "roofline": {"clocks", "runtime"},
+    "latency": BELOW_LAYERS | {"clocks", "layers", "swap", "roofline", "latency"},
     "fusion": BELOW_LAYERS | {"layers", "swap", "fusion"},
     "command": {"clocks", "swap", "latency", "command"},
     "__main__": {"latency", "command"},  # and the public names

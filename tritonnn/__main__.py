@@ -22,10 +22,10 @@ TIMING_S = 4.0
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXAMPLES = """\
 NETWORK is one of:
-  torchvision:NAME       a network of torchvision.models
+  torchvision:NAME       a network of torchvision.models; torchvision.models.NAME as well
   timm/NAME              a network of timm, where that is installed
   package.module:Class   a class or function that makes a network without arguments, or a network;
-                         modules are looked for in this folder too
+                         modules are looked for in this folder too; package.module.Class as well
 
 examples:
   python -m tritonnn torchvision:resnet50 --dtype bf16 --channels-last --fuse --cuda-graph

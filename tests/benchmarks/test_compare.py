@@ -182,7 +182,7 @@ def test_a_wrong_result_has_its_error_but_no_time():
     assert rows["fused-graph"][1:6] == ["0.2560", "0.2304-0.3072", "20", "500,000", "2.00"]
 
 
-def test_layers_are_held_against_the_roofline_and_summed_by_kind():
+def test_layers_are_compared_with_the_roofline_and_summed_by_kind():
     results = made_up()
     (layer_case,) = results.layers
     shape = layer_case.layers[0]

@@ -194,6 +194,8 @@ class Tiny(nn.Sequential):
 class Fixed(Tiny):
     def __init__(self, **_):
         super().__init__(7)
+
+ready = Tiny(10)
 """
 
     @pytest.fixture(autouse=True)
@@ -227,6 +229,10 @@ class Fixed(Tiny):
             ("nix", "'nix' names no network: it may be torchvision:NAME"),
             ("torchvision.models.resnet19", "torchvision has no network 'resnet19': did you mean resnet18"),
             ("networks_of_mine.Tinny", "networks_of_mine has no Tinny: did you mean Tiny"),
+            (
+                "networks_of_mine.ready",
+                "networks_of_mine.ready cannot be made with num_classes 10: .* a network already",
+            ),
             ("torch.nn.Flatten", "torch.nn.Flatten cannot be made with num_classes 10: TypeError"),
             (
                 "networks_of_mine.Fixed",
@@ -459,7 +465,7 @@ def test_two_processes_train_and_count_every_test_image_once():
         "--data.val_fraction=0.3",
     ]
     parallel = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
-    evaluation = ["--evaluation.layers=relu", "--evaluation.budget_s=0"]
+    evaluation = ["--evaluation.layers=relu", "--evaluation.budget_s=0", "--evaluation.time_interpreter=true"]
     process = start(*QUIET, *data, *parallel, *evaluation, "--model.width=4", "--model.lr=0.01")
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr

@@ -63,13 +63,14 @@ def test_a_parameter_that_the_code_reads_is_the_models(code):
 
 
 ACTIVATIONS = {
-    "LeakyReLU": nn.LeakyReLU(0.2, inplace=True),
-    "ReLU6": nn.ReLU6(inplace=True),
-    "SiLU": nn.SiLU(inplace=True),
-    "Hardswish": nn.Hardswish(inplace=True),
-    "ELU": nn.ELU(inplace=True),
-    "Threshold": nn.Threshold(0.1, 2.0, inplace=True),
+    "LeakyReLU": (nn.LeakyReLU(0.2, inplace=True), " + leaky_relu"),
+    "ReLU6": (nn.ReLU6(inplace=True), " + relu6"),
+    "SiLU": (nn.SiLU(inplace=True), " + silu"),
+    "Hardswish": (nn.Hardswish(inplace=True), " + hardswish"),
+    "ELU": (nn.ELU(inplace=True), ""),
+    "Threshold": (nn.Threshold(0.1, 2.0, inplace=True), ""),
 }
+"""In place, and what of it is in the convolution's kernel."""
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -79,9 +80,10 @@ def test_a_view_after_an_activation_in_place(activation):
             h = self[2](self[1](self[0](x)))
             return self[3](h.view(h.size(0), -1))
 
-    layers = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), ACTIVATIONS[activation], nn.Linear(64, 3)
+    act, step = ACTIVATIONS[activation]
+    layers = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), act, nn.Linear(64, 3)
     fused = same_at_every_call(Classifier(*layers), channels_last=False)
-    assert fused.report.fused == {"0": "conv2d + batch_norm2d", "3": "linear"}
+    assert fused.report.fused == {"0": f"conv2d + batch_norm2d{step}", "3": "linear"}
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -135,7 +137,8 @@ OPTIONS = {
 def test_optional_arguments(option):
     default, use, other = OPTIONS[option]
     fused = same_at_every_call(Optional.of(default, use))
-    assert fused.report.fused == {"layer": "conv2d"} and not fused.report.fallbacks
+    step = " + sigmoid" if default is torch.sigmoid else ""
+    assert fused.report.fused == {"layer": f"conv2d{step}"} and not fused.report.fallbacks
     same_at_every_call(Optional.of(default, use), given=copy.copy(default))
     same_at_every_call(Optional.of(default, use), default)
     fused = same_at_every_call(Optional.of(default, use), other)
@@ -507,8 +510,8 @@ def test_weights_that_pytorch_does_not_count_as_changed():
 
 def test_exports_and_compiles():
     torch.backends.cudnn.conv.fp32_precision = "tf32"  # torch.export reads the legacy switch, which rejects a mixture
-    layers = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 1)
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5), nn.ReLU())
+    layers = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Hardswish(), nn.Conv2d(4, 6, 1), nn.ReLU()
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5), nn.LeakyReLU(0.3))
     fused = tritonnn.fuse(trained(model, torch.float32))
     x = image(2, 4, 6, 6)
     expected = [fused(x) for _ in range(2)][-1]

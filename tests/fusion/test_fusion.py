@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torchvision
+import triton
 from helpers.compare import DEVICE, TOLERANCE, image
 from helpers.fused import Net, assert_same
 from helpers.trained import Untraceable, small, trained
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 import tritonnn
 from lit_modules.resnet import ResNet18
 from tritonnn.layers.fused.conv2d import FusedConv2d, FusedSum
+from tritonnn.runtime import hardware
 
 
 def in_place_then_read(net: Net, x: Tensor) -> Tensor:
@@ -483,7 +485,8 @@ def test_an_optional_argument():
     assert fused.report.fused == {"layer": "conv2d"}
 
 
-def test_report_of_resnet18():
+def test_report_of_resnet18(monkeypatch):
+    monkeypatch.setattr(hardware, "GLUON_VERSIONS", triton.__version__)
     model = trained(ResNet18(width=2))
     report = assert_same(model, image(2, 3, 32, 32, dtype=torch.float64)).report
     assert report.fused["stages.1.0.conv2"] == "conv2d + batch_norm2d"

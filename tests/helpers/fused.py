@@ -1,4 +1,4 @@
-"""Small networks of any forward, and what a fused network's outputs are held against."""
+"""Small networks of any forward, and how a fused network's outputs are compared."""
 
 import copy
 

@@ -11,6 +11,7 @@ from tritonnn.runtime.hardware import Gpu
 
 H100 = Gpu((9, 0), 132, 232448)
 A100 = Gpu((8, 0), 108, 166912)
+RTX_5090 = Gpu((12, 0), 170, 101376)
 
 
 @contextmanager

@@ -42,7 +42,9 @@ LAYERS: dict[str, Callable[[random.Random, int], nn.Module]] = {
     "act": lambda r, c: r.choice(
         (nn.ReLU, nn.ReLU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.ELU, nn.LeakyReLU, nn.Hardtanh)
     )(inplace=r.random() < 0.6),
-    "smooth": lambda r, c: r.choice((nn.Sigmoid, nn.Tanh, nn.GELU, nn.Identity, nn.Dropout, nn.Softplus))(),
+    "smooth": lambda r, c: r.choice(
+        (nn.Sigmoid, nn.Tanh, nn.GELU, lambda: nn.GELU("tanh"), nn.Hardsigmoid, nn.Identity, nn.Dropout, nn.Softplus)
+    )(),
     "pool": lambda r, c: r.choice((nn.MaxPool2d(2, 1), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Upsample(None, 2))),
     "shuffle": lambda r, c: r.choice((nn.ChannelShuffle(c), nn.Softmax(1), nn.ZeroPad2d(1), nn.Flatten(2))),
 }
@@ -57,6 +59,8 @@ IMAGE_STATEMENTS = """
 {n} = self.{same}({v}); {m} = self.{conv1}({v}).relu_()
 {n} = self.{same}({v}); {n} = {n} + self.{conv1}({n})[:, :1]
 {n} = self.{same}({v}).add_({w}).relu_()
+{n} = F.hardswish(self.{same}({v}).add_({w}), inplace=True)
+{n} = self.{smooth}(self.{same}({v}) + {w})
 {n} = torch.add({w}, self.{same}({v}))
 {n} = {w} + self.{norm}(self.{same}({v}))
 {w} += self.{same}({v})
@@ -138,7 +142,20 @@ STATEMENTS = """
 {n} = F.relu({v}, inplace=True)
 {n} = F.relu({v}, True)
 {n} = F.silu({v}, inplace=True)
+{n} = F.silu({v})
 {n} = F.leaky_relu_({v}, 0.1)
+{n} = F.leaky_relu({v}, negative_slope=2)
+{n} = F.relu6({v}, True)
+{n} = F.hardtanh({v}, 0, 6)
+{n} = F.hardtanh_({v}, 0, 6)
+{n} = {v}.clamp(0, 6)
+{n} = torch.clamp({v}, min=0, max=6)
+{n} = {v}.clamp_(0, 6)
+{n} = F.hardswish({v}, inplace=True)
+{n} = F.hardsigmoid({v}, inplace=True)
+{n} = {v}.sigmoid()
+{n} = torch.sigmoid_({v})
+{n} = F.gelu({v}, approximate="tanh")
 {n} = F.relu({v})
 {n} = torch.relu({v})
 {n} = {v}.relu()
@@ -331,12 +348,12 @@ def _statement(
     except KeyError:
         return None, []
     new = [names[key] for key in ("n", "m") if f"{{{key}}}" in template]
-    trial = dict(scope)
+    tried = dict(scope)
     try:
-        exec(line, trial)
+        exec(line, tried)
         fits = all(
             isinstance(y, Tensor) and 0 < y.numel() < 3000 and y.is_floating_point() and y.abs().max() < LARGEST
-            for y in (trial[name] for name in (*new, v, w))
+            for y in (tried[name] for name in (*new, v, w))
         )
     except Exception:
         fits = False
@@ -344,7 +361,7 @@ def _statement(
         for name in set(made._modules) - before:
             del made._modules[name]
         return None, []
-    scope.update(trial)
+    scope.update(tried)
     return line, new
 
 

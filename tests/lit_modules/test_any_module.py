@@ -96,7 +96,7 @@ class TestEachTask:
         assert not result.passed and "val" in next(iter(result.proof.sides["all"].metrics))
 
     def test_is_timed(self, module, tmp_path):
-        result = evaluate(module(), tmp_path, latency=True, budget_s=0)
+        result = evaluate(module(), tmp_path, latency=True, budget_s=0, time_interpreter=True)
         calls = 2 if module in (SeveralInputs, WithoutForward) else 1
         kinds = [row.kind for row in result.latency.layers]
         assert kinds.count("batch_norm2d") == calls and {"conv2d", "relu"} <= set(kinds)

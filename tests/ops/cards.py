@@ -1,4 +1,4 @@
-"""What dispatch would launch on cards that this machine need not have, compiled for them and held against their limits.
+"""What dispatch would launch on cards that this machine need not have, compiled and compared with their limits.
 
     python tests/ops/cards.py                        # all of it, some minutes: a line for each card
     python tests/ops/cards.py --cards 8.6 --every 9  # one in nine of the kernels for one card

@@ -37,6 +37,10 @@ OPERATORS = {
         False,
         False,
     ),
+    "fused_layer": lambda x, c: (
+        *(x.detach(), image(3, 4, 3, 3), image(3), image(3), image(2, 3, 6, 6, channels_last=True), "leaky_relu", 0.1),
+        *((1, 1), (1, 1), (1, 1), 1),
+    ),
     "pooled_linear": lambda x, c: (x.detach(), image(3, 4), image(3)),
     "linear": lambda x, c: (image(5, 4).requires_grad_(), image(3, 4).requires_grad_(), image(3).requires_grad_()),
     "relu": lambda x, c: (x,),

@@ -25,7 +25,7 @@ from tritonnn.ops.conv2d.forms.few_channels import FewChannelsConfig
 from tritonnn.ops.conv2d.pack import pack_weight
 from tritonnn.ops.conv2d.problem import Choice
 from tritonnn.ops.relu import relu_forward_kernel
-from tritonnn.runtime import launch_plan
+from tritonnn.runtime import launch_plan, replay
 from tritonnn.runtime.dependent_launch import launches_as_in_graphs
 from tritonnn.runtime.launch_plan import Plans, forget_plans, launch, launch_key
 from tritonnn.runtime.operator import INTERPRETER
@@ -88,17 +88,17 @@ def replays(monkeypatch) -> Iterator[list]:
     """The plans that were replayed, none of which another test made."""
     seen = []
     forget_plans()
-    replay = launch_plan._Plan.__call__
+    replayed = replay.Plan.__call__
 
     def counted(plan, addresses):
         seen.append(plan)
-        return replay(plan, addresses)
+        return replayed(plan, addresses)
 
-    monkeypatch.setattr(launch_plan._Plan, "__call__", counted)
+    monkeypatch.setattr(replay.Plan, "__call__", counted)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(InterpretedFunction, "run", _run_and_return_compiled)
         monkeypatch.setattr(launch_plan, "_can_record", lambda tensors: True)
-        monkeypatch.setattr(launch_plan, "current_stream", lambda device: 0)
+        monkeypatch.setattr(replay, "current_stream", lambda device: 0)
     yield seen
     forget_plans()
 

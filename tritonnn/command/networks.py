@@ -32,11 +32,11 @@ def build(name: str, **arguments: Any) -> nn.Module:
 
 def make(name: str, **arguments: Any) -> nn.Module:
     """As `build`, as it comes from its maker: in training mode, say, and with other random weights each time."""
-    maker = _maker(name)
+    made_by = maker(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about initialisations to come
         try:
-            model = maker(**arguments)
+            model = made_by(**arguments)
         except Exception as error:  # whatever the network's own code raises
             given = " and ".join(f"{key} {value}" for key, value in arguments.items())
             how = f"with {given}" if given else "without arguments"
@@ -46,7 +46,7 @@ def make(name: str, **arguments: Any) -> nn.Module:
     return model
 
 
-def _maker(name: str) -> Callable[..., object]:
+def maker(name: str) -> Callable[..., object]:
     for prefix in ("torchvision:", "torchvision.models.", "torchvision.models:"):
         if name.startswith(prefix):
             return _of_torchvision(name.removeprefix(prefix))
@@ -61,10 +61,16 @@ def _maker(name: str) -> Callable[..., object]:
             raise UserError(f"{module_name} has no {attribute}{_did_you_mean(attribute, dir(found))}")
         found = getattr(found, part)
     if isinstance(found, nn.Module):
-        return lambda: found  # which says so where there are arguments
+        return partial(_ready, found)
     if not callable(found):
         raise UserError(f"{name} is no torch.nn.Module and makes none, but {type(found).__name__}")
     return found
+
+
+def _ready(network: nn.Module, **arguments: Any) -> nn.Module:
+    if arguments:
+        raise TypeError("it is a network already")
+    return network
 
 
 def _of_torchvision(name: str) -> Callable[..., object]:

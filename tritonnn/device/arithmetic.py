@@ -8,7 +8,7 @@ from triton.language.target_info import cuda_capability_geq
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LARGEST_TF32 = tl.constexpr(float.fromhex("0x1.ffcp127"))
 FLUSH_STEPS = 8
-"""Steps of a float32 product whose results are added up apart before they join the sum (see `add_split_dot`)."""
+"""So many steps of a float32 product are added up apart, before they are added to the sum (see `add_split_dot`)."""
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -19,15 +19,15 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def index_type(extent: int) -> tl.dtype:
-    """The type that counts `extent` pixels: int32, whose division is much the faster, unless it would overflow."""
+    """The type of indices below `extent`: int32, whose division is much faster, or int64 where that would overflow."""
     return tl.int32 if extent < 2**31 else tl.int64
 
 
 @triton.jit
 def round_to_tf32(x):
-    """The nearest TF32 value, of two the even one. Left to itself the tensor core truncates, which is biased.
+    """x rounded to the nearest TF32 value, ties to even. Tensor cores themselves truncate, which is biased.
 
-    Hopper has an instruction for it; before, where ties go away from zero, it takes four.
+    That is one instruction on Hopper. On older GPUs, whose instruction rounds ties away from zero, it takes four.
     """
     if INTERPRET:
         bits = x.to(tl.int32, bitcast=True)
@@ -41,7 +41,7 @@ def round_to_tf32(x):
 
 @triton.jit
 def split_to_tf32(x):
-    """(high, low) in TF32 whose sum is x to 22 bits; high is finite, so that infinity and NaN live on in low."""
+    """(high, low), both in TF32, whose sum is x to 22 bits. high is always finite: low has the infinities and NaN."""
     high = tl.minimum(tl.maximum(round_to_tf32(x), -LARGEST_TF32), LARGEST_TF32)
     return high, round_to_tf32(x - high)
 

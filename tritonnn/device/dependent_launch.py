@@ -7,13 +7,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait_for_predecessor(DEPENDENT: tl.constexpr):
-    """Until the kernel before this one has ended and its results can be seen."""
+    """Waits until the kernel before this one has ended and its results can be read."""
     if DEPENDENT:
         gdc_wait()
 
 
 @triton.jit
 def start_successor(DEPENDENT: tl.constexpr):
-    """The next kernel may take multiprocessors that are free. Called early it would take those of this kernel."""
+    """Lets the next kernel start on free multiprocessors. Called too early, it gives away what this kernel needs."""
     if DEPENDENT:
         gdc_launch_dependents()

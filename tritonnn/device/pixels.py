@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 MOST_PIXELS = 2**20
-"""`quotient` is right below it."""
+"""`quotient` is exact for numbers below this."""
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..runtime.capabilities import knows
-from ..runtime.launch_plan import current_device
 from ..runtime.precision import CONVOLUTION, MATMUL
+from ..runtime.replay import current_device
 
 CAPTURE_AT_CALL = 2
 MAX_GRAPHS = 8
@@ -22,11 +22,11 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     output: object
-    held: list[tuple[dict, str, Tensor, int, int | None]]
+    weights: list[tuple[dict, str, Tensor, int, int | None]]
     """The network's parameters and buffers: where they are kept, and the state in which they were captured."""
 
     def is_current(self) -> bool:
-        for holder, name, tensor, address, version in self.held:  # at every call: no function, no generator
+        for holder, name, tensor, address, version in self.weights:  # at every call: no function, no generator
             if holder.get(name) is not tensor or tensor.data_ptr() != address:
                 return False
             if version is not None and tensor._version != version:
@@ -37,8 +37,9 @@ class _Captured:
 def release_workspaces() -> None:
     """Has the graph that is captured next allocate cuBLAS' workspaces anew, among its own memory.
 
-    They are kept by stream, and all captures share one: a graph would read a workspace in the memory of a graph that
-    may be gone, and that the graphs of torch.compile free. Its next replay is an illegal memory access then.
+    cuBLAS keeps a workspace for each stream, and all captures share one stream. Without this, a graph would use a
+    workspace that lies in the memory of an earlier graph; once that is gone, or torch.compile has freed it, a replay
+    would access memory illegally.
     """
     torch._C._cuda_clearCublasWorkspaces()
 
@@ -100,7 +101,10 @@ class CudaGraphs:
             return self._replay(captured, tensors)
 
     def _eagerly(self, call: Callable, network: nn.Module, args: tuple, kwargs: dict, key: tuple) -> object:
-        """Warming up would repeat, and a graph not notice, what a call changes for the next one."""
+        """The first call of a kind, and calls that are refused.
+
+        A network that changes its own state is refused: warming up would change it more often, and a replay not at all.
+        """
         if key in self.refused:
             return call(*args, **kwargs)
         before = _state_of(network)
@@ -141,7 +145,7 @@ class CudaGraphs:
                 if overwritten or not all(_same(x, y) for x, y in zip(inputs, leaves) if isinstance(x, Tensor)):
                     self.refused[key] = "the network overwrites its inputs"
                     return None
-                held = [(*place, t, t.data_ptr(), _version(t)) for place, t in _tensors(network)]
+                weights = [(*place, t, t.data_ptr(), _version(t)) for place, t in _tensors(network)]
                 graph = torch.cuda.CUDAGraph()
                 pool = next((other.graph.pool() for other in self._captured.values()), None)
                 release_workspaces()
@@ -162,7 +166,7 @@ class CudaGraphs:
         if len(self._captured) >= MAX_GRAPHS:
             self._captured.popitem(last=False)
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        self._captured[key] = captured = _Captured(graph, tensors, output, held)
+        self._captured[key] = captured = _Captured(graph, tensors, output, weights)
         return captured
 
 
@@ -175,7 +179,7 @@ def _can_be_captured(tensors: list[Tensor]) -> bool:
 
 
 def _flatten(args: tuple, kwargs: dict) -> tuple[list, TreeSpec | None]:
-    """The leaves and how they hang together; None for nothing but tensors by position."""
+    """The leaves and their structure, which is None if all arguments are tensors by position."""
     if not kwargs and all(type(arg) is Tensor for arg in args):
         return list(args), None
     return tree_flatten((args, kwargs))

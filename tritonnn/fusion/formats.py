@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..layers.layer import pair
 from ..runtime.memory_format import is_channels_last
 from ..swap import kind_of
-from .functionalize import PureGraph, is_fresh
+from .functionalize import FunctionalGraph, is_fresh
 from .known_functions import (
     BINARY,
     CONVERSIONS,
@@ -32,7 +32,7 @@ SPATIAL = ((2, 3), (-2, -1), (-1, -2), (3, 2))
 
 
 KEEPS_STRIDES = (nn.Hardtanh, nn.PReLU, nn.ReLU6, "hardtanh", "prelu", "relu6")
-"""Elementwise, but where a tensor fits both formats, of one channel or one pixel, with the strides of the argument."""
+"""Elementwise functions that keep their argument's strides where it fits both formats (one channel or one pixel)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Value:
     parts: bool = False
 
 
-def keep_formats(traced: PureGraph) -> None:
+def keep_formats(traced: FunctionalGraph) -> None:
     """Inserts `as_pytorch_puts_it` into the graph wherever it matters."""
     _Formats(traced).run()
 
@@ -103,7 +103,7 @@ def _strides(shape: torch.Size, channels_last: bool) -> tuple[int, ...]:
 
 
 class _Formats:
-    def __init__(self, traced: PureGraph) -> None:
+    def __init__(self, traced: FunctionalGraph) -> None:
         self.traced, self.graph = traced, traced.graph
         self.values: dict[fx.Node, _Value] = {}
         self.copies: dict[fx.Node, fx.Node] = {}
@@ -121,7 +121,7 @@ class _Formats:
                 node.replace_all_uses_with(exact, lambda user, exact=exact: user is not exact)
 
     def _as_it_is(self, node: fx.Node) -> _Value:
-        """Of a node whose inputs lie in memory as PyTorch's: so does its result."""
+        """What is known of a node whose inputs lie in memory as PyTorch's do: so does its result."""
         formats = [self.values[x].format for x in node.all_input_nodes if self.values[x].format]
         module = self.traced.module(node)
         pixel = _makes_pixels(node, module)
@@ -181,7 +181,7 @@ class _Formats:
         return self._viewed(node, first, name) if name in LAYOUT_FREE_VIEWS else None
 
     def _convolved(self, node: fx.Node, layer: nn.Module) -> _Value:
-        """Whatever its input, it is not put where PyTorch puts it."""
+        """What is known of a convolution: whatever its input, its result does not lie in memory as PyTorch's does."""
         x = node.all_input_nodes[0]
         if self.values[x].format is None:
             node.replace_input_with(x, self._exact(x))
@@ -206,7 +206,7 @@ class _Formats:
         return _Value(False, replace(format, pixel=pixel), bool(indices))
 
     def _in_place(self, node: fx.Node) -> _Value | None:
-        """The result is the first operand, wherever the others are."""
+        """What is known of an operation in place: its result is the first operand, however the others lie in memory."""
         first = self.values[node.all_input_nodes[0]]
         if first.format is None or first.format.part or first.format.odd:
             return None
@@ -263,8 +263,8 @@ class _Formats:
         return sum(size > 1 for size in tensor.shape) <= 1
 
 
-def _reorders(node: fx.Node, traced: PureGraph) -> bool:
-    """Whether a node whose inputs are neither may be no image, or one whose dimensions lie in an order of their own."""
+def _reorders(node: fx.Node, traced: FunctionalGraph) -> bool:
+    """Whether a node, of ordinary images, may make something else: no image, or dimensions in another order."""
     if node.op == "placeholder" or is_fresh(node, traced) or node in traced.overwriting:
         return False
     if name_of(node) == "getitem":
@@ -281,7 +281,7 @@ def _settles(node: fx.Node, module: nn.Module | None, operands: list[fx.Node]) -
 
 
 def _makes_pixels(node: fx.Node, module: nn.Module | None) -> bool:
-    """Images of one pixel, such as view(n, c, 1, 1)."""
+    """Whether it makes images of one pixel, as view(n, c, 1, 1) does."""
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return pair(module.output_size) == (1, 1)
     if node.target is F.adaptive_avg_pool2d:

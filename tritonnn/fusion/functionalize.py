@@ -1,4 +1,4 @@
-"""A network's graph in which additions and ReLUs overwrite nothing, so that they may be moved and merged.
+"""A network's graph in which additions and activations overwrite nothing, so that they may be moved and merged.
 
 An operation in place is made one that is not where nothing else can see the difference; where something might, it
 stays and is a barrier: nothing is moved across it. So does code that is not known. formats.py then sees to it
@@ -11,37 +11,39 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
+from ..layers.fused.activation import Activation
 from ..swap import kind_of
+from .activations import activation_of
 from .known_functions import ELEMENTWISE, FRESH, LIBRARIES, LOOKS, POOLS, VIEWS, argument, is_elementwise, name_of
 from .tracing import ends_in_place, in_place, is_changed, is_layer, is_parameter, trace
 
 ADD = (operator.add, torch.add, "add", "add_")
-RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 @dataclass
-class PureGraph:
-    """`pure` are the nodes that compute a sum or a ReLU beside their input; `stage` counts the barriers before a node.
-
-    `opaque` names the modules that stayed whole, with the reason; `overwriting` are the operations left in place,
-    `once_in_place` those that are pure now;
-    `numbers` are nodes that are no tensors. `families` has for each node those that may share memory with it, and
-    `shared` are nodes whose memory unknown code may have overwritten, or something through another name than theirs.
-    """
+class FunctionalGraph:
+    """A graph whose sums and activations overwrite nothing where that can be, and what is known of its nodes."""
 
     graph: fx.Graph
     modules: dict[str, nn.Module]
     opaque: dict[str, str]
+    """Modules that stayed whole, to the reason."""
     pure: set[fx.Node] = field(default_factory=set)
-    stage: dict[fx.Node, int] = field(default_factory=dict)
-    overwriting: set[fx.Node] = field(default_factory=set)
+    """Sums and activations that are computed beside their input: they may be moved and merged."""
     once_in_place: set[fx.Node] = field(default_factory=set)
+    """Those of `pure` that overwrote their input in the network's own code."""
+    overwriting: set[fx.Node] = field(default_factory=set)
+    """Operations that are left in place."""
+    stage: dict[fx.Node, int] = field(default_factory=dict)
+    """The number of barriers before a node. Nothing may be moved to another stage."""
     numbers: set[fx.Node] = field(default_factory=set)
+    """Nodes that are no tensors, such as sizes."""
     families: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
+    """Of each node those that may share memory with it, itself among them."""
     shared: set[fx.Node] = field(default_factory=set)
+    """Nodes whose memory may have been overwritten by code that is not known, or through the name of another node."""
 
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.modules[node.target] if node.op == "call_module" else None
@@ -51,31 +53,35 @@ class PureGraph:
             return node.args[2] == "iadd"
         return node.op in ("call_function", "call_method") and node.target in ADD and "out" not in node.kwargs
 
-    def is_relu(self, node: fx.Node) -> bool:
-        return kind_of(self.module(node)) == "relu" or (
-            node.op in ("call_function", "call_method") and node.target in RELU and "out" not in node.kwargs
-        )
+    def activation(self, node: fx.Node) -> Activation | None:
+        """The activation of an epilogue that a node computes; None for another node."""
+        return activation_of(node, self.module(node))
 
 
-def pure_graph(root: nn.Module) -> PureGraph:
-    """Raises whatever root's own code raises under torch.fx's symbolic tracing, TraceError where a graph would lie."""
+def functionalize(root: nn.Module) -> FunctionalGraph:
+    """The graph of root's forward, made functional.
+
+    Raises:
+        TraceError: a graph would not do what the code does.
+        Exception: whatever root's own code raises under torch.fx's symbolic tracing.
+    """
     graph, opaque = trace(root)
-    traced = PureGraph(graph, dict(root.named_modules(remove_duplicate=False)), opaque)
+    traced = FunctionalGraph(graph, dict(root.named_modules(remove_duplicate=False)), opaque)
     _remove_identities(traced)
-    _make_pure(traced)
+    _Pass(traced).run()
     return traced
 
 
-def pure_training_graph(root: nn.Module) -> PureGraph:
+def functional_training_graph(root: nn.Module) -> FunctionalGraph:
     """The same for a network in training, where dropout is no identity."""
     graph, opaque = trace(root)
-    traced = PureGraph(graph, dict(root.named_modules(remove_duplicate=False)), opaque)
-    _make_pure(traced)
+    traced = FunctionalGraph(graph, dict(root.named_modules(remove_duplicate=False)), opaque)
+    _Pass(traced).run()
     return traced
 
 
-def _remove_identities(traced: PureGraph) -> None:
-    """In eval mode they hand on the very tensor they get."""
+def _remove_identities(traced: FunctionalGraph) -> None:
+    """Removes modules that in eval mode return the very tensor that they get."""
     for node in traced.graph.nodes:
         module = traced.module(node)
         one_argument = len(node.args) == 1 and not node.kwargs
@@ -86,79 +92,103 @@ def _remove_identities(traced: PureGraph) -> None:
 
 
 def _is_stochastic_depth(node: fx.Node) -> bool:
-    """torchvision's, which does nothing in eval mode."""
+    """Whether it is torchvision's stochastic depth in eval mode, which does nothing."""
     if getattr(node.target, "__module__", None) != "torchvision.ops.stochastic_depth" or not node.args:
         return False
     return argument(node, 3, "training", True) is False
 
 
-def _make_pure(traced: PureGraph) -> None:
-    """One sweep in the order of running."""
-    order = {node: index for index, node in enumerate(traced.graph.nodes)}
-    family, stage = traced.families, 0
-    exposed: set[fx.Node] = set()
-    for node in traced.graph.nodes:
+class _Pass:
+    """Visits the nodes in the order of running.
+
+    `exposed` are nodes that code outside of PyTorch has been given, and may look at later.
+    """
+
+    def __init__(self, traced: FunctionalGraph) -> None:
+        self.traced, self.families = traced, traced.families
+        self.order = {node: index for index, node in enumerate(traced.graph.nodes)}
+        self.exposed: set[fx.Node] = set()
+        self.barriers = 0
+
+    def run(self) -> None:
+        for node in self.traced.graph.nodes:
+            self.visit(node)
+        for node in list(self.traced.shared):
+            self.traced.shared |= self.families[node]
+
+    def visit(self, node: fx.Node) -> None:
+        traced = self.traced
         if _is_number(node, traced):
             traced.numbers.add(node)
         targets = [] if node in traced.numbers else _overwritten(node, traced)
-        summand_or_relu = (traced.is_add(node) or traced.is_relu(node)) and not _is_changed(node, traced)
-        private = len(targets) == 1 and _is_private(targets[0], node, family[targets[0]] - {node}, order, exposed)
+        private = len(targets) == 1 and self.is_private(targets[0], node)
         if private:
-            x = targets[0]
-            x.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
-            if summand_or_relu and _may_be_fused(x, traced):
-                targets = []
-                traced.once_in_place.add(node)
+            self.rename(targets[0], node)
+        in_epilogue = (traced.is_add(node) or traced.activation(node)) and not _is_changed(node, traced)
+        if in_epilogue and private and _may_be_fused(targets[0], traced):
+            traced.once_in_place.add(node)
+            targets = []
         if targets:
-            _refuse_parameters(targets, family)
+            self.refuse_parameters(targets)
             traced.overwriting.add(node)
-        if not targets and summand_or_relu:
+        elif in_epilogue:
             traced.pure.add(node)
         unknown = _is_unknown(node, traced)
-        family[node] = {node}
-        if node.op != "output" and (targets or not is_fresh(node, traced)):
-            for source in node.all_input_nodes:
-                family[node] |= family[source]
-            for member in family[node]:
-                family[member] = family[node]
+        self.join_families(node)
         if unknown or (targets and not (private and _is_elementwise_in_place(node, traced))):
-            for source in node.all_input_nodes:
-                traced.shared |= family[source]
+            traced.shared |= self.behind_inputs(node)
         if unknown and not _is_of_pytorch(node, traced):
-            for source in node.all_input_nodes:
-                exposed |= family[source]
+            self.exposed |= self.behind_inputs(node)
         if unknown or targets:
-            stage += 1
-        traced.stage[node] = stage
-    for node in list(traced.shared):
-        traced.shared |= family[node]
+            self.barriers += 1
+        traced.stage[node] = self.barriers
+
+    def is_private(self, x: fx.Node, node: fx.Node) -> bool:
+        """Whether nobody but the users of x sees that `node` overwrites x."""
+        family = self.families[x] - {node}
+        if any(member.op in ("placeholder", "get_attr") or member in self.exposed for member in family):
+            return False
+        others = (member for member in family if member is not x)
+        return all(self.order[user] <= self.order[node] for member in others for user in member.users)
+
+    def rename(self, x: fx.Node, node: fx.Node) -> None:
+        """Users of x after `node`, which overwrites x, read `node` instead."""
+        x.replace_all_uses_with(node, lambda user: self.order[user] > self.order[node])
+
+    def refuse_parameters(self, targets: list[fx.Node]) -> None:
+        """Fused layers have copies of the parameters, which would not see the change.
+
+        Raises:
+            TraceError: a target may share memory with a parameter.
+        """
+        for member in (member for target in targets for member in self.families[target]):
+            if is_parameter(member):
+                raise fx.proxy.TraceError(f"it overwrites {member.target}")
+
+    def join_families(self, node: fx.Node) -> None:
+        """The node is of the families of its inputs if it may share memory with them, and else of one of its own."""
+        self.families[node] = {node}
+        if node.op == "output" or is_fresh(node, self.traced):
+            return
+        self.families[node] |= self.behind_inputs(node)
+        for member in self.families[node]:
+            self.families[member] = self.families[node]
+
+    def behind_inputs(self, node: fx.Node) -> set[fx.Node]:
+        """The inputs of a node and all that may share memory with them."""
+        return set().union(*(self.families[source] for source in node.all_input_nodes))
 
 
-def _may_be_fused(x: fx.Node, traced: PureGraph) -> bool:
+def _may_be_fused(x: fx.Node, traced: FunctionalGraph) -> bool:
     """Whether what overwrites x may become a part of the layer that computes it; it stays in place otherwise."""
     if kind_of(traced.module(x)) in ("conv2d", "linear", "batch_norm2d"):
         return not _is_changed(x, traced)
-    return x in traced.pure and (traced.is_relu(x) or all(isinstance(arg, fx.Node) for arg in x.args[:2]))
+    return x in traced.pure and (
+        traced.activation(x) is not None or all(isinstance(arg, fx.Node) for arg in x.args[:2])
+    )
 
 
-def _is_private(
-    x: fx.Node, node: fx.Node, family: set[fx.Node], order: dict[fx.Node, int], exposed: set[fx.Node]
-) -> bool:
-    """Whether nobody but the users of x sees that `node` overwrites x."""
-    if any(member.op in ("placeholder", "get_attr") or member in exposed for member in family):
-        return False
-    others = (member for member in family if member is not x)
-    return all(order[user] <= order[node] for member in others for user in member.users)
-
-
-def _refuse_parameters(targets: list[fx.Node], family: dict[fx.Node, set[fx.Node]]) -> None:
-    """Fused layers hold copies of them."""
-    for member in (member for target in targets for member in family[target]):
-        if is_parameter(member):
-            raise fx.proxy.TraceError(f"it overwrites {member.target}")
-
-
-def _overwritten(node: fx.Node, traced: PureGraph) -> list[fx.Node]:
+def _overwritten(node: fx.Node, traced: FunctionalGraph) -> list[fx.Node]:
     """What an operation in place writes to: its first argument, or `out`."""
     if node.op == "call_module":
         overwrites = getattr(traced.module(node), "inplace", False) is True and _is_of_pytorch(node, traced)
@@ -188,7 +218,7 @@ def _named_argument(node: fx.Node, name: str) -> object:
         return node.kwargs.get(name)
 
 
-def _is_elementwise_in_place(node: fx.Node, traced: PureGraph) -> bool:
+def _is_elementwise_in_place(node: fx.Node, traced: FunctionalGraph) -> bool:
     """Whether the layout of the tensor does not matter."""
     if "out" in node.kwargs:
         return False
@@ -198,7 +228,7 @@ def _is_elementwise_in_place(node: fx.Node, traced: PureGraph) -> bool:
     return ends_in_place(name) and (name[:-1] in ELEMENTWISE or name in ("fill_", "zero_"))
 
 
-def _is_number(node: fx.Node, traced: PureGraph) -> bool:
+def _is_number(node: fx.Node, traced: FunctionalGraph) -> bool:
     """Whether a value is known to be no tensor, such as a size."""
     if node.target is getattr:
         return node.args[1] in LOOKS
@@ -210,7 +240,7 @@ def _is_number(node: fx.Node, traced: PureGraph) -> bool:
     return computed and bool(inputs) and all(source in traced.numbers for source in inputs)
 
 
-def is_fresh(node: fx.Node, traced: PureGraph) -> bool:
+def is_fresh(node: fx.Node, traced: FunctionalGraph) -> bool:
     """Whether a result shares no memory with the arguments."""
     if node in traced.overwriting:
         return False
@@ -223,8 +253,8 @@ def is_fresh(node: fx.Node, traced: PureGraph) -> bool:
     return name in ELEMENTWISE or name in FRESH
 
 
-def _is_unknown(node: fx.Node, traced: PureGraph) -> bool:
-    """Code that may overwrite its arguments."""
+def _is_unknown(node: fx.Node, traced: FunctionalGraph) -> bool:
+    """Whether it is code that may overwrite its arguments."""
     if node.op in ("placeholder", "get_attr", "output"):
         return False
     if is_fresh(node, traced) or node in traced.overwriting:
@@ -235,13 +265,13 @@ def _is_unknown(node: fx.Node, traced: PureGraph) -> bool:
     return node.target is not getattr and name_of(node) not in VIEWS
 
 
-def _is_changed(node: fx.Node, traced: PureGraph) -> bool:
+def _is_changed(node: fx.Node, traced: FunctionalGraph) -> bool:
     module = traced.module(node)
     return module is not None and is_changed(module)
 
 
-def _is_of_pytorch(node: fx.Node, traced: PureGraph) -> bool:
-    """Code of PyTorch, which keeps nothing that it was given for later."""
+def _is_of_pytorch(node: fx.Node, traced: FunctionalGraph) -> bool:
+    """Whether it is code of PyTorch, which keeps no argument for later."""
     module = traced.module(node)
     if module is not None:
         return node.target not in traced.opaque and is_layer(module) and not is_changed(module)

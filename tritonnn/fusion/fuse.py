@@ -1,4 +1,4 @@
-"""For inference: convolution, batch norm, residual sum and ReLU in one kernel, over a whole network.
+"""For inference: convolution, batch norm, residual sum and activation in one kernel, over a whole network.
 
 A network is traced with torch.fx, its batch norms become part of the convolutions before them, and what follows a
 convolution or linear layer moves into its kernel's epilogue. What is left becomes Triton layers, as `swap`
@@ -19,18 +19,17 @@ from ..layers.fused.linear import FusedPooledLinear
 from ..layers.layer import TritonLayer
 from ..swap import few, kind_of, swap
 from .cuda_graphs import CudaGraphs
-from .functionalize import pure_graph
+from .functionalize import functionalize
 from .fused_graph import FusedGraph
 from .norm_act import split_norm_acts
 from .report import FusionReport, join
 from .rewrite import fuse_graph
-from .tracing import WRAPPERS, describe, has_hooks, is_layer
+from .tracing import WRAPPERS, has_hooks, in_a_line, is_layer
 
 
 class FusedForward:
-    """A module's forward as a fused graph; with optional arguments other than its defaults, what it was, `unfused`.
-
-    `fallbacks` counts the latter.
+    """A module's forward: the fused graph or, with other optional arguments than their defaults, the module's own code.
+    That is `unfused`, and `fallbacks` counts its calls.
     """
 
     def __init__(self, graph: FusedGraph, unfused: Callable) -> None:
@@ -75,8 +74,8 @@ def _has_options(forward: Callable) -> bool:
 class FusedNetwork(nn.Module):
     """A network made by `fuse`: called like the model it was made of, in eval mode for good, without gradients.
 
-    `report` is the `FusionReport`. `network` holds the layers. Weights that are replaced, or overwritten in place,
-    count from the next call. Not so what PyTorch does not count (`Tensor._version`): writes through `.data`, to
+    `report` is the `FusionReport`. `network` holds the layers. The next call uses weights that were replaced or
+    overwritten in place. It does not see writes that PyTorch does not count (`Tensor._version`): through `.data`, to
     tensors made in inference mode, or by code outside PyTorch. Call `weights_changed` after these.
 
     `parts` are the graphs of modules inside others that could not be traced, `unfused` is the copied model itself
@@ -112,7 +111,7 @@ class FusedNetwork(nn.Module):
             return self._graphs(call, self, args, kwargs)
 
     def weights_changed(self) -> None:
-        """Has the next call read all weights anew; drops what was made of them, packed weights and CUDA graphs."""
+        """Drops packed weights and CUDA graphs, so that the next call reads all weights anew."""
         for module in self.modules():
             if isinstance(module, FusedLayer):
                 module.forget_packed_weights()
@@ -136,14 +135,17 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     """A fast copy of an eval network for inference; the model is left alone and shares nothing with it.
 
     Batch norms are folded into the convolutions before them, in float64: into float32 and float64 weights, rounded
-    once; beside 16-bit weights, which stay as they are, the kernel scales the sums. Bias, residual sum and ReLU run in
-    the kernel of the convolution or linear layer, whose images are channels_last; what leaves the network lies in
-    memory as the model's output would. Operand types follow autocast and PyTorch's TF32 switches at each call.
+    once; beside 16-bit weights, which stay as they are, the kernel scales the sums. Bias, residual sum and activation
+    run in the kernel of the convolution or linear layer, whose images are channels_last; what leaves the network lies
+    in memory as the model's output would. Operand types follow autocast and PyTorch's TF32 switches at each call.
 
-    Optional arguments of its forward are fused at their defaults: a call with another value runs the model's own code,
-    of which the network has a copy then, and is counted in the report's `fallbacks`.
+    Activations are ReLU, ReLU6, LeakyReLU, SiLU, Hardswish, Hardsigmoid, Sigmoid and both kinds of GELU, as modules,
+    functions or methods, in place or not; others stay PyTorch's.
 
-    Of a DataParallel or DistributedDataParallel model it fuses what that wraps, for one device.
+    The forward is fused with its optional arguments at their defaults. A call with another value runs a copy of the
+    model's own code, and the report's `fallbacks` count it.
+
+    For a DataParallel or DistributedDataParallel model, the wrapped model is fused, for one device.
 
     Args:
         cuda_graph: replay a CUDA graph, captured at the second call with inputs of a shape, type, autocast and TF32
@@ -183,9 +185,9 @@ def _graph_of(module: nn.Module, name: str, report: FusionReport, parts: dict[st
         reason = f"it is a {type(module).__name__}"
     else:
         try:
-            traced = pure_graph(module)
+            traced = functionalize(module)
         except Exception as error:  # whatever the module's code makes of symbolic inputs
-            reason = describe(error)
+            reason = in_a_line(error)
         else:
             graph = fuse_graph(module, traced, name, report)
             for target, why in traced.opaque.items():
@@ -198,7 +200,7 @@ def _graph_of(module: nn.Module, name: str, report: FusionReport, parts: dict[st
 
 
 def _fuse_parts(module: nn.Module, name: str, report: FusionReport, parts: dict[str, FusedGraph]) -> None:
-    """The module's code may ask its parts for whatever it likes: they stay what they are, but for their forward."""
+    """Replaces the forward of the module's parts and nothing else, as the module's code may ask them for anything."""
     if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:  # which calls copies on other devices
         return
     for child_name, child in module.named_children():
@@ -219,7 +221,7 @@ def _fuse_parts(module: nn.Module, name: str, report: FusionReport, parts: dict[
 
 
 def _swap_rest(fused: FusedNetwork, parts: dict[str, FusedGraph]) -> None:
-    """Triton layers in the place of those that were not fused; the report has those of them that a call runs."""
+    """Swaps the layers that were not fused for Triton layers, and reports those that a call runs."""
     report, runs = fused.report, {id(module) for module in _running(fused.network)}
     runs -= {id(module.pool) for module in fused.modules() if isinstance(module, FusedPooledLinear)}
     if fused._with_options is not None:
@@ -241,7 +243,7 @@ def _swap_rest(fused: FusedNetwork, parts: dict[str, FusedGraph]) -> None:
 
 
 def _running(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that a call of `module` runs: of one that was fused its graph's, not its own."""
+    """The modules that a call of `module` runs: those of its graph where it was fused, not its own."""
     forward = vars(module).get("forward")
     graph = forward.graph if isinstance(forward, FusedForward) else forward
     if isinstance(graph, FusedGraph):

@@ -16,7 +16,7 @@ ELEMENTWISE = frozenset(
     relu relu6 round rsqrt selu sigmoid silu sin softplus softsign sqrt square sub tanh true_divide truediv
     where""".split()
 )
-"""Their results are tensors of their own in the memory format of the arguments, or numbers of numbers."""
+"""Results are new tensors in the memory format of the arguments; of numbers, numbers."""
 
 BINARY = frozenset("add div eq ge gt le lt maximum minimum mul ne pow sub true_divide truediv".split())
 """Those of them that take two operands."""
@@ -38,7 +38,7 @@ FRESH = frozenset(
 POOLS = (F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d)
 
 CONVERSIONS = frozenset("bfloat16 double float half to type_as".split())
-"""To another type; of what has it already they return a view."""
+"""Conversions to another type. A tensor that has it already is returned itself, as by a view."""
 
 LAYOUT_FREE_VIEWS = CONVERSIONS | frozenset(
     """chunk getitem movedim narrow permute select split squeeze swapaxes tensor_split transpose unbind
@@ -74,7 +74,7 @@ def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def flattens_images(node: fx.Node, module: nn.Module | None) -> bool:
-    """To [N, *], contiguous."""
+    """Whether it flattens images to [N, *], contiguous."""
     if type(module) is nn.Flatten:
         return (module.start_dim, module.end_dim) == (1, -1)
     return name_of(node) == "flatten" and (node.args[1:], node.kwargs) in (((1,), {}), ((), {"start_dim": 1}))
@@ -82,3 +82,15 @@ def flattens_images(node: fx.Node, module: nn.Module | None) -> bool:
 
 def argument(node: fx.Node, position: int, name: str, default: object = None) -> object:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def operands(node: fx.Node) -> tuple[object, object]:
+    named = {key: value for key, value in node.kwargs.items() if key in ("input", "other")}
+    a, b, *_ = [*node.args, *named.values(), None, None]
+    return a, b
+
+
+def unused_name(name: str, modules: dict[str, nn.Module]) -> str:
+    while name in modules:
+        name += "_"
+    return name

@@ -19,10 +19,12 @@ class FusionReport:
     modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     fused: dict[str, str] = field(default_factory=dict)
     """Convolution or linear layer to what its kernel does, such as "conv2d + batch_norm2d + residual + relu"."""
+    stands_for: dict[str, list[str]] = field(default_factory=dict)
+    """Fused layer to the model's layers whose work its kernel does, in their order; a layer for each of its calls."""
     swapped: dict[str, str] = field(default_factory=dict)
     """Triton layer of its own, to its kind."""
     apart: dict[str, str] = field(default_factory=dict)
-    """Convolution, linear layer, batch norm, sum or ReLU that was not fused with what precedes it, to the reason."""
+    """Convolution, linear layer, batch norm, sum or activation not fused with what precedes it, to the reason."""
     stayed: dict[str, str] = field(default_factory=dict)
     """PyTorch layer or function to the reason."""
     untraced: dict[str, str] = field(default_factory=dict)

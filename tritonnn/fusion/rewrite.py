@@ -1,4 +1,4 @@
-"""The pass over a network's graph: which nodes become one kernel, and what becomes of the others."""
+"""Which nodes of a network's graph become one kernel: convolutions and linear layers with what follows them."""
 
 import copy
 import operator
@@ -7,39 +7,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
-from ..layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
-from ..layers.fused.base import Filters, batch_norm_as_affine
+from ..layers.fused.activation import NO_ACTIVATION
+from ..layers.fused.base import batch_norm_as_affine
 from ..layers.fused.conv2d import FusedConv2d, FusedSum
 from ..layers.fused.linear import FusedLinear, FusedPooledLinear
 from ..layers.layer import FLOATING_POINT, pair
-from ..layers.max_pool2d import TritonMaxPool2d
-from ..layers.relu import TritonReLU
 from ..swap import kind_of, swap
 from .formats import as_pytorch_puts_it, keep_formats
-from .functionalize import PureGraph
+from .functionalize import FunctionalGraph
 from .fused_graph import FusedGraph
-from .known_functions import flattens_images
+from .known_functions import flattens_images, operands, unused_name
 from .report import FusionReport, join
+from .rest import drop_signs_of_zeros, rewrite_rest
+from .round_ahead import round_ahead
 from .tracing import in_place, is_changed, why_changed
 
 # Functions that only look at tensors.
 NO_COMPUTATION = ("getattr", "getitem", "size", "dim", as_pytorch_puts_it.__name__, "eq", "_assert")
-
-POOLS = {
-    F.adaptive_avg_pool2d: (TritonAdaptiveAvgPool2d, ("input", "output_size")),
-    F.avg_pool2d: (
-        TritonAvgPool2d,
-        ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    ),
-    F.max_pool2d: (
-        TritonMaxPool2d,
-        ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-    ),
-}
-"""Function to module and its arguments, in order."""
 
 
 @dataclass
@@ -53,12 +38,12 @@ class _Chain:
     add: fx.Node | None = None
     add_first: bool = True
     """Whether the layer's result is the first summand."""
-    relu: fx.Node | None = None
+    activation: fx.Node | None = None
 
     @property
     def nodes(self) -> list[fx.Node]:
         flatten = None if self.pool is None else _input(self.layer)
-        nodes = (self.pool, flatten, self.layer, self.norm, self.add, self.relu)
+        nodes = (self.pool, flatten, self.layer, self.norm, self.add, self.activation)
         return [node for node in nodes if node is not None]
 
     @property
@@ -67,12 +52,15 @@ class _Chain:
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """Of the fused node, as the graph is now: the residual may have been fused already."""
+        """The inputs of the fused node.
+
+        They are read from the graph as it is now, where the residual may be fused already.
+        """
         x = _input(self.pool or self.layer)
         return (x,) if self.add is None else (x, _summands(self.add)[self.add_first])
 
 
-def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionReport) -> FusedGraph:
+def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: FusionReport) -> FusedGraph:
     """The traced module `root`, called `name`, with everything fused that can be; tells `report`."""
     graph = traced.graph
     keep_formats(traced)
@@ -87,7 +75,7 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
         calls[layer] += 1
         target = layer if calls[layer] == 1 else f"{layer}_call{calls[layer]}"
         if target != layer or layer in kept or any(layer.startswith(f"{name}.") for name in traced.opaque):
-            target = _unused(target.replace(".", "_") if target == layer else target, modules)
+            target = unused_name(target.replace(".", "_") if target == layer else target, modules)
         modules[target] = _fused_layer(chain, traced)
         with graph.inserting_before(chain.tail):
             fused = graph.call_module(target, chain.inputs)
@@ -95,10 +83,12 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
         chain.tail.replace_all_uses_with(fused)
         for node in reversed(chain.nodes):
             graph.erase_node(node)
-        report.fused[join(name, target)] = _describe(chain, traced)
+        report.fused[join(name, target)] = _in_words(chain, traced)
         report.modules[join(name, target)] = modules[target]
-    _join_shortcuts(traced, modules)
-    _rewrite_rest(traced, modules)
+        layers = [node.target for node in chain.nodes if kind_of(traced.module(node)) is not None]
+        report.stands_for[join(name, target)] = [join(name, layer) for layer in layers]
+    _join_shortcuts(traced, modules, name, report)
+    rewrite_rest(traced, modules)
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
             report.stayed[join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
@@ -106,20 +96,14 @@ def fuse_graph(root: nn.Module, traced: PureGraph, name: str, report: FusionRepo
             modules[node.target].to(memory_format=torch.channels_last)
         elif node.op == "get_attr":
             _keep(node, root, modules)
-    _round_ahead(graph, modules)
-    _drop_signs_of_zeros(graph, modules)
+    round_ahead(graph, modules)
+    drop_signs_of_zeros(graph, modules)
     return FusedGraph(modules, graph, type(root).__name__).eval()
 
 
 def _makes_channels_last(module: nn.Module | None) -> bool:
     """Whether it is a convolution of its own that is to, as fused ones do; others come out as PyTorch puts them."""
     return kind_of(module) == "conv2d" and not is_changed(module) and module.padding_mode == "zeros"
-
-
-def _unused(name: str, modules: dict[str, nn.Module]) -> str:
-    while name in modules:
-        name += "_"
-    return name
 
 
 def _keep(node: fx.Node, root: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -133,10 +117,10 @@ def _keep(node: fx.Node, root: nn.Module, modules: dict[str, nn.Module]) -> None
     modules[node.target] = tensor
 
 
-def _join_shortcuts(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
+def _join_shortcuts(traced: FunctionalGraph, modules: dict[str, nn.Module], name: str, report: FusionReport) -> None:
     """Two fused convolutions whose results are added become one node where one of them is a shortcut.
 
-    The first of them runs later then: nothing may be overwritten in between.
+    The first one then runs later than before, so nothing may be overwritten in between.
     """
 
     def fused(node: fx.Node) -> bool:
@@ -148,16 +132,17 @@ def _join_shortcuts(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
         if node.args[0] is node.args[1] or traced.stage[node] != traced.stage[node.args[1]]:
             continue
         last, other = modules[node.target], modules[node.args[1].target]
-        if other.relu or other.sums is not None or not (last.is_shortcut or other.is_shortcut):
+        if other.activation != NO_ACTIVATION or other.sums is not None or not (last.is_shortcut or other.is_shortcut):
             continue
         modules[node.target] = FusedSum(last, other)
         source = node.args[1]
         node.args = (node.args[0], source.args[0])
         traced.graph.erase_node(source)
+        report.stands_for[join(name, node.target)] += report.stands_for.pop(join(name, source.target))
 
 
-def _chains(traced: PureGraph) -> list[_Chain]:
-    """In the order of running. A sum of two convolutions goes to the one that is computed last."""
+def _chains(traced: FunctionalGraph) -> list[_Chain]:
+    """The chains, in the order of running. A sum of two convolutions belongs to the one that is computed last."""
     chains: list[_Chain] = []
     claimed: set[fx.Node] = set()
     for node in reversed(traced.graph.nodes):
@@ -173,14 +158,14 @@ def _chains(traced: PureGraph) -> list[_Chain]:
             chain.add_first = summands[0] is chain.tail
             chain.add = follower
             follower = _only_user(follower, traced)
-        if follower and follower in traced.pure and traced.is_relu(follower):
-            chain.relu = follower
+        if follower in traced.pure and traced.activation(follower):
+            chain.activation = follower
         claimed.update(chain.nodes)
         chains.append(chain)
     return chains[::-1]
 
 
-def _pool_before(node: fx.Node, traced: PureGraph) -> fx.Node | None:
+def _pool_before(node: fx.Node, traced: FunctionalGraph) -> fx.Node | None:
     """The average pool whose result a linear layer gets, flattened, if nothing else does."""
     flatten = _input(node)
     if flatten is None or kind_of(traced.module(node)) != "linear" or _hooked(flatten, traced):
@@ -193,21 +178,21 @@ def _pool_before(node: fx.Node, traced: PureGraph) -> fx.Node | None:
     return pool if _only_user(pool, traced) is flatten and _only_user(flatten, traced) is node else None
 
 
-def _only_user(node: fx.Node, traced: PureGraph) -> fx.Node | None:
+def _only_user(node: fx.Node, traced: FunctionalGraph) -> fx.Node | None:
     """The one node that uses the result, if nothing is overwritten up to there."""
     users = list(node.users)
     return users[0] if len(users) == 1 and traced.stage[users[0]] == traced.stage[node] else None
 
 
-def _is_plain_sum(node: fx.Node | None, traced: PureGraph) -> bool:
+def _is_plain_sum(node: fx.Node | None, traced: FunctionalGraph) -> bool:
     return node in traced.pure and traced.is_add(node) and _summands(node) is not None
 
 
-def _is_norm(node: fx.Node, traced: PureGraph) -> bool:
+def _is_norm(node: fx.Node, traced: FunctionalGraph) -> bool:
     return kind_of(traced.module(node)) == "batch_norm2d"
 
 
-def _hooked(node: fx.Node, traced: PureGraph) -> bool:
+def _hooked(node: fx.Node, traced: FunctionalGraph) -> bool:
     module = traced.module(node)
     return module is not None and is_changed(module)
 
@@ -220,18 +205,12 @@ def _input(node: fx.Node) -> fx.Node | None:
 
 def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two operands of a plain sum of two different values."""
-    a, b = _operands(node)
+    a, b = operands(node)
     plain = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
     return (a, b) if plain and node.kwargs.get("alpha", 1) == 1 else None
 
 
-def _operands(node: fx.Node) -> tuple[object, object]:
-    named = {key: value for key, value in node.kwargs.items() if key in ("input", "other")}
-    a, b, *_ = [*node.args, *named.values(), None, None]
-    return a, b
-
-
-def _reason_to_leave(node: fx.Node, traced: PureGraph) -> str | None:
+def _reason_to_leave(node: fx.Node, traced: FunctionalGraph) -> str | None:
     """Why a convolution or linear layer is no fused one."""
     layer = traced.module(node)
     if is_changed(layer):
@@ -258,7 +237,7 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int] | None:
     return (top, left) if (top, left) == (bottom, right) else None
 
 
-def _reason_not_to_fold(node: fx.Node, traced: PureGraph) -> str | None:
+def _reason_not_to_fold(node: fx.Node, traced: FunctionalGraph) -> str | None:
     norm = traced.module(node)
     if is_changed(norm):
         return why_changed(norm)
@@ -274,13 +253,13 @@ def _reason_not_to_fold(node: fx.Node, traced: PureGraph) -> str | None:
     return _reason_not_to_join(source, node, traced)
 
 
-def _reason_not_to_join(source: fx.Node, node: fx.Node, traced: PureGraph) -> str | None:
+def _reason_not_to_join(source: fx.Node, node: fx.Node, traced: FunctionalGraph) -> str | None:
     if len(source.users) > 1:
         return "what it follows is used elsewhere too"
     return None if traced.stage[source] == traced.stage[node] else "something may be overwritten before it"
 
 
-def _report_apart(traced: PureGraph, chains: list[_Chain], name: str, report: FusionReport) -> None:
+def _report_apart(traced: FunctionalGraph, chains: list[_Chain], name: str, report: FusionReport) -> None:
     fused = {node for chain in chains for node in chain.nodes}
     tails = {chain.tail for chain in chains}
     for node in traced.graph.nodes:
@@ -290,14 +269,14 @@ def _report_apart(traced: PureGraph, chains: list[_Chain], name: str, report: Fu
             reason = _reason_to_leave(node, traced)
         elif _is_norm(node, traced):
             reason = _reason_not_to_fold(node, traced)
-        elif traced.is_add(node) or traced.is_relu(node):
+        elif traced.is_add(node) or traced.activation(node):
             reason = _reason_not_in_epilogue(node, tails, traced)
         else:
             continue
         report.apart[join(name, node.target if node.op == "call_module" else node.name)] = reason
 
 
-def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: PureGraph) -> str:
+def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: FunctionalGraph) -> str:
     if node in traced.overwriting and node in traced.shared:
         return "it overwrites what others may see"
     if _hooked(node, traced):
@@ -311,7 +290,7 @@ def _reason_not_in_epilogue(node: fx.Node, tails: set[fx.Node], traced: PureGrap
     return next((reason for reason in reasons if reason), "it does not follow directly")
 
 
-def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
+def _fused_layer(chain: _Chain, traced: FunctionalGraph) -> nn.Module:
     layer = traced.module(chain.layer)
     weight, scale, bias = layer.weight.detach(), None, layer.bias
     if chain.norm:
@@ -325,7 +304,7 @@ def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
         else "into y"
         if chain.add_first
         else "into residual",
-        "relu": chain.relu is not None,
+        "activation": NO_ACTIVATION if chain.activation is None else traced.activation(chain.activation),
     }
     bias = None if bias is None else bias.detach().clone()
     if kind_of(layer) == "linear":
@@ -340,106 +319,11 @@ def _fused_layer(chain: _Chain, traced: PureGraph) -> nn.Module:
     )
 
 
-def _round_ahead(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Marks convolutions that only convolutions read: in TF32 they round their result, so that readers need not.
-
-    A result that is only added, as a residual, needs no rounding. Where a reader uses TF32 for large outputs only, the
-    convolution knows it, and its readers each other: it is read directly, so that all see the size of its result.
-    """
-
-    def fused(node: fx.Node) -> list[tuple[FusedConv2d, fx.Node]]:
-        """The convolutions of a fused node and their inputs."""
-        match modules[node.target] if node.op == "call_module" else None:
-            case FusedConv2d() as conv:
-                return [(conv, node.args[0])]
-            case FusedSum() as both:
-                return list(zip((both.last, both.other), node.args))
-        return []
-
-    def selects(node: fx.Node) -> bool:
-        """Its results are among its inputs, or zero."""
-        return node.op == "call_module" and kind_of(modules[node.target]) in ("max_pool2d", "relu")
-
-    def readers(node: fx.Node) -> tuple[Filters, ...]:
-        """Of those that read a node directly, the ones that do not always use TF32."""
-        convolutions = [conv for user in node.users for conv, x in fused(user) if x is node]
-        return tuple(conv.filters for conv in convolutions if not conv.filters.always_in_tf32)
-
-    only_convolved: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if any(map(selects, (node, *node.users))) and readers(node):
-            continue
-        if (fused(node) or selects(node)) and all(fused(user) or user in only_convolved for user in node.users):
-            if any(user.args[0] is node or any(x is node for _, x in fused(user)) for user in node.users):
-                only_convolved.add(node)
-    for node in graph.nodes:
-        for conv, source in fused(node):
-            while selects(source):
-                source = source.all_input_nodes[0]
-            conv.rounded_input = bool(fused(source)) and source in only_convolved
-            conv.fellow_readers = readers(source)
-        for conv, _ in fused(node)[:1]:  # the other one of a sum gives no result of its own
-            conv.round_output = node in only_convolved
-            conv.readers = readers(node)
-
-
-def _drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Max pools whose every input comes out of a ReLU see no -0.0."""
-
-    def after_relu(node: fx.Node) -> bool:
-        source = modules.get(node.all_input_nodes[0].target) if node.all_input_nodes[0].op == "call_module" else None
-        return getattr(source, "relu", False) is True or kind_of(source) == "relu"
-
-    pools = [n for n in graph.nodes if n.op == "call_module" and kind_of(modules[n.target]) == "max_pool2d"]
-    for node in pools:
-        modules[node.target].signed_zeros = not all(after_relu(n) for n in pools if n.target == node.target)
-
-
-def _describe(chain: _Chain, traced: PureGraph) -> str:
+def _in_words(chain: _Chain, traced: FunctionalGraph) -> str:
     steps = [kind_of(traced.module(node)) for node in (chain.pool, chain.layer) if node]
-    steps += [
-        step for step, node in (("batch_norm2d", chain.norm), ("residual", chain.add), ("relu", chain.relu)) if node
-    ]
+    steps += ["batch_norm2d"] * (chain.norm is not None) + ["residual"] * (chain.add is not None)
+    steps += [traced.activation(chain.activation).name] if chain.activation else []
     return " + ".join(steps)
-
-
-def _pool(node: fx.Node) -> nn.Module | None:
-    """The module that does what a function of torch.nn.functional does in this graph."""
-    if node.op != "call_function" or node.target not in POOLS:
-        return None
-    module, names = POOLS[node.target]
-    arguments = dict(zip(names, node.args)) | node.kwargs
-    arguments.pop("input", None)
-    if set(arguments) - set(names) or any(isinstance(leaf, fx.Node) for leaf in tree_leaves(arguments)):
-        return None
-    if "stride" in arguments and not arguments["stride"]:  # None or an empty list
-        del arguments["stride"]
-    return module(**arguments).eval()
-
-
-def _rewrite_rest(traced: PureGraph, modules: dict[str, nn.Module]) -> None:
-    """ReLUs and pools as Triton layers, sums beside their operands."""
-    relu = "functional_relu"
-    while relu in modules:
-        relu += "_"
-    for node in traced.graph.nodes:
-        overwrites = node.op == "call_module" and getattr(traced.modules.get(node.target), "inplace", False)
-        if node in traced.pure and traced.is_relu(node) and (node.op != "call_module" or overwrites):
-            source = _operands(node)[0]
-            node.op, node.target, node.args, node.kwargs = "call_module", relu, (source,), {}
-            modules[relu] = TritonReLU().eval()
-        elif node in traced.pure and node.target in (in_place, "add_"):
-            node.op, node.target, node.args = "call_function", add_beside, node.args[:2]
-        elif (pool := _pool(node)) is not None:
-            source = _operands(node)[0]
-            target = _unused(f"functional_{node.name}", modules)
-            modules[target] = pool
-            node.op, node.target, node.args, node.kwargs = "call_module", target, (source,), {}
-
-
-def add_beside(x: object, other: object, alpha: float = 1) -> object:
-    """What x += alpha * other makes of a tensor x, in its type, without overwriting it."""
-    return x.clone().add_(other, alpha=alpha) if isinstance(x, torch.Tensor) else x + other
 
 
 def _function_name(node: fx.Node) -> str:

@@ -43,7 +43,7 @@ def is_parameter(node: object) -> bool:
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether a call of the module does something else than its class says."""
+    """Whether hooks or a replaced forward make a call do something else than the module's class says."""
     return has_hooks(module) or "forward" in vars(module)
 
 
@@ -63,7 +63,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 class _Asked:
-    """A value of which only torch may ask the class: what holds for a proxy does not hold for the tensor."""
+    """A value whose class only torch may ask for: other code would draw conclusions about the tensor from its proxy."""
 
     @property
     def __class__(self) -> type:
@@ -80,7 +80,7 @@ class _Attribute(_Asked, Attribute):
 
 
 class _Proxy(_Asked, fx.Proxy):
-    """Records x += y as such; fx.Proxy takes it for x = x + y, which whoever else holds x does not see."""
+    """Records x += y as such. fx.Proxy would record x = x + y, which other references to x do not see."""
 
     def __getattr__(self, name: str) -> _Attribute:
         if not hasattr(torch.Tensor, name):
@@ -170,7 +170,7 @@ class _Tracer(fx.Tracer):
                     self.graph.erase_node(node)
             while len(self.module_stack) > len(stack):
                 self.module_stack.popitem()
-            self.opaque[name] = describe(error)
+            self.opaque[name] = in_a_line(error)
         return super().call_module(m, forward, args, kwargs)
 
 
@@ -179,7 +179,7 @@ def _state() -> tuple:
     return *autocast, CONVOLUTION.fp32_precision, MATMUL.fp32_precision
 
 
-def describe(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     first_line, *_ = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {first_line}"
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from ..layers.fused.activation import Activation
 from ..layers.fused.batch_norm2d import BatchNormReLU2d
 from ..swap import SwapReport, kind_of, swap
-from .functionalize import PureGraph, pure_training_graph
-from .tracing import describe, is_changed
+from .functionalize import FunctionalGraph, functional_training_graph
+from .tracing import in_a_line, is_changed
 
 
 @dataclass
@@ -70,9 +71,9 @@ def fuse_for_training(model: nn.Module) -> TrainingReport:
         report.untraced = "its forward was replaced"
         return report
     try:
-        traced = pure_training_graph(model)
+        traced = functional_training_graph(model)
     except Exception as error:  # whatever the model's code makes of symbolic inputs
-        report.untraced = describe(error)
+        report.untraced = in_a_line(error)
         return report
     modules = dict(traced.modules)
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
@@ -110,7 +111,7 @@ def _tensors(graph: fx.Graph, model: nn.Module) -> dict[str, object]:
 
 
 def _chain(
-    relu: fx.Node, traced: PureGraph, calls: Counter
+    relu: fx.Node, traced: FunctionalGraph, calls: Counter
 ) -> tuple[fx.Node, fx.Node | None, tuple[fx.Node, ...]] | None:
     """The batch norm and the sum before a ReLU that nobody else reads, and the inputs of the three; or None."""
 
@@ -120,7 +121,7 @@ def _chain(
         alone = len(node.users) == 1 and calls[node.target] == 1 and len(node.args) == 1 and not node.kwargs
         return alone and not is_changed(traced.module(node)) and traced.stage[node] == traced.stage[relu]
 
-    if relu not in traced.pure or not traced.is_relu(relu):
+    if relu not in traced.pure or traced.activation(relu) != Activation("relu"):
         return None
     source = relu.all_input_nodes[0]
     if is_norm(source):

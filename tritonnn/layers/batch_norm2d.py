@@ -8,7 +8,7 @@ from .layer import TritonLayer, by_plan, is_empty, parameters, reason_to_fall_ba
 
 
 def _running_statistics(layer: nn.BatchNorm2d) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """As `parameters` does."""
+    """Running mean and variance, read from the dictionary as in `parameters`."""
     try:
         return layer._buffers["running_mean"], layer._buffers["running_var"]
     except KeyError:

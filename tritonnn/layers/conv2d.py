@@ -50,7 +50,7 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
         return batched(conv2d, x, weight, bias, stride, padding, dilation, self.groups)
 
     def _padded(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int] | None]:
-        """x and the (rows, columns) of zeros that the kernel adds on either side; what it cannot add, x already has."""
+        """x, padded where no kernel can do it, and the (rows, columns) of zeros that the kernel adds on each side."""
         if self.padding_mode != "zeros":
             return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         if self.padding == "valid":

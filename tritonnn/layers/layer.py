@@ -60,9 +60,9 @@ def by_plan(attributes: Callable[[Any], tuple], state: Callable[[], object] | No
         def planned(self: TritonLayer, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
             if plain_eager() and type(self).__dict__.get(method.__name__) is planned:
                 args = (*tensors, *attributes(self))
-                described = launch_key(args, torch.is_grad_enabled())
-                if described is not None:
-                    return plans.run(described, args, method, self, *tensors)
+                key = launch_key(args, torch.is_grad_enabled())
+                if key is not None:
+                    return plans.run(key, args, method, self, *tensors)
             return method(self, *tensors)
 
         return planned
@@ -71,7 +71,7 @@ def by_plan(attributes: Callable[[Any], tuple], state: Callable[[], object] | No
 
 
 def parameters(layer: nn.BatchNorm2d | nn.Conv2d | nn.Linear) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Weight and bias; attributes of a module that are parameters are slow to ask for."""
+    """Weight and bias, read from the dictionary: `module.weight` costs the host more time."""
     try:
         return layer._parameters["weight"], layer._parameters["bias"]
     except KeyError:
@@ -117,7 +117,7 @@ def reason_to_fall_back_image(x: torch.Tensor, *parameters: torch.Tensor | None)
 
 
 def recorded(x: torch.Tensor) -> bool:
-    """Whether autograd records what is computed from x; for `torch.jit.trace` always: a trace serves both cases."""
+    """Whether autograd records what is computed from x. Under `torch.jit.trace` always: one trace serves both cases."""
     return (torch.is_grad_enabled() and x.requires_grad) or torch.jit.is_tracing()
 
 
@@ -140,7 +140,7 @@ def windows_fit(
     dilation: tuple[int, int] | None,
     ceil_mode: bool = False,
 ) -> bool:
-    """Whether PyTorch slides such windows over an image [(N,) C, H, W]: all sizes at least 1, and some output."""
+    """Whether PyTorch accepts the windows for an image [(N,) C, H, W]: all sizes are at least 1, the output's too."""
     return None not in (kernel_size, stride, padding, dilation) and all(
         min(size, k, s, d) > 0 and p >= 0 and output_size(size, k, s, p, d, ceil_mode) > 0
         for size, k, s, p, d in zip(x.shape[-2:], kernel_size, stride, padding, dilation)

@@ -52,6 +52,6 @@ def pools(
     dilation: tuple[int, int] | None,
     ceil_mode: bool,
 ) -> bool:
-    """Whether PyTorch pools an image [(N,) C, H, W] so: C > 0, the windows fit, the padding is at most half of one."""
+    """Whether PyTorch accepts an image [(N,) C, H, W]: C > 0, windows that fit, padding of at most half a window."""
     fit = x.shape[-3] > 0 and windows_fit(x, kernel_size, stride, padding, dilation, ceil_mode)
     return fit and all(2 * p <= k for k, p in zip(kernel_size, padding))

@@ -37,7 +37,7 @@ class TritonReLU(TritonLayer, nn.ReLU):
 
     @by_plan(lambda self: ())
     def _overwrite(self, input: torch.Tensor) -> torch.Tensor | None:
-        """Returns input where something else than the kernel overwrote it."""
+        """Overwrites input by other means than the kernel, and returns it."""
         reason = reason_to_fall_back(input, dtypes=SUPPORTED)
         if reason is not None:
             return self._fall_back(reason, super().forward, input)
@@ -50,13 +50,13 @@ class TritonReLU(TritonLayer, nn.ReLU):
 
 
 def _is_result(x: torch.Tensor) -> bool:
-    """Whether x is a plain tensor that an operation made, neither a leaf nor, as far as one can know, a view."""
+    """Whether x is the result of an operation: a plain tensor, no leaf, and no view as far as PyTorch can tell."""
     is_view = getattr(x, "_is_view", None)
     return type(x) in PLAIN and not x.is_leaf and is_view is not None and not is_view()
 
 
 def _is_dense(x: torch.Tensor) -> bool:
-    """Whether the elements of x fill one stretch of memory, each once, in any order of its dimensions."""
+    """Whether the elements of x fill one range of memory without gaps or repeats, in any order of the dimensions."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1):
         if stride != expected:

@@ -98,7 +98,7 @@ def avg_pool2d_forward_kernel(
     x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (c * x_stride_c)[None, :]
     total = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     for r in range(R):
-        row = tl.full((BLOCK_M, BLOCK_C), 0, ACC)  # a sum of sums: large windows round half as far off
+        row = tl.full((BLOCK_M, BLOCK_C), 0, ACC)  # rows are added up apart, which halves a large window's error
         for s in range(S):
             h = h_first + r
             w = w_first + s
@@ -234,7 +234,7 @@ class LargeWindows(NamedTuple):
 
 
 LEAST_WINDOW = 32
-"""Pixels of a window from which on many threads add them up."""
+"""Windows of at least so many pixels are added up by many threads."""
 TILE_BYTES = {True: 8192, False: 4096}
 """Of a program, in channels_last and else: 128 threads load 16 bytes four times or twice."""
 MOST_SPLITS = 64
@@ -388,7 +388,7 @@ def _launch_adaptive(x, output_size) -> torch.Tensor:
 
 
 def _setup_context_adaptive(ctx, inputs, output) -> None:
-    """Saves what PyTorch does, although the shape of x is enough: of a mean of whole images nothing."""
+    """The backward of a mean over whole images needs only the shape of x, which may be overwritten."""
     x, output_size = inputs
     ctx.size, ctx.channels_last = tuple(x.shape[2:]), is_channels_last(x)
     ctx.save_for_backward(None if tuple(output_size) == (1, 1) else x)

@@ -107,7 +107,7 @@ def batch_norm2d_partial_statistics_kernel(
 ):
     """One program owns STEPS blocks of pixels x BLOCK_C channels; partial is [3, SPLITS, C]: count, mean, M2.
 
-    What many lanes contribute to is added up in float64.
+    Sums over many lanes are in float64.
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C

@@ -90,7 +90,7 @@ def max_pool2d_forward_kernel(
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), ACC if COMPARES or INTERPRET else x_ptr.dtype.element_ty)
     if INDEX_0_OF_INFINITIES:
         best_index = tl.full((BLOCK_M, BLOCK_C), 0, tl.int64)
-    elif RETURN_INDICES:  # of a window of -inf: its first pixel inside the image
+    elif RETURN_INDICES:  # of a window of -inf only: its first pixel inside the image
         h = tl.where(h_first < 0, h_first + (DILATION_H - 1 - h_first) // DILATION_H * DILATION_H, h_first)
         w = tl.where(w_first < 0, w_first + (DILATION_W - 1 - w_first) // DILATION_W * DILATION_W, w_first)
         best_index = tl.broadcast_to((h.to(tl.int64) * W + w)[:, None], (BLOCK_M, BLOCK_C))

@@ -23,7 +23,7 @@ class PixelBlocks(NamedTuple):
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up; `triton.cdiv` takes 4 us to say so on the host."""
+    """a / b, rounded up. (A call of `triton.cdiv` takes 4 us on the host.)"""
     return -(-a // b)
 
 
@@ -59,7 +59,7 @@ def pixel_blocks(
 
 
 def transpose_blocks(pixels: int, channels: int) -> PixelBlocks:
-    """For a copy that turns contiguous pixels into contiguous channels: a square serves both sides."""
+    """For a copy from contiguous pixels to contiguous channels: a square tile reads and writes long rows alike."""
     if triton.knobs.runtime.interpret:
         block_c = power_of_2(channels, 1, 1024)
         return PixelBlocks(power_of_2(pixels, 1, INTERPRETER_TILE // block_c), block_c)

@@ -1,7 +1,7 @@
-"""What there is of Triton's and PyTorch's private parts, checked once: a part that is not as it was known is not used.
+"""Which private parts of Triton and PyTorch can be used: each is checked once, and unused if it has changed.
 
-Without it the public way is taken, which gives the same numbers, later; `notes` says so, and the reports do. The parts
-were known with triton 3.6 to 3.9 and torch 2.11 to 2.14.
+The public way then gives the same numbers and takes longer; `notes` and the reports say so. The checks were written for
+triton 3.6 to 3.9 and torch 2.11 to 2.14.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from . import hardware
 
 LAUNCHER = ("self", "gridX", "gridY", "gridZ", "stream", "function")
 AND_HOOKS = (*LAUNCHER, "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
-"""Parameters of Triton's launchers; in 3.6 those of the hooks are among its `args`."""
+"""Parameters of Triton's launchers. In 3.6 the launch metadata and hooks are part of `args`."""
 DESCRIPTOR = {"base", "shape", "strides", "block_shape", "layout", "padding", "round_f32_to_tf32"}
 """Fields of descriptors, of which `base` alone is an address."""
 PRIVATE_OF_TORCH = {
@@ -113,7 +113,7 @@ CHECKS: dict[str, tuple[Callable[[], bool], str]] = {
     "watchers": (_knows_watchers, "every call goes through PyTorch's dispatcher, which takes the host longer"),
     "workspaces": (_knows_workspaces, "networks are not captured in CUDA graphs"),
 }
-"""Part to what checks it, and what is done without it."""
+"""For each part the check, and what is done without the part."""
 _OF_TORCH = ("watchers", "workspaces")
 
 
@@ -182,13 +182,20 @@ Off until a GPU has shown that they round to nearest: tests/ops/conv2d/test_roun
 """
 
 
+@functools.lru_cache
 def can_round_on_load() -> bool:
+    """Whether all descriptors have the field that asks for it."""
     return all("round_f32_to_tf32" in {field.name for field in dataclasses.fields(cls)} for cls in descriptors())
+
+
+def rounds_on_load() -> bool:
+    """Whether x that is to be rounded to TF32 is so by the descriptors that load it, at no cost."""
+    return ROUNDS_ON_LOAD and can_round_on_load()
 
 
 def rounding_on_load(round_x: bool) -> dict[str, bool]:
     """Arguments of the descriptors of x, which is to be rounded to TF32 or not; empty where a kernel is to do that."""
-    return {"round_f32_to_tf32": True} if round_x and ROUNDS_ON_LOAD and can_round_on_load() else {}
+    return {"round_f32_to_tf32": True} if round_x and rounds_on_load() else {}
 
 
 def options_of_launches() -> dict[str, bool]:
@@ -216,4 +223,5 @@ def _version(version: str) -> tuple[int, int]:
 def forget() -> None:
     """Has all parts checked anew."""
     _known.clear()
+    can_round_on_load.cache_clear()
     empty_strided.cache_clear()

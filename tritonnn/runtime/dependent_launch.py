@@ -1,4 +1,4 @@
-"""CUDA's programmatic dependent launch: in a graph a kernel starts while the one before it ends, and waits for that.
+"""CUDA's programmatic dependent launch: in a graph a kernel starts while the one before it ends, and waits for its end.
 
 Such a kernel touches no tensor before `wait_for_predecessor` (device/dependent_launch.py), which each of its programs
 calls. By induction all earlier kernels have finished then: the kernel before it either waited in the same way, or was
@@ -19,8 +19,8 @@ _as_in_graphs = False
 def launches_as_in_graphs() -> Iterator[None]:
     """Compiles and launches kernels as in CUDA graphs, also outside of them, where such launches are right too.
 
-    Tuning times graphs, and so has no use for the other compilation. Launch plans made outside do not count inside, nor
-    those made inside outside.
+    Tuning times graphs, and so has no use for the other compilation. Launch plans made outside are not used inside, and
+    the other way round.
     """
     global _as_in_graphs
     before, _as_in_graphs = _as_in_graphs, True

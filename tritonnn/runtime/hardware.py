@@ -1,4 +1,4 @@
-"""Facts of the card, asked from the device, and where kernels in Gluon, which is experimental, were verified."""
+"""Facts about the card, asked from the device, and on which cards and versions the kernels in Gluon were verified."""
 
 import functools
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 import triton
 
 GLUON_VERSIONS = ("3.6.",)
-"""Of Triton, with which the results of the kernels in Gluon were checked on a GPU; with 3.7 to 3.9 they compile."""
+"""Versions of Triton with which results on a GPU of the kernels in Gluon were checked; with 3.7 to 3.9 they compile."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,17 @@ class Gpu:
 
     @property
     def enough_programs(self) -> int:
-        """Programs that keep most multiprocessors busy."""
+        """The least number of programs that keeps most multiprocessors busy."""
         return 3 * self.multiprocessors // 4
 
     @property
+    def has_tma(self) -> bool:
+        """Whether tensor descriptors load boxes: Hopper and newer."""
+        return self.capability >= (9, 0)
+
+    @property
     def is_hopper(self) -> bool:
+        """Whether it has wgmma, which no newer one has."""
         return self.capability == (9, 0)
 
 

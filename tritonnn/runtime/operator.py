@@ -16,7 +16,7 @@ INTERPRETER = threading.RLock()  # Triton's interpreter replaces the functions o
 
 
 def _on_current_device(launch: Callable) -> Callable:
-    """Triton launches on the current GPU: makes it the one of the first argument."""
+    """Makes the first argument's GPU the current one, on which Triton launches."""
 
     @functools.wraps(launch)
     def guarded(x: torch.Tensor, *args):
@@ -29,7 +29,7 @@ def _on_current_device(launch: Callable) -> Callable:
 
 
 def _in_interpreter(launch: Callable) -> Callable:
-    """CPU tensors: only Triton's interpreter can run a kernel on them."""
+    """Runs a kernel on CPU tensors, which only Triton's interpreter can."""
 
     @functools.wraps(launch)
     def checked(x: torch.Tensor, *args):
@@ -46,7 +46,7 @@ def _in_interpreter(launch: Callable) -> Callable:
 
 
 def each_example(op: Callable) -> Callable:
-    """The rule of torch.vmap for op: one call an example."""
+    """The rule of torch.vmap for op: it is called once for each example."""
 
     def rule(info, in_dims, *args):
         examples = [
@@ -75,22 +75,21 @@ def _differentiable_by_transforms(op: Callable, setup_context: Callable, backwar
 
 
 def _shortest_way(plans: Plans, on_gpu: Callable, on_cpu: Callable, op: Callable, transformed: Callable) -> Callable:
-    """Runs the kernel where nobody watches, which saves the time of PyTorch's dispatcher; `op` where somebody may.
-
-    Watchers are autograd, compilers, tracers, the transforms of torch.func (which call `transformed`), and modes and
-    subclasses of tensors that see the operators called. The call raises RuntimeError for ONNX, which has no operator
-    to put in the kernel's place.
+    """Runs the kernel directly in plain eager mode, which saves the time of PyTorch's dispatcher, and `op` otherwise.
+    What counts against plain eager mode: autograd, compilers, tracers, the transforms of torch.func (which call
+    `transformed`), and modes and subclasses of tensors that see the operators called. The call raises RuntimeError for
+    ONNX, which has no operator to put in the kernel's place.
     """
 
     def call(*args):
         if plain_eager():
-            described = launch_key(args, torch.is_grad_enabled())
-            if described is not None:
+            key = launch_key(args, torch.is_grad_enabled())
+            if key is not None:
                 x = args[0]
                 if x.is_cuda:
-                    return plans.run(described, args, on_gpu, *args)
+                    return plans.run(key, args, on_gpu, *args)
                 if x.is_cpu:
-                    return plans.run(described, args, on_cpu, *args)
+                    return plans.run(key, args, on_cpu, *args)
         elif transforms_are_active():
             return transformed(*args)
         _refuse_onnx()
@@ -122,8 +121,8 @@ def _by_plan(plans: Plans, launch: Callable) -> Callable:
     """The operator's kernel for PyTorch's dispatcher."""
 
     def kernel(*args):
-        described = launch_key(args)
-        return launch(*args) if described is None else plans.run(described, args, launch, *args)
+        key = launch_key(args)
+        return launch(*args) if key is None else plans.run(key, args, launch, *args)
 
     return kernel
 

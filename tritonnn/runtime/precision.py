@@ -15,11 +15,11 @@ from .memory_format import is_channels_last
 CONVOLUTION, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 TINY_REDUCTION, SHORT_REDUCTION = 48, 256
 FEW_CHANNELS, FEW_FILTERS, FEW_PIXELS = 40, 15, 1 << 16
-"""Of a group, and of the output: what cuDNN computes in float32 has no more of one of them, or short sums."""
+"""cuDNN computes in float32 what has no more channels or filters in a group, or output pixels, or has short sums."""
 
 
 def _on_tensor_cores(x: torch.Tensor) -> bool:
-    """Whether there is a choice: float32 on a GPU with TF32."""
+    """Whether x is float32 on a GPU with TF32, so that there is a choice of precision."""
     return x.dtype == torch.float32 and hardware.gpu(x.device).capability >= (8, 0)
 
 
@@ -98,7 +98,7 @@ def matmul_input_precision(x: torch.Tensor, weight: torch.Tensor) -> str:
 
 
 def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The operands of a convolution or linear layer as autocast has them: in its type, but for float64 and integers.
+    """The operands of a convolution or linear layer as autocast converts them: floats but float64 to its type.
 
     Where x is no tensor, they are left as they are, for its `__torch_function__`.
     """
@@ -108,7 +108,7 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tenso
 
 
 def autocast_type(t: torch.Tensor) -> torch.dtype:
-    """The type in which `autocast` has a tensor."""
+    """The type to which `autocast` converts a tensor."""
     if t.device.type == "meta" or not torch.is_autocast_enabled(t.device.type):
         return t.dtype
     keeps = not t.is_floating_point() or t.dtype == torch.float64

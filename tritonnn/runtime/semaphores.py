@@ -46,7 +46,11 @@ def semaphores(device: torch.device, tiles: int) -> torch.Tensor:
 
 
 def _reserved(device: torch.device, tiles: int) -> torch.Tensor:
-    """Semaphores that no other kernel has; where none are left, or nothing was warmed up, the graph clears its own."""
+    """Semaphores for one kernel of a CUDA graph.
+
+    If none are left in reserve, or no reserve was made before the capture, the graph allocates some and clears them at
+    each replay.
+    """
     with _lock:
         reserve, used = _reserves.get(device.index, (None, RESERVE))
         if used + tiles > RESERVE:

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from helpers.compare import DEVICE, image, tf32, worst_image
-from helpers.gpus import H100, posing
+from helpers.gpus import A100, H100, RTX_5090, posing
 from helpers.problems import pointers, product, sliced_k
 from torch import nn
 from torch.nn import functional as F
@@ -21,7 +21,7 @@ from tritonnn.ops.conv2d.forms import BY_NAME
 from tritonnn.ops.conv2d.forms import sliced_k as sliced_k_form
 from tritonnn.ops.conv2d.forms.depthwise import DepthwiseConfig
 from tritonnn.ops.conv2d.forms.form import Config
-from tritonnn.ops.conv2d.forms.tma import best_box, block_k_of, config_of
+from tritonnn.ops.conv2d.forms.tma import best_box, block_k_of, config_of, shared_memory
 from tritonnn.ops.conv2d.pack import pack_weight
 from tritonnn.ops.conv2d.problem import Choice, Problem, Product, Shortcut
 from tritonnn.tuning.harness import Harness
@@ -378,8 +378,25 @@ class TestWhatTmaCanRun:
 
     def test_on_another_gpu(self):
         assert can_run(product(), Choice(self.config))
-        with posing(dataclasses.replace(H100, capability=(10, 0))):
+        with posing(A100):  # which has no TMA
             assert not can_run(product(), Choice(self.config))
+        with posing(dataclasses.replace(H100, capability=(10, 0))):
+            assert can_run(product(), Choice(self.config))
+
+    @pytest.mark.parametrize("n", [1, 8, 64, 1024])
+    @pytest.mark.parametrize("taps", [1, 3])
+    @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
+    def test_the_default_fits_the_memory_of_the_card(self, n, taps, precision):
+        """On an RTX 5090, which has less than half of an H100's."""
+        dtype = torch.bfloat16 if precision == "ieee" else torch.float32
+        given = product(n=n, c=512, k=512, side=16, taps=taps, dtype=dtype, input_precision=precision)
+        with posing(RTX_5090):
+            config = BY_NAME["tma"].default(given).config
+        pixels = config.TILE_N * config.TILE_P * config.TILE_Q
+        sizes = pixels, config.BLOCK_N, config.BLOCK_K, config.num_stages, dtype.itemsize
+        assert shared_memory(*sizes, split=precision == "tf32x3") <= RTX_5090.shared_memory
+        with posing(dataclasses.replace(RTX_5090, shared_memory=8 * 1024)):
+            assert BY_NAME["tma"].default(given) is None
 
 
 # Activations

@@ -21,17 +21,19 @@ from ...runtime.precision import (
     matmuls_in_tf32,
 )
 from ..layer import TritonLayer
+from .activation import NO_ACTIVATION, Activation, activate
 
 
 class FusedLayer(TritonLayer, nn.Module):
     """Holds the weight, in the model's type, the bias in the type of the sums, and the scale (see `_scale_type`).
 
-    The scale is folded into weights that are packed as float32 or float64. Rounding a product of it to 16 bits would
-    cost precision, and may leave the range of float16: there the kernel scales the sums.
+    The scale is folded into weights that are packed as float32 or float64. With 16-bit weights the kernel scales the
+    sums instead: products rounded to 16 bits would lose precision, and might leave the range of float16.
 
     Packed weights are kept for each type of operand, precision and device, and packed anew when `weight` or `scale` has
-    changed; the `_recent` ones by what a call knows that has checked nothing: its input's type and PyTorch's switch.
-    `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y" or "into residual".
+    changed. `_recent` has the same ones by the input's type and PyTorch's TF32 switch, which a call can look up before
+    it has checked its input. `sums` is None for no residual, else where PyTorch's sum was written: "beside", "into y"
+    or "into residual". `activation` is applied last.
     """
 
     weight: torch.Tensor
@@ -45,19 +47,20 @@ class FusedLayer(TritonLayer, nn.Module):
         scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         sums: str | None,
-        relu: bool,
+        activation: Activation,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("scale", None if scale is None else scale.to(_scale_type(weight)))
         self.register_buffer("bias", None if bias is None else bias.to(_sum_type(weight)))
-        self.sums, self.relu = sums, relu
+        self.sums, self.activation = sums, activation
         self._packed: dict[tuple, _Packed] = {}
         self._recent: dict[tuple, _Packed] = {}
         self.eval()
 
     def extra_repr(self) -> str:
-        steps = [step for step, present in (("residual", self.sums), ("relu", self.relu)) if present]
+        steps = ["residual"] * (self.sums is not None)
+        steps += [str(self.activation)] * (self.activation != NO_ACTIVATION)
         return f"weight={list(self.weight.shape)}, bias={self.bias is not None}, then={steps}"
 
     def __getstate__(self) -> dict:
@@ -89,7 +92,7 @@ class FusedLayer(TritonLayer, nn.Module):
         return kept
 
     def _reason_to_fall_back_types(self, x: torch.Tensor) -> str | None:
-        """x as autocast has it."""
+        """Why the kernel does not take the type of x, which autocast has converted; None if it does."""
         if x.dtype == self.weight.dtype or x.dtype == autocast_type(self.weight):
             return None
         return "input and parameters of several types"
@@ -105,17 +108,21 @@ class FusedLayer(TritonLayer, nn.Module):
             y = residual.clone().add_(y)
         elif self.sums is not None:
             y = y.add_(residual) if self.sums == "into y" else y + residual
-        return y.relu() if self.relu else y
+        return activate(y, *self.activation)
+
+    def _activation_in_kernel(self, apart: str | None) -> Activation:
+        """Not yet where there is a reason to add the residual apart, as the activation follows it."""
+        return self.activation if apart is None else NO_ACTIVATION
 
     def _added_apart(self, y: torch.Tensor, residual: object, reason: str | None) -> torch.Tensor:
-        """y, to which the kernel has added the residual unless there is a reason why not."""
+        """The layer's result, of y from the kernel. With a `reason` PyTorch adds the residual, and that is counted."""
         if reason is None:
             return y
         self.fallbacks[reason] += 1
         return self._finish(y, residual)
 
     def _reason_to_add_apart(self, x: torch.Tensor, shape: tuple[int, ...], residual: object) -> str | None:
-        """Why the kernel cannot add the residual to y of this shape, if there is one to add."""
+        """Why PyTorch adds the residual to y, which has this shape; None where the kernel does, or there is none."""
         if self.sums is None:
             return None
         if not isinstance(residual, torch.Tensor):
@@ -127,7 +134,7 @@ class FusedLayer(TritonLayer, nn.Module):
         return None
 
 
-def _launch_layer(x, weight, scale, bias, residual, relu, *window) -> torch.Tensor:
+def _launch_layer(x, weight, scale, bias, residual, activation, slope, *window) -> torch.Tensor:
     if weight.dim() == 2:
         weight, input_precision = weight[:, :, None, None], matmul_input_precision(x, weight)
     else:
@@ -136,11 +143,13 @@ def _launch_layer(x, weight, scale, bias, residual, relu, *window) -> torch.Tens
     if scale is not None:
         weight, scale = (_scaled(weight, scale), None) if x.element_size() > 2 else (weight, scale.float())
     packed = pack_filters(weight.to(x.dtype), input_precision, window[-1])
-    steps = scale, bias, residual, "relu" if relu else "none", 0.01
-    return conv2d_fused(x, packed, *steps, weight.shape[2:], *window, input_precision, False, False)
+    epilogue = scale, bias, residual, activation, slope
+    return conv2d_fused(x, packed, *epilogue, weight.shape[2:], *window, input_precision, False, False)
 
 
-def _layer_output(x, weight, scale, bias, residual, relu, stride, padding, dilation, *others) -> torch.Tensor:
+def _layer_output(
+    x, weight, scale, bias, residual, activation, slope, stride, padding, dilation, *others
+) -> torch.Tensor:
     windows = zip(x.shape[2:], weight.shape[2:] or (1, 1), stride, padding, dilation)
     shape = (x.shape[0], weight.shape[0], *(output_size(*window) for window in windows))
     return empty_image(shape, x, channels_last=True)
@@ -151,8 +160,8 @@ def _precisions() -> tuple[bool, bool]:
 
 
 fused_layer = register(
-    "fused_layer(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, int[2] stride, "
-    "int[2] padding, int[2] dilation, int groups) -> Tensor",
+    "fused_layer(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, str activation, float slope, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     _launch_layer,
     _layer_output,
     state=_precisions,
@@ -162,12 +171,12 @@ a linear layer, [K, C] at every call, as precise as PyTorch's switches say then.
 
 
 def is_recorded() -> bool:
-    """Whether a compiler or tracer records what a layer does, and would keep for good what a call found out."""
+    """Whether a compiler or tracer records this call. What it finds out would then hold for all later calls too."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class _Source(NamedTuple):
-    """A tensor that something was made of: its memory is not given to another, at the same address."""
+    """A tensor that something was made of. It is kept, so that no other tensor can get the same address."""
 
     tensor: torch.Tensor
     version: int
@@ -213,7 +222,7 @@ class Filters(NamedTuple):
         return self.weight_shape[0], *(output_size(*window) for window in windows)
 
     def pixels(self, image_shape: Sequence[int]) -> int:
-        """In the outputs of all images."""
+        """The number of output pixels, N * P * Q."""
         return math.prod(image_shape[:-3]) * math.prod(self.output_shape(image_shape)[1:])
 
     @property
@@ -222,7 +231,7 @@ class Filters(NamedTuple):
         return convolution_in_tf32(0, self.weight_shape, self.groups, channels_last=True)
 
     def in_tf32(self, image_shape: Sequence[int]) -> bool:
-        """The same for channels_last images [(N,) C, H, W]."""
+        """Whether it uses TF32 for channels_last images [(N,) C, H, W], where that is allowed."""
         return convolution_in_tf32(self.pixels(image_shape), self.weight_shape, self.groups, channels_last=True)
 
 
@@ -236,7 +245,7 @@ def _sum_type(weight: torch.Tensor) -> torch.dtype:
 
 
 def _scale_type(weight: torch.Tensor) -> torch.dtype:
-    """That of the sums where the kernel scales them, else what folds without a rounding of its own."""
+    """float32 where the kernel scales the sums; float64 where the scale is folded into the weight."""
     return torch.float32 if weight.element_size() <= 2 else torch.float64
 
 
@@ -246,7 +255,7 @@ def _scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def batch_norm_as_affine(bias: torch.Tensor | None, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift [K], float64, that are a batch norm in eval mode after a convolution without its bias."""
+    """Scale and shift [K] in float64: a batch norm in eval mode after a convolution, whose bias goes into the shift."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()

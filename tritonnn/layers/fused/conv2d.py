@@ -14,18 +14,20 @@ from ...runtime.precision import (
     convolutions_in_tf32,
 )
 from ..layer import TritonLayer, by_plan, reason_to_fall_back_image, windows_fit
+from .activation import NO_ACTIVATION, Activation
 from .base import Filters, FusedLayer, fused_layer, images, is_recorded
 
 
 class FusedConv2d(FusedLayer):
-    """y = relu(scale * conv2d(x, weight) + bias + residual), residual and ReLU where they were asked for.
+    """y = activation(scale * conv2d(x, weight) + bias + residual), residual and activation where they were asked for.
 
-    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K]; residual and y
-    [N, K, P, Q] or [K, P, Q], y in channels_last. A residual of another shape or type is added by PyTorch, and so are
-    inputs computed that no kernel takes; `fallbacks` counts both. No gradients.
+    Shapes: x [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], scale and bias [K]; residual and y [N, K, P, Q]
+    or [K, P, Q], y in channels_last. PyTorch adds a residual of another shape or type, and computes what no kernel
+    takes; `fallbacks` counts both. No gradients.
 
-    Where convolutions use TF32, `round_output` rounds y to it, if all `readers` of y will use it for its size;
-    `rounded_input` says that x has been rounded so, if all of `fellow_readers`, which read x too, use TF32.
+    For TF32: with `round_output` y is rounded to it, provided that all `readers`, the convolutions that read y and may
+    not use TF32, do so for a y of its size. With `rounded_input` x has been rounded in this way, provided that all
+    `fellow_readers`, which read x as well, use TF32.
     """
 
     def __init__(
@@ -38,9 +40,9 @@ class FusedConv2d(FusedLayer):
         dilation: tuple[int, int],
         groups: int,
         sums: str | None = None,
-        relu: bool = False,
+        activation: Activation = NO_ACTIVATION,
     ) -> None:
-        super().__init__(weight, scale, bias, sums, relu)
+        super().__init__(weight, scale, bias, sums, activation)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.rounded_input = self.round_output = False
         self.readers: tuple[Filters, ...] = ()
@@ -63,7 +65,7 @@ class FusedConv2d(FusedLayer):
             self.dilation,
             self.groups,
             self.sums,
-            self.relu,
+            *self.activation,
             self.rounded_input,
             self.round_output,
             self.readers,
@@ -74,7 +76,7 @@ class FusedConv2d(FusedLayer):
     def _compute_again(
         self, x: torch.Tensor, residual: torch.Tensor | None, packed: torch.Tensor, scale: torch.Tensor | None
     ) -> torch.Tensor:
-        """With the weight packed before, and its scale, which `_compute` finds for itself."""
+        """As `_compute`, which finds for itself the packed weight and the scale that make the launch key complete."""
         return self._compute(x, residual)
 
     def _compute(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -97,8 +99,7 @@ class FusedConv2d(FusedLayer):
             kept.scale,
             self.bias,
             None if added is None else images(added),
-            "relu" if self.relu and apart is None else "none",
-            0.01,
+            *self._activation_in_kernel(apart),
             (R, S),
             self.stride,
             self.padding,
@@ -118,7 +119,7 @@ class FusedConv2d(FusedLayer):
         return convolution_input_precision(x, self.weight, self.filters.pixels(x.shape))
 
     def has_rounded(self, x: torch.Tensor) -> bool:
-        """Whether x [(N,) C, H, W] has been rounded to TF32, if this convolution of it is one in TF32."""
+        """Whether x [(N,) C, H, W] has been rounded to TF32; asked of a convolution that uses TF32 for it."""
         return self.rounded_input and all(reader.in_tf32(x.shape) for reader in self.fellow_readers)
 
     def rounds_output_for(self, x: torch.Tensor) -> bool:
@@ -147,7 +148,8 @@ class FusedConv2d(FusedLayer):
 
     def _recorded(self, x: torch.Tensor, residual: torch.Tensor | None, apart: str | None) -> torch.Tensor:
         window = self.stride, self.padding, self.dilation, self.groups
-        return fused_layer(x, self.weight, self.scale, self.bias, residual, self.relu and apart is None, *window)
+        activation = self._activation_in_kernel(apart)
+        return fused_layer(x, self.weight, self.scale, self.bias, residual, *activation, *window)
 
     def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
         y = F.conv2d(x, *self._pytorch_parameters(), self.stride, self.padding, self.dilation, self.groups)
@@ -155,9 +157,9 @@ class FusedConv2d(FusedLayer):
 
 
 class FusedSum(TritonLayer, nn.Module):
-    """last(x, other(z)) of two fused convolutions, one of which is a shortcut: few pixels in one kernel.
+    """last(x, other(z)) of two fused convolutions, one of which is a shortcut. With few pixels that is one kernel.
 
-    Shapes: as for the two; `last` has been told to add a residual.
+    Shapes: as for the two. `last` adds a residual.
     """
 
     def __init__(self, last: FusedConv2d, other: FusedConv2d) -> None:
@@ -183,8 +185,7 @@ class FusedSum(TritonLayer, nn.Module):
             shortcut_kept.packed,
             shortcut_kept.scale,
             shortcut.bias,
-            "relu" if self.last.relu else "none",
-            0.01,
+            *self.last.activation,
             tuple(main.weight.shape[2:]),
             main.stride,
             main.padding,

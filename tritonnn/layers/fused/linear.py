@@ -13,11 +13,12 @@ from ...runtime.precision import (
     matmul_input_precision,
 )
 from ..layer import pair, reason_to_fall_back
+from .activation import NO_ACTIVATION
 from .base import FusedLayer, fused_layer, is_recorded
 
 
 class FusedLinear(FusedLayer):
-    """y = relu(linear(x, weight) + bias + residual): a 1x1 convolution of images of one pixel.
+    """y = activation(linear(x, weight) + bias + residual): a 1x1 convolution of images of one pixel.
 
     Shapes: x [*, C], weight [K, C], bias [K], float32 or, for a float64 weight, float64; residual and y [*, K].
     Otherwise as FusedConv2d.
@@ -34,10 +35,10 @@ class FusedLinear(FusedLayer):
         K, rows = self.weight.shape[0], math.prod(leading)
         apart = self._reason_to_add_apart(x, (*leading, K), residual)
         added = None if self.sums is None or apart else residual.reshape(rows, K, 1, 1)
-        relu = self.relu and apart is None
+        activation = self._activation_in_kernel(apart)
         if is_recorded():
             parameters, window = (self.weight, self.scale, self.bias), ((1, 1), (0, 0), (1, 1), 1)
-            y = fused_layer(x.reshape(rows, C, 1, 1), *parameters, added, relu, *window)
+            y = fused_layer(x.reshape(rows, C, 1, 1), *parameters, added, *activation, *window)
             return self._added_apart(y.view(*leading, K), residual, apart)
         input_precision = matmul_input_precision(x, self.weight)
         kept = self._packed_weight(x.dtype, input_precision)
@@ -47,8 +48,7 @@ class FusedLinear(FusedLayer):
             kept.scale,
             self.bias,
             added,
-            "relu" if relu else "none",
-            0.01,
+            *activation,
             (1, 1),
             (1, 1),
             (0, 0),
@@ -65,7 +65,7 @@ class FusedLinear(FusedLayer):
 
 
 class FusedPooledLinear(FusedLinear):
-    """FusedLinear of the flattened result of `pool`, an average pool: one kernel where it pools whole images.
+    """A FusedLinear that reads the flattened result of `pool`, an average pool: one kernel if that pools whole images.
 
     Shapes: x [N, C, H, W], weight [K, C]; y [N, K]. Otherwise the pool and the linear layer follow each other.
     """
@@ -76,15 +76,20 @@ class FusedPooledLinear(FusedLinear):
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         (x,) = autocast(input)
-        if not self._pools_wholeimages(x):
+        if not self._pools_whole_images(x):
             return super().forward(self.pool(input).flatten(1), residual)
         return pooled_linear(x, self.weight.to(x.dtype), self.bias)
 
-    def _pools_wholeimages(self, x: torch.Tensor) -> bool:
-        """Whether the kernel takes x and does all that there is to do; compiled code would ask that of each batch."""
+    def _pools_whole_images(self, x: torch.Tensor) -> bool:
+        """Whether one kernel does all of it for x. Never under compilers: their code would ask for each batch again."""
         if is_recorded():
             return False
-        if x.dim() != 4 or self.sums is not None or self.relu or self.weight.shape[0] > MOST_OUTPUTS:
+        if (
+            x.dim() != 4
+            or self.sums is not None
+            or self.activation != NO_ACTIVATION
+            or self.weight.shape[0] > MOST_OUTPUTS
+        ):
             return False
         if x.shape[1] != self.weight.shape[1] or not 0 < x.shape[0] <= MOST_IMAGES or x.numel() == 0:
             return False

@@ -12,7 +12,10 @@ from .tables import tuned_choice
 
 
 def choose(product: Product) -> Choice:
-    """The form and configuration that were tuned for a product, or else the default; its weight need not be packed."""
+    """The form and configuration that were tuned for a product, or else the default.
+
+    The weight need not be packed yet.
+    """
     choice = tuned_choice(product)
     return choice if choice is not None and can_run(product, choice) else default_choice(product)
 

@@ -33,7 +33,7 @@ class Epilogue(NamedTuple):
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The names of the steps that there are, in their order: what of an epilogue decides how fast a kernel is."""
+        """The names of the steps that are done, in order. Of an epilogue, they alone decide how fast a kernel is."""
         steps = [name for name in ("scale", "bias", "residual") if getattr(self, name) is not None]
         steps += [self.activation] * (self.activation != "none") + ["round_y"] * self.round_y
         return tuple(steps)

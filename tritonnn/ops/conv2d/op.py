@@ -25,7 +25,7 @@ from .problem import Product, Shortcut
 
 
 def _is_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether PyTorch's output is channels_last: where one of the two is, but for float64 on a GPU."""
+    """Whether PyTorch's output is channels_last: it is where x or the weight is, except for float64 on a GPU."""
     if x.dtype == torch.float64 and x.device.type == "cuda":
         return False
     return is_channels_last(x) or is_channels_last(weight)
@@ -132,7 +132,7 @@ residual has the shape and type of y; activation and slope as in `Epilogue`. `ro
 def takes_shortcut(
     x: torch.Tensor, K: int, kernel_size: tuple[int, int], P: int, Q: int, shortcut_channels: int
 ) -> bool:
-    """Whether `conv2d_with_shortcut` has a kernel: for few pixels, of which it makes [N, K, P, Q]."""
+    """Whether `conv2d_with_shortcut` has a kernel for this output [N, K, P, Q], as it has for few pixels."""
     (N, C), taps = x.shape[:2], kernel_size[0] * kernel_size[1]
     config = sliced_k.default_config(N * P * Q, K, C, taps, x.element_size(), hardware.gpu(x.device))
     return config is not None and shortcut_channels % config.BLOCK_K == 0
@@ -172,4 +172,7 @@ conv2d_with_shortcut = register(
     _launch_with_shortcut,
     _output_with_shortcut,
 )
-"""conv2d_fused of x plus that of `shortcut`, with filters of one tap and no padding, where `takes_shortcut`."""
+"""The sum of two `conv2d_fused`: that of x and that of `shortcut`, whose filter has one tap and no padding.
+
+Where `takes_shortcut`.
+"""

@@ -55,13 +55,13 @@ class Product(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of y."""
+        """The number of output pixels, N * P * Q."""
         N, _, P, Q = self.y.shape
         return N * P * Q
 
     @property
     def taps(self) -> int:
-        """Of a filter: rows times columns."""
+        """The taps of a filter: its rows times its columns."""
         return self.packed.shape[1] * self.packed.shape[2]
 
     @property
@@ -103,7 +103,7 @@ class Product(NamedTuple):
 
 
 def on_tensor_cores(x: torch.Tensor, input_precision: str) -> bool:
-    """Whether products of x are those of the tensor cores."""
+    """Whether products of x run on the tensor cores."""
     return x.element_size() == 2 or input_precision != "ieee"
 
 
@@ -175,7 +175,7 @@ class Problem(NamedTuple):
 
 
 def problem_of(product: Product) -> Problem | None:
-    """None for what nobody tunes: float64, and images that are neither channels_last nor contiguous."""
+    """The problem that a product poses; None for what is not tuned, float64 and images with other strides."""
     x = product.x
     channels_last_x = x.is_contiguous(memory_format=torch.channels_last)
     if x.dtype == torch.float64 or not (channels_last_x or x.is_contiguous()):

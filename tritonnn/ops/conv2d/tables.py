@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ...runtime.capabilities import rounds_on_load
 from ...runtime.launch_plan import forget_plans
 from .forms import BY_NAME
 from .problem import Choice, Problem, Product, problem_of
@@ -33,7 +34,7 @@ FORMER_NAMES = {
 }
 """What forms and sizes were called in tables of earlier versions, which are read as well."""
 SAME_CHIP = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
-"""GPUs that differ in their memory only: what was not tuned on the one takes the choices of the other."""
+"""GPUs that differ in memory only, to the GPU whose choices count where it has none of its own."""
 
 _tables: dict[int, ChainMap[Problem, Choice]] = {}
 _recorded: list[Problem] | None = None
@@ -75,8 +76,14 @@ def tuned_choices(device: int) -> ChainMap[Problem, Choice]:
                 own.update(_choices(folder / file_name(gpu)))
             for name in (SAME_CHIP.get(gpu), gpu):
                 for path in sorted(SHIPPED.glob(file_name(name, "*"))) if name else ():  # of every version of Triton
-                    others.update(_choices(path))
+                    others.update((p, c) for p, c in _choices(path).items() if not _is_of_other_costs(p, c))
     return choices
+
+
+def _is_of_other_costs(problem: Problem, choice: Choice) -> bool:
+    """Whether a choice was found where rounding to TF32 cost what it does not here: a copy, or work in the kernel."""
+    rounded = problem.round_x and (choice.copies_x or BY_NAME[choice.config.form].loads_by_descriptor)
+    return rounded and rounds_on_load()
 
 
 def _choices(path: Path) -> dict[Problem, Choice]:
@@ -109,12 +116,12 @@ def cache_folder() -> Path:
 
 
 def file_name(gpu: str, version: str | None = None) -> str:
-    """Of a GPU's table for a version of Triton, the one that runs unless it is given."""
+    """The name of a GPU's table for a version of Triton; by default for the one that runs."""
     return f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}-triton-{version or triton.__version__}.json"
 
 
 def read(path: Path) -> dict[Problem, Entry]:
-    """A table without entries that this version cannot use; a file that is no table counts as empty, with a warning."""
+    """The entries of a table that this version can use. A file that is no table counts as empty, with a warning."""
     try:
         rows = json.loads(path.read_text())["choices"]
         entries = [_from_json(row) for row in rows]

@@ -1,30 +1,30 @@
-"""The forms of convolution, in the order in which dispatch asks them."""
+"""The forms of convolution, in the order in which dispatch asks them: one file or folder, and one line here, each."""
 
-from .depthwise import DepthwiseForm
-from .few_channels import FewChannelsForm
+from collections.abc import Iterator
+from importlib import import_module
+
 from .form import Form
-from .pointers import PointersForm
-from .sliced_k import SlicedKForm
-from .tma import TmaForm
 
-try:
-    from .in_registers import InRegistersForm
-    from .tma_halo import TmaHaloForm
-except (ImportError, AttributeError):  # Gluon, in which they are written, is experimental, and may look otherwise
-    OF_GLUON: tuple[type[Form], ...] = ()
-else:
-    OF_GLUON = (InRegistersForm, TmaHaloForm)
-
-FORMS: tuple[Form, ...] = tuple(
-    form()
-    for form in (
-        DepthwiseForm,
-        *OF_GLUON[:1],
-        SlicedKForm,
-        FewChannelsForm,
-        *OF_GLUON[1:],
-        TmaForm,
-        PointersForm,
-    )
+ORDER = (
+    "depthwise",
+    "in_registers",
+    "sliced_k",
+    "few_channels",
+    "tma_halo",
+    "tma",
+    "pointers",
 )
+
+
+def _forms() -> Iterator[Form]:
+    """The form `SlicedKForm` of the file sliced_k, and so on."""
+    for name in ORDER:
+        try:
+            module = import_module(f".{name}", __package__)
+        except (ImportError, AttributeError):  # Gluon, in which some are written, is experimental: they are left out
+            continue
+        yield getattr(module, f"{name.title().replace('_', '')}Form")()
+
+
+FORMS: tuple[Form, ...] = tuple(_forms())
 BY_NAME: dict[str, Form] = {form.name: form for form in FORMS}

@@ -30,7 +30,7 @@ from ..problem import Choice, Problem, Product
 from .form import Config, Form
 
 MOST_TAPS = 64
-"""Of a filter whose taps are unrolled."""
+"""The largest filter whose taps are unrolled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +258,7 @@ def conv2d_depthwise_general_forward_kernel(
 
 
 class DepthwiseForm(Form):
-    """One input channel an output channel, of several groups; any x and y. The weight need not have been rounded."""
+    """Each output channel reads one input channel, of several; any x and y. The weight need not have been rounded."""
 
     config = DepthwiseConfig
     kernels = (conv2d_depthwise_forward_kernel, conv2d_depthwise_general_forward_kernel)

@@ -44,7 +44,7 @@ class Config:
         return ", ".join([f"{self.form} {'x'.join(map(str, sizes))}", *self.notes])
 
     def is_usable(self) -> bool:
-        """Whether a kernel may be compiled with it: numbers and flags where they belong, and none absurd."""
+        """Whether a kernel can be compiled with it: fields have their types, and numbers are within limits."""
         return all(map(_is_usable, *zip(*((f.name, getattr(self, f.name), f.type) for f in dataclasses.fields(self)))))
 
 
@@ -57,19 +57,21 @@ def _is_usable(name: str, value: object, wanted: object) -> bool:
 
 
 class Form(ABC):
-    """One way to compute a convolution. To add one: a file with a subclass, and its instance in `FORMS`."""
+    """One way to compute a convolution. To add one: a file with a subclass, and a line of `ORDER`."""
 
     config: ClassVar[type[Config]]
     """The class of its configurations."""
     kernels: ClassVar[tuple[JITFunction, ...]]
-    """The kernels of which compiling ahead is worth the while."""
+    """The kernels that compiling ahead compiles."""
     packs_weight: ClassVar[bool] = True
-    """Whether it reads a weight that is rounded or split for the precision; else any, as it is."""
+    """Whether it wants the weight rounded or split for the precision. Without it, the weight stays as it is."""
     takes_shortcut: ClassVar[bool] = False
+    loads_by_descriptor: ClassVar[bool] = False
+    """Whether x is loaded by tensor descriptors, which may round it to TF32 at no cost."""
     most_candidates: ClassVar[int | None] = 6
     """How many of its candidates tuning tries."""
     most_beside_others: ClassVar[int | None] = 6
-    """How many, where other forms have some."""
+    """How many it tries if other forms have candidates too."""
 
     @property
     def name(self) -> str:
@@ -81,10 +83,10 @@ class Form(ABC):
 
     @abstractmethod
     def fits(self, product: Product) -> bool:
-        """Whether it computes that product here, x as it is or copied."""
+        """Whether it can compute that product on this GPU, with x as it is or copied."""
 
     def takes(self, product: Product, choice: Choice) -> bool:
-        """Whether it computes a product that it `fits` with that configuration, x copied or not."""
+        """Whether it can compute a product that it `fits` with that configuration."""
         return True
 
     @abstractmethod

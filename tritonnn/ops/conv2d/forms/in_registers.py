@@ -38,11 +38,11 @@ MOST_REGISTERS = 216
 OUTPUTS_OF_A_MULTIPROCESSOR = 1000
 """Up to so many outputs for each this form is the fastest; up to twice as many where the reduction is short."""
 MOST_TRIED_OUTPUTS = 2**19
-"""Up to so many outputs tuning tries this form."""
+"""Tuning tries this form for at most so many outputs."""
 TILES = [(BLOCK_M, 8), (BLOCK_M, 16), (BLOCK_M, 32)]
 """BLOCK_M, BLOCK_N that tuning tries."""
 WARPS = [4, 8]
-"""That tuning tries."""
+"""Numbers of warps that tuning tries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ PASSED = gl.constexpr("; PASSED: mov.b32 $0, 0; }")
 
 @gluon.jit
 def wait_in_place(DEPENDENT: gl.constexpr, count):
-    """`wait_for_predecessor`; what stands before it stays there. `count` is positive."""
+    """`wait_for_predecessor`, which the assembler moves nothing across. `count` is positive."""
     if DEPENDENT:
         asm: gl.constexpr = UNLESS + "griddepcontrol.wait" + PASSED
         gl.inline_asm_elementwise(asm, "=r,r", [count], dtype=gl.int32, is_pure=False, pack=1)
@@ -77,7 +77,7 @@ def wait_in_place(DEPENDENT: gl.constexpr, count):
 
 @gluon.jit
 def start_in_place(DEPENDENT: gl.constexpr, count):
-    """`start_successor`; what stands before it stays there. `count` is positive."""
+    """`start_successor`, which the assembler moves nothing across. `count` is positive."""
     if DEPENDENT:
         asm: gl.constexpr = UNLESS + "griddepcontrol.launch_dependents" + PASSED
         gl.inline_asm_elementwise(asm, "=r,r", [count], dtype=gl.int32, is_pure=False, pack=1)
@@ -182,7 +182,7 @@ def places_of_x(
 
 @gluon.jit
 def load_all(places):
-    """What is at all places, 0 where the mask forbids it."""
+    """Loads from all places at once; 0 where the mask is off."""
     STEPS: gl.constexpr = len(places)
     loaded = ()
     for step in gl.static_range(STEPS):
@@ -365,7 +365,7 @@ def conv2d_in_registers_forward_kernel(
         shortcut_bias = gl.load(shortcut_bias_ptr + offs_n)
     if HAS_RESIDUAL:
         residual = gl.load(residual_ptr + offs_y, mask=mask_y, other=0.0)
-    start_in_place(DEPENDENT, M)  # it has few programs, and these, too, leave room for it
+    start_in_place(DEPENDENT, M)  # its programs are few and leave room for the next kernel
     acc = product_in_registers(xs, weights, INPUT_PRECISION, ROUND_X, MMA)
     if HAS_SCALE:
         acc *= scale

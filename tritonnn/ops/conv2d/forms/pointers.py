@@ -234,7 +234,7 @@ class PointersForm(Form):
         copies_x = default.copies_x or not (problem.channels_last_x or spans_taps(c, taps) or taps == 1)
         yield Choice(usual, copies_x)
         tiles = [(*tile[:1], 1, *tile[2:]) for tile in TILES] if usual.BLOCK_N == 1 else TILES
-        if problem.input_precision == "tf32x3":  # larger tiles, held in two parts, do not fit the registers
+        if problem.input_precision == "tf32x3":  # larger tiles, split into two parts, do not fit the registers
             tiles = [tile for tile in tiles if tile[0] * tile[1] <= 64 * 64]
         for block_m, block_n, num_warps, num_stages in by_waves(problem, tiles, gpu):
             if num_stages * (block_m + block_n) * usual.BLOCK_K * size <= gpu.shared_memory:
@@ -295,7 +295,7 @@ def default_config(
     """For m pixels, and n output and c input channels of a group.
 
     In bfloat16 ResNet18's convolution of 128 channels takes 149 us with 4 warps, 158 with 8 (H200, 1,024 images). Tiles
-    of float32 are small: what they hold twice, rounded or split and not, would not fit the registers. Without tensor
+    of float32 are small, as registers have their operands twice, as loaded and as rounded or split. Without tensor
     cores ("ieee") they hold it once: the first layer takes 235 us for 354 with 64 pixels (H100, 1,024 images). A single
     filter in float32 is summed up as precisely as by cuDNN: 16 products at a time, not by one thread each.
     """

@@ -3,9 +3,9 @@
     y[n, k, p, q] = activation(bias[k] + residual[n, k, p, q] + shortcut[n, k, p, q] + scale[k]
                                * sum over r, s, c of x[n, c, p*stride + r*dilation - padding, ...] * weight[k, r, s, c])
 
-A step takes SLICES blocks of the reduction at once (sliced-K), as a batched product of which each warp does one; they
-are added up at the end, in the same order every time. SPLITS programs share a tile (split-K); the last of them to
-finish adds up what all of them found. A shortcut is a second convolution, of one tap.
+In a step each warp multiplies its own block of the reduction, SLICES of them as one batched product (sliced-K); at the
+end these are added up, in the same order every time. SPLITS programs share a tile (split-K); the last one to finish
+adds up their parts. A shortcut is a second convolution, of one tap.
 """
 
 import math
@@ -31,9 +31,9 @@ from ..problem import Choice, Problem, Product, shortcut_flags
 from .form import Config, Form, by_waves
 
 OUTPUTS_OF_A_MULTIPROCESSOR = 1000
-"""Up to so many outputs for each, larger tiles would leave multiprocessors idle."""
+"""With fewer outputs a multiprocessor than this, larger tiles would leave some multiprocessors idle."""
 MOST_TRIED_OUTPUTS = 2**19
-"""Up to so many outputs tuning tries this form."""
+"""Tuning tries this form for at most so many outputs."""
 TILES = [(16, 8), (16, 16), (16, 32), (32, 32)]
 """BLOCK_M, BLOCK_N that tuning tries."""
 SLICES = [(4, 4, 4), (8, 8, 3), (8, 8, 5), (4, 4, 6)]
@@ -240,7 +240,7 @@ def conv2d_sliced_k_forward_kernel(
     offs_y += (channel.to(OFFSET) * y_stride_k)[None, :]
     mask_y = mask_m[:, None] & mask_n[None, :]
     wait_for_predecessor(DEPENDENT)
-    # Asked for before the product, which takes as long, and not touched before its end: the compiler would wait.
+    # Loaded before the product, which takes as long, and first used after it: the compiler waits where a value is used.
     if HAS_SCALE:
         scale = tl.load(scale_ptr + channel, mask=mask_n, other=0.0)
     if HAS_BIAS:
@@ -499,5 +499,5 @@ def splits_of(tiles: int, blocks_k: int, slices: int, programs: int) -> int:
 
 
 def _extent(t: torch.Tensor) -> int:
-    """No less than the offset of any element."""
+    """An upper bound on the offsets of elements."""
     return sum(size * stride for size, stride in zip(t.shape, t.stride()))

@@ -1,4 +1,4 @@
-"""A matrix product over TMA tensor descriptors, one filter tap after the other: channels_last images, Hopper GPUs.
+"""A matrix product over TMA tensor descriptors, one filter tap after the other: channels_last images, Hopper and newer.
 
     y[n, p, q, k] = activation(bias[k] + residual[n, p, q, k] + scale[k]
                                * sum over r, s, c of x[n, p*stride + r*dilation - padding, ..., c] * weight[k, r, s, c])
@@ -25,7 +25,7 @@ from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div, power_of_2
-from ....runtime.capabilities import rounding_on_load
+from ....runtime.capabilities import rounding_on_load, rounds_on_load
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
@@ -46,13 +46,13 @@ SWAP_AB_TILES = [
 ]
 """BLOCK_M, BLOCK_N, warps, stages that tuning tries with swapped operands."""
 ROUNDING_TILES = [(64, 64, 4, 4), (128, 128, 8, 3)]
-"""The same where x is rounded in shared memory."""
+"""As SWAP_AB_TILES, where x is rounded in shared memory."""
 NATURAL_TILES = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3)]
-"""The same with operands in their natural order."""
+"""As SWAP_AB_TILES, with operands in their natural order."""
 LEAST_CHANNELS = 16
 """A block of the reduction has at least so many; with fewer most of it would be zeros."""
 PAIRED = 128, 4, 3
-"""BLOCK_N, warps and stages of which two programs run on a multiprocessor. One alone loads too late.
+"""BLOCK_N, warps and stages with which two programs fit a multiprocessor: a single one would wait for its loads.
 
 On an H100, 128 images, a program a multiprocessor: bfloat16, 128 to 256 channels, stride 2, 12.7 us, with a fourth
 stage 9.8; strict float32, 512 channels, 145, with half as many columns and a fourth stage 102.
@@ -210,19 +210,20 @@ class TmaForm(Form):
     """x in channels_last, on the tensor cores. A residual is in channels_last, and then so is y."""
 
     config = TmaConfig
+    loads_by_descriptor = True
     kernels = (conv2d_tma_forward_kernel,)
 
     def fits(self, product: Product) -> bool:
         """A pixel's channels are a multiple of 16 bytes under a filter of one tap, else of 128.
 
-        For stride 2 the image then has even sides. Verified on Hopper.
+        For stride 2 the image then has even sides. Verified on Hopper; for newer GPUs it compiles.
         """
         x, stride = product.x, product.stride
         if triton.knobs.runtime.interpret or x.dtype == torch.float64 or product.groups > 1:
             return False
         if not (product.on_tensor_cores and product.epilogue.has_aligned_residual):
             return False
-        if not hardware.gpu(x.device).is_hopper:
+        if not hardware.gpu(x.device).has_tma:
             return False
         C, size = x.shape[1], x.element_size()
         if product.y.shape[1] * size % 16 != 0:
@@ -242,30 +243,33 @@ class TmaForm(Form):
     def default(self, product: Product) -> Choice | None:
         if not self.fits(product) or not (product.x.stride(1) == 1 or product.taps > 1):
             return None
-        copies_x = product.reads_apart or product.rounds_often
+        rounds = product.round_x and not rounds_on_load()
+        copies_x = product.reads_apart or (rounds and product.rounds_often)
         if not (copies_x or product.is_aligned) or _is_narrow(product):
             return None
-        swap_ab = product.input_precision != "tf32x3" and (copies_x or not product.round_x)
+        split = product.input_precision == "tf32x3"
+        swap_ab = not split and (copies_x or not rounds)
         N, K, P, Q = product.y.shape
         reduction, gpu = product.packed[0].numel(), hardware.gpu(product.x.device)
         block_k = block_k_of(product.x.shape[1], product.x.element_size())
-        config = default_config(N, P, Q, K, reduction, block_k, product.x.element_size(), swap_ab, gpu)
-        return Choice(config, copies_x)
+        config = default_config(N, P, Q, K, reduction, block_k, product.x.element_size(), swap_ab, split, gpu)
+        return config and Choice(config, copies_x)
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
-        """Both orders of the operands; TF32's x is to be rounded on the way to the product, or by a copy before it."""
+        """Both orders of the operands; TF32's x is rounded as it is loaded, on the way to the product, or by a copy."""
         size, block_k = problem.dtype.itemsize, block_k_of(problem.c, problem.dtype.itemsize)
         swap_ab = problem.input_precision != "tf32x3"
-        orders = [(SWAP_AB_TILES, True, problem.round_x)] if swap_ab else [(NATURAL_TILES, False, False)]
-        if swap_ab and problem.round_x and problem.channels_last_x:
+        rounds = problem.round_x and not rounds_on_load()
+        orders = [(SWAP_AB_TILES, True, rounds)] if swap_ab else [(NATURAL_TILES, False, False)]
+        if swap_ab and rounds and problem.channels_last_x:
             orders = [(NATURAL_TILES[:3], False, False), (ROUNDING_TILES, True, False), (SWAP_AB_TILES, True, True)]
-        for tiles, swap_ab, rounds in orders:
+        for tiles, swap_ab, copies_x in orders:
             for block_m, block_n, num_warps, num_stages in by_waves(problem, tiles, gpu):
-                rows = block_m + (block_n if swap_ab or problem.input_precision == "tf32" else 2 * block_n)
-                if max(num_stages * rows * block_k * size, block_m * block_n * size) <= gpu.shared_memory:
+                split = problem.input_precision == "tf32x3"
+                if shared_memory(block_m, block_n, block_k, num_stages, size, split) <= gpu.shared_memory:
                     box = best_box(problem.n, *problem.output, block_m)
                     config = config_of(box, block_n, block_k, swap_ab, num_warps, num_stages)
-                    yield Choice(config, copies_x=rounds or not problem.channels_last_x)
+                    yield Choice(config, copies_x or not problem.channels_last_x)
 
     def run(self, product: Product, config: TmaConfig) -> None:
         x, weight, y, epilogue = product.x, product.packed, product.y, product.epilogue
@@ -332,7 +336,7 @@ def _has_one_tap(product: Product) -> bool:
 
 
 def _is_narrow(product: Product) -> bool:
-    """Whether blocks of 64 output channels would be mostly empty, and loads by pointers take 16 bytes as well.
+    """Whether blocks of 64 output channels would be mostly empty, and the form "pointers" loads 16 bytes at a time too.
 
     On an H100, 64 images: 48 to 48 channels of 56x56 13.4 us by pointers, 17.8 by TMA; 32 to 16 of 112x112 27 and 34;
     144 to 32 of 28x28 5.9 and 7.1.
@@ -388,10 +392,27 @@ def config_of(
     )
 
 
+def shared_memory(block_m: int, block_n: int, block_k: int, num_stages: int, element_size: int, split: bool) -> int:
+    """Bytes of a program: the stages of x and of the weight, or of both its parts; after them y takes their place."""
+    rows = block_m + (2 * block_n if split else block_n)
+    return element_size * max(num_stages * rows * block_k, block_m * block_n)
+
+
 def default_config(
-    n: int, p: int, q: int, k: int, reduction: int, block_k: int, element_size: int, swap_ab: bool, gpu: Gpu
-) -> TmaConfig:
-    """For y [n, p, q, k] as sums of `reduction` products.
+    n: int,
+    p: int,
+    q: int,
+    k: int,
+    reduction: int,
+    block_k: int,
+    element_size: int,
+    swap_ab: bool,
+    split: bool,
+    gpu: Gpu,
+) -> TmaConfig | None:
+    """For y [n, p, q, k] as sums of `reduction` products, each `split` into three or not.
+
+    None where no tile fits the GPU's shared memory.
 
     Measured on an H200, and on an H100, over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results).
     """
@@ -406,6 +427,9 @@ def default_config(
         tiles = [(256, 128, 8, 3 if half else 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
     if reduction % block_k != 0:  # of one tap, with four warps
         tiles, enough = [tile for tile in tiles if tile[2] == 4], 2 * gpu.multiprocessors // 3
+    tiles = [t for t in tiles if shared_memory(*t[:2], block_k, t[3], element_size, split) <= gpu.shared_memory]
+    if not tiles:
+        return None
     # The largest tiles that keep most multiprocessors busy, those of pairs all of them.
     for block_m, block_n, num_warps, num_stages in tiles:
         least = gpu.multiprocessors + 1 if (block_n, num_warps, num_stages) == PAIRED else enough

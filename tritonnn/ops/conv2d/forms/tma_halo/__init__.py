@@ -21,7 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .....runtime import hardware
 from .....runtime.blocks import ceil_div
-from .....runtime.capabilities import rounding_on_load
+from .....runtime.capabilities import rounding_on_load, rounds_on_load
 from .....runtime.dependent_launch import dependent_launch
 from .....runtime.hardware import Gpu
 from .....runtime.launch_plan import launch
@@ -42,6 +42,7 @@ class TmaHaloForm(Form):
     """A 3x3 filter of images in channels_last, float32 in TF32."""
 
     config = TmaHaloConfig
+    loads_by_descriptor = True
     kernels = (conv2d_tma_halo_forward_kernel,)
 
     def fits(self, product: Product) -> bool:
@@ -81,7 +82,7 @@ class TmaHaloForm(Form):
     def default(self, product: Product) -> Choice | None:
         """On an aligned x, or where a copy of it is worth while."""
         (N, K, P, Q), C, aligned = product.y.shape, product.x.shape[1], product.is_aligned
-        rounds = product.round_x and aligned
+        rounds = product.round_x and aligned and not rounds_on_load()
         config = default_config(N, P, Q, C, K, product.stride[0], product.x.element_size(), rounds)
         if config is None or not self.fits(product):
             return None
@@ -90,7 +91,7 @@ class TmaHaloForm(Form):
         return Choice(config, copies_x=True) if product.reads_apart or product.rounds_often else None
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
-        """The tiles that waste least first. TF32's x is rounded on the way unless NCHW is copied."""
+        """The tiles that waste least first. TF32's x is rounded on load or on the way, unless NCHW is copied."""
         (p, q), size, stride = problem.output, problem.dtype.itemsize, problem.stride[0]
 
         def covered(config: TmaHaloConfig) -> int:
