@@ -203,7 +203,7 @@ class ImageClassifier(LightningModule):
                 self.log(name, share, sync_dist=True)
 
     def on_validation_start(self) -> None:
-        if self.trainer.training and self._graphed and distributed.is_initialized():
+        if self._graphed and distributed.is_available() and distributed.is_initialized():
             for buffer in self.network.buffers():  # each process has batch statistics of its own
                 if buffer.is_floating_point():
                     distributed.all_reduce(buffer, distributed.ReduceOp.AVG)
