@@ -16,7 +16,7 @@ import tritonnn
 from lit_modules import dashboard
 from lit_modules.evaluation_result import Epoch
 from lit_modules.side import Side
-from lit_modules.trees import mapped
+from lit_modules.trees import batch_size, mapped
 
 SIDES = dashboard.RUNS[:2]
 
@@ -37,10 +37,11 @@ class EpochComparison:
         self.epochs, self.layers, self.every, self.interpreter = epochs, layers, every, interpreter
         self._sides: dict[str, Side] = {}
         self._ms: dict[str, list[float]] = {}
+        self._size = 0
 
     def start(self, trainer: Trainer, module: LightningModule, memory_format: torch.memory_format) -> None:
         """Before a validation."""
-        self._sides, self._ms = {}, {side: [] for side in SIDES}
+        self._sides, self._ms, self._size = {}, {side: [] for side in SIDES}, 0
         if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every:
             return
         context = trainer.precision_plugin.forward_context
@@ -52,13 +53,14 @@ class EpochComparison:
 
     def add(self, batch: Any, indices: tuple[int, ...], device: torch.device) -> None:
         """A batch, as the module's own step has found it."""
+        self._size = max(self._size, batch_size(batch))
         for name, side in self._sides.items():
             own = mapped(torch.clone, batch)
             _wait_for(device)
             start = time.perf_counter()
             side.step(own, indices)
             _wait_for(device)
-            self._ms[name].append((time.perf_counter() - start) * 1e3)
+            self._ms[name].append((time.perf_counter() - start) * 1e3 / batch_size(batch))
 
     def end(self, trainer: Trainer, folder: Path | None) -> None:
         """After the validation; called on all processes, of which the first writes."""
@@ -66,8 +68,8 @@ class EpochComparison:
             return
         metrics = {name: side.metrics() for name, side in self._sides.items()}
         timed = [side for side in SIDES if self.interpreter or side == "pytorch" or torch.cuda.is_available()]
-        # The least: the first batch of all waits for kernels to be compiled. The last may be smaller than the others.
-        ms = {side: min(self._ms[side][:-1] or self._ms[side]) for side in timed if self._ms[side]}
+        # The least by sample: the first batch of all waits for kernels to be compiled, and the last may be smaller.
+        ms = {side: min(self._ms[side]) * self._size for side in timed if self._ms[side]}
         self._sides = {}
         epoch = Epoch(trainer.current_epoch, metrics, ms)
         self.epochs[:] = [*(before for before in self.epochs if before.epoch < epoch.epoch), epoch]

@@ -81,7 +81,7 @@ def proof_table(result: EvaluationResult) -> Table:
         verdict = "PASS" if variant.verdict.passed else "FAIL"
         rows.append([f"Triton {variant.name}", *_quality(variant.quality), *_agreement(variant.agreement), verdict])
     columns = ["layers", "top-1", "top-5", "loss", "differ", "largest |Δ logit|", "mean |Δ logit|", ""]
-    title = f"Predictions on {proof.samples} test samples"
+    title = f"Predictions on {proof.samples:,} test samples"
     if proof.pytorch is None:
         columns, rows = [columns[0], columns[-1]], [[row[0], row[-1]] for row in rows if row[-1]]
         title = f"Outputs and metrics on {proof.samples} samples"
@@ -111,13 +111,13 @@ def epochs_tables(result: EvaluationResult) -> list[Table]:
 
 
 def metrics_tables(proof: Proof) -> list[Table]:
-    """A row a metric that the module logs, a column a side."""
+    """A row a side, a column a metric that the module logs."""
     sides = {_side(proof, name): side for name, side in proof.sides.items() if side.metrics}
     if not sides:
         return []
     names = list(dict.fromkeys(name for side in sides.values() for name in side.metrics))
-    rows = [[name, *(_logged(side, name) for side in sides.values())] for name in names]
-    return [Table("What the module logs", ["metric", *sides], rows, [])]
+    rows = [[label, *(_logged(side, name) for name in names)] for label, side in sides.items()]
+    return [Table("What the module logs", ["layers", *names], rows, [])]
 
 
 def outputs_tables(proof: Proof) -> list[Table]:
@@ -206,7 +206,7 @@ def layers_table(result: EvaluationResult) -> Table:
     reasons = {f"{row.name} ran PyTorch's own operation: {row.fallback}" for row in latency.layers if row.fallback}
     eager = _clock_columns(latency, clocks[1:])
     return Table(
-        f"Each layer alone, in network order, batch of {result.batch_size:,}",
+        f"Each layer alone, in network order, batch of {result.batch_size:,}, {result.memory_format}",
         [
             "layer",
             "kind",
@@ -218,7 +218,7 @@ def layers_table(result: EvaluationResult) -> Table:
             "Triton p10-p90",
             "samples",
         ],
-        [_layer_cells(row, clocks, latency, kernels) for row in latency.layers],
+        [_layer_cells(row, result.memory_format, clocks, latency, kernels) for row in latency.layers],
         totals,
         names=3,
         details=3 + len(eager),
@@ -377,9 +377,12 @@ def _agreement(agreement: Agreement | None) -> list[str]:
     ]
 
 
-def _layer_cells(row: LayerRow, clocks: list[str], latency: LatencyResult, kernels: dict[int, KernelRow]) -> list[str]:
+def _layer_cells(
+    row: LayerRow, usual_format: str, clocks: list[str], latency: LatencyResult, kernels: dict[int, KernelRow]
+) -> list[str]:
     size = "x".join(map(str, row.shape))
-    memory_format = "" if row.memory_format == "contiguous" else f" {row.memory_format}"
+    usual = row.memory_format == usual_format or len(row.shape) != 4
+    memory_format = "" if usual else f" {row.memory_format}"
     first = clocks[0]
     kernel = kernels.get(row.index)
     fused = [_fused_ms(row, kernel, first)] if latency.kernels else []

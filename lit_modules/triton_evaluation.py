@@ -253,8 +253,8 @@ class TritonEvaluation(Callback):
         self._loaders = CombinedLoader(dataloaders, "sequential").flattened
         self._seen: Counter[int] = Counter()
         self._samples = 0
-        self._batches, batches = 0, sum(len(loader) if _has_length(loader) else math.inf for loader in self._loaders)
-        self._all_batches = None if math.isinf(batches) else int(batches)
+        batches = sum({"test": trainer.num_test_batches, "validate": trainer.num_val_batches}.get(self._stage, []))
+        self._batches, self._all_batches = 0, int(batches) if 0 < batches < math.inf else None
         self._float64: Float64Errors | None = None
         self._console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
         self._progress = Progress(self._console, self.progress and trainer.is_global_zero)
@@ -731,14 +731,6 @@ def _samples(loader: Any, seen: int) -> int:
         return len(loader.dataset)
     except (AttributeError, TypeError):
         return seen
-
-
-def _has_length(loader: Any) -> bool:
-    try:
-        len(loader)
-    except (AttributeError, NotImplementedError, TypeError):
-        return False
-    return True
 
 
 def _sampler(loader: Any) -> Any:

@@ -10,13 +10,15 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from lit_modules import report
 from lit_modules.agreement import Agreement, Quality
 from lit_modules.dashboard.figures import answer_figure, layers_figure, won_and_lost_figure
-from lit_modules.dashboard.style import LIGHT, Theme
+from lit_modules.dashboard.style import LIGHT, Theme, png
 from lit_modules.evaluation_result import Epoch, EvaluationResult, LatencyResult, LayerRow, timing
 from tritonnn.latency import Latency
 
@@ -88,17 +90,18 @@ def _numbers(result: EvaluationResult, run: str) -> dict[str, float]:
     name = variant.name if variant else "pytorch"
     quality: Quality | None = variant.quality if variant else proof.pytorch
     agreement: Agreement | None = variant.agreement if variant else proof.yardstick_agreement
-    numbers = {"top-1": quality.top1, "top-5": quality.top5, "loss": quality.loss} if quality else {}
+    numbers = {}
+    if result.latency and name in result.latency.network_timings:
+        latency = result.latency.network_timings[name]
+        numbers = {f"ms a batch, {clock}": timing(latency, clock).median for clock in result.latency.breakdowns}
+    if quality:
+        numbers |= {"top-1": quality.top1, "top-5": quality.top5, "loss": quality.loss}
     if name in proof.sides:
         numbers |= {metric: value for metric, value in proof.sides[name].metrics.items() if metric not in numbers}
     if agreement and proof.variants:  # PyTorch's are those of the yardstick: against itself in the other memory format
         numbers["predictions that differ from PyTorch's"] = agreement.differing
     if proof.float64 and name in proof.float64.errors:
         numbers["mean error against float64 x 1e6"] = proof.float64.errors[name].mean * 1e6
-    if result.latency and name in result.latency.network_timings:
-        latency = result.latency.network_timings[name]
-        for clock in result.latency.breakdowns:
-            numbers[f"ms a batch, {clock}"] = timing(latency, clock).median
     return {f"4_network/{index} {name}": value for index, (name, value) in enumerate(numbers.items(), 1)}
 
 
@@ -168,10 +171,16 @@ def _write_hyperparameters(
 
 def _write_page(writer: SummaryWriter, result: EvaluationResult, theme: Theme) -> None:
     """The figures, the tables as text and the custom charts, which hold all sides and so are written once."""
-    writer.add_figure("1_answer/1 the answer", answer_figure(result, theme))
+
+    def add(tag: str, figure: Figure) -> None:
+        width, height = map(int, figure.bbox.size)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png(figure))
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]))
+
+    add("1_answer/1 the answer", answer_figure(result, theme))
     if result.latency and len(runs_of(result)) > 1 and result.latency.comparable:
-        writer.add_figure("1_answer/2 every layer in network order", layers_figure(result, theme))
-        writer.add_figure("1_answer/3 won and lost", won_and_lost_figure(result, theme))
+        add("1_answer/2 every layer in network order", layers_figure(result, theme))
+        add("1_answer/3 won and lost", won_and_lost_figure(result, theme))
     writer.add_text("1 The answer", report.answer_markdown(result))
     for index, table in enumerate(report.tables(result), 2):
         writer.add_text(f"{index} {table.title}", report.table_markdown(table))

@@ -1,5 +1,6 @@
 """The figures of an evaluation: the answer, the layers in network order, and what each variant wins or loses."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,12 +165,16 @@ def _error_bars(result: EvaluationResult) -> list[Bar]:
     if "pytorch" not in errors:
         return []
     mean = errors["pytorch"].mean
-    bars = [Bar("PyTorch", "pytorch", mean, f"{mean:.1e}", "", True)]
+    bars = [Bar("PyTorch", "pytorch", _finite(mean), f"{mean:.1e}", "", True)]
     for variant in result.proof.variants:
         if variant.name in errors:
             mean = errors[variant.name].mean
-            bars.append(_bar_of(result, variant, mean, f"{mean:.1e}", ""))
+            bars.append(_bar_of(result, variant, _finite(mean), f"{mean:.1e}", ""))
     return bars
+
+
+def _finite(length: float) -> float:
+    return length if math.isfinite(length) else 0.0
 
 
 def _bar_of(result: EvaluationResult, variant: Variant, length: float, value: str, note: str) -> Bar:

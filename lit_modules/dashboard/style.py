@@ -4,12 +4,15 @@ The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/). Tenso
 size at first, so what is to be read there is large.
 """
 
+import io
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 WIDTH, HEIGHT, DPI = 12.0, 6.3, 100
+COLOURS = 64
 LARGE, MEDIUM, SMALL, TINY = 34, 23, 17, 13
 """Points. In TensorBoard's small cards, the first two can be read, and the third with good eyes."""
 
@@ -49,6 +52,15 @@ THEMES = {"light": LIGHT, "dark": DARK}
 
 def new_figure(theme: Theme, width: float = WIDTH, height: float = HEIGHT) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, facecolor=theme.paper)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a file with few colours, a third of the size that it has with all."""
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    image = Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def bare(axes: Axes, theme: Theme) -> None:

@@ -1,5 +1,6 @@
 """The operators of gradients: PyTorch's numbers for every argument that forward takes, to the second order."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -18,6 +19,7 @@ from tritonnn.ops import (
     relu_backward,
 )
 from tritonnn.ops import channel_sums as sums
+from tritonnn.ops.conv2d import op as forward
 from tritonnn.ops.conv2d.backward import input_tma, weight_tma
 from tritonnn.ops.conv2d.backward import op as conv2d
 from tritonnn.ops.conv2d.backward.input import Taps
@@ -126,6 +128,28 @@ def test_max_pool(case, layout):
     actual, expected = max_pool2d_backward.max_pool2d_backward(*arguments), max_pool2d_backward._formula(*arguments)
     assert_formula(actual, expected)
     assert actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("infinite", [False, True], ids=["", "windows of -inf"])
+@pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", MAX_POOLS)
+def test_max_pool_by_positions_in_windows(case, layout, infinite):
+    """Which the layer keeps in place of indices: ties, NaN and -inf are PyTorch's, and so is the second order."""
+    shape, kernel_size, stride, padding, dilation, ceil_mode = MAX_POOLS[case]
+    layer = nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
+    x = image(*shape, dtype=torch.float64, channels_last=layout).round()
+    x[0, 0, 3, 3] = float("nan")
+    if infinite:
+        x.fill_(-float("inf"))
+    gradients = []
+    for swap in (False, True):
+        if swap:
+            tritonnn.swap(layer, strict=True)
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = layer(leaf)
+        (grad,) = torch.autograd.grad(y, leaf, torch.arange(y.numel(), dtype=y.dtype, device=DEVICE).view(y.shape))
+        gradients.append(grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])
@@ -384,6 +408,21 @@ def test_a_swapped_network_runs_none_of_pytorchs_gradients():
     pytorchs |= {"aten::max_pool2d_with_indices_backward", "aten::avg_pool2d_backward", "aten::mm", "aten::div"}
     assert not ran & pytorchs
     assert not {key for key in ran if key.startswith("tritonnn::")}  # nobody watches: no dispatcher
+
+
+def test_what_backward_leaves_to_pytorch_is_counted(monkeypatch):
+    """In the layer whose gradient it is, and only that: a second layer's kernels, and the bias, stay."""
+    pytorch = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)).to(DEVICE, torch.float64)
+    swapped = copy.deepcopy(pytorch)
+    report = tritonnn.swap(swapped, strict=True)
+    monkeypatch.setattr(forward, "reasons_for_pytorch", lambda x, *_: (None, "slower" if x.shape[1] == 3 else None))
+    x = image(2, 3, 8, 8, dtype=torch.float64)
+    for model in (pytorch, swapped):
+        for _ in range(2):
+            model(x).square().sum().backward()
+    for p, q in zip(swapped.parameters(), pytorch.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-10)
+    assert report.fallbacks == {"0": {"slower": 2}}
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -12,7 +12,7 @@ from torch import fx, nn
 from ..layers.fused.activation import Activation
 from ..layers.fused.batch_norm2d import BatchNormReLU2d
 from ..swap import SwapReport, kind_of, swap
-from .functionalize import FunctionalGraph, functional_training_graph
+from .functionalize import FunctionalGraph, functionalize
 from .tracing import in_a_line, is_changed
 
 
@@ -71,7 +71,7 @@ def fuse_for_training(model: nn.Module) -> TrainingReport:
         report.untraced = "its forward was replaced"
         return report
     try:
-        traced = functional_training_graph(model)
+        traced = functionalize(model, training=True)
     except Exception as error:  # whatever the model's code makes of symbolic inputs
         report.untraced = in_a_line(error)
         return report

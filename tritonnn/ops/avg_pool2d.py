@@ -388,7 +388,7 @@ def _launch_adaptive(x, output_size) -> torch.Tensor:
 
 
 def _setup_context_adaptive(ctx, inputs, output) -> None:
-    """The backward of a mean over whole images needs only the shape of x, which may be overwritten."""
+    """Saves what PyTorch does, although the shape of x is enough: of a mean of whole images nothing."""
     x, output_size = inputs
     ctx.size, ctx.channels_last = tuple(x.shape[2:]), is_channels_last(x)
     ctx.save_for_backward(None if tuple(output_size) == (1, 1) else x)

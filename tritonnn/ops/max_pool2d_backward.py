@@ -2,8 +2,8 @@
 
     grad_x[n, c, h, w] = sum of g[n, c, p, q] over the windows (p, q) over (h, w) with indices[n, c, p, q] == h*W + w
 
-g: [N, C, P, Q], any strides; indices: the same shape, any strides; grad_x: [N, C, H, W]. No atomics: the windows are
-added up in their order, in float32.
+g: [N, C, P, Q], any strides; indices: the same shape, any strides, or as uint8 r*S + s, positions in a window;
+grad_x: [N, C, H, W]. No atomics: the windows are added up in their order, in float32.
 """
 
 import torch
@@ -15,6 +15,11 @@ from ..runtime.blocks import ceil_div, pixel_blocks
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import register_gradient
+
+MOST_TAPS = 255
+"""Pixels of a window whose positions fit into a uint8, beside NO_TAP."""
+NO_TAP = tl.constexpr(255)
+"""The position of a maximum that lies in no window: PyTorch's index 0 of a window of -inf."""
 
 
 @triton.jit
@@ -47,6 +52,7 @@ def max_pool2d_backward_kernel(
     PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    BY_TAPS: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,8 +67,8 @@ def max_pool2d_backward_kernel(
     mask_m = offs_m < M
     n = (offs_m // (H * W)).to(tl.int64)
     pixel = offs_m % (H * W)
-    p_last = (pixel // W + PADDING_H) // STRIDE_H
-    q_last = (pixel % W + PADDING_W) // STRIDE_W
+    h = pixel // W + PADDING_H  # in the padded image
+    w = pixel % W + PADDING_W
     c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
     mask_c = c < C
     g_ptrs = g_ptr + (n * g_stride_n)[:, None] + (c * g_stride_c)[None, :]
@@ -70,14 +76,23 @@ def max_pool2d_backward_kernel(
 
     grad_x = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     for window in tl.range(ROWS * COLUMNS, loop_unroll_factor=ROWS * COLUMNS if ROWS * COLUMNS <= 16 else 1):
-        p = p_last - (ROWS - 1) + window // COLUMNS
-        q = q_last - (COLUMNS - 1) + window % COLUMNS
-        mask = (mask_m & (p >= 0) & (p < P) & (q >= 0) & (q < Q))[:, None] & mask_c[None, :]
+        p = h // STRIDE_H - (ROWS - 1) + window // COLUMNS
+        q = w // STRIDE_W - (COLUMNS - 1) + window % COLUMNS
+        over = mask_m & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+        if BY_TAPS:
+            r = h - p * STRIDE_H
+            s = w - q * STRIDE_W
+            wanted = r // DILATION_H * S + s // DILATION_W
+            over &= (r // DILATION_H < R) & (s // DILATION_W < S)
+            over &= (r % DILATION_H == 0) & (s % DILATION_W == 0)
+        else:
+            wanted = pixel
+        mask = over[:, None] & mask_c[None, :]
         p = p.to(tl.int64)
         q = q.to(tl.int64)
-        index = tl.load(i_ptrs + (p * i_stride_p + q * i_stride_q)[:, None], mask=mask, other=-1)
+        index = tl.load(i_ptrs + (p * i_stride_p + q * i_stride_q)[:, None], mask=mask)
         g = tl.load(g_ptrs + (p * g_stride_p + q * g_stride_q)[:, None], mask=mask, other=0.0).to(ACC)
-        grad_x += tl.where(index == pixel[:, None], g, 0)
+        grad_x += tl.where(mask & (index.to(wanted.dtype) == wanted[:, None]), g, 0)
     offs_x = (n * x_stride_n + pixel.to(tl.int64) * x_stride_pixel)[:, None] + (c * x_stride_c)[None, :]
     tl.store(grad_x_ptr + offs_x, round_to(grad_x, grad_x_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
@@ -112,6 +127,7 @@ def _launch(g, x, kernel_size, stride, padding, dilation, ceil_mode, indices) ->
         *stride,
         *padding,
         *dilation,
+        BY_TAPS=indices.dtype == torch.uint8,
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         **blocks._asdict(),
@@ -120,6 +136,8 @@ def _launch(g, x, kernel_size, stride, padding, dilation, ceil_mode, indices) ->
 
 
 def _formula(g, x, kernel_size, stride, padding, dilation, ceil_mode, indices) -> torch.Tensor:
+    if indices.dtype == torch.uint8:
+        indices = torch.ops.aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)[1]
     return torch.ops.aten.max_pool2d_with_indices_backward(
         g, x, kernel_size, stride, padding, dilation, ceil_mode, indices
     )
