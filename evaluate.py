@@ -58,6 +58,8 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--cuda-graph", action="store_true", help="with --fuse: the fused network in CUDA graphs")
     add("--tune", action="store_true", help="first tune the convolutions for this GPU (tritonnn.tune)")
     add("--no-latency", action="store_true", help="only the proof")
+    add("--time-interpreter", action="store_true", help="without a GPU: time Triton's interpreter too")
+    add("--trace", action="store_true", help="write a batch of each side as a file for the viewer Perfetto")
     add("--data-root", type=Path, help="folder of the data set, if it has moved")
     add("--log-dir", type=Path, help="default: the next logs/<data>/evaluation_<number>")
     try:
@@ -112,6 +114,9 @@ def test(args: Namespace, classifier: ImageClassifier, data: ImageData, path: Pa
         cuda_graph=args.cuda_graph,
         tune=args.tune,
         log_dir=log_dir,
+        time_interpreter=args.time_interpreter,
+        trace=args.trace,
+        progress=True,
     )
     trainer = Trainer(
         devices=1,
@@ -120,6 +125,7 @@ def test(args: Namespace, classifier: ImageClassifier, data: ImageData, path: Pa
         benchmark=True,
         callbacks=evaluation,
         logger=False,
+        enable_progress_bar=False,  # the evaluation has bars of its own
         enable_checkpointing=False,
         enable_model_summary=False,
     )

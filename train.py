@@ -1,9 +1,12 @@
-"""Trains ResNet18 with PyTorch's layers, then tests the best checkpoint with PyTorch's layers and with Triton's.
+"""Trains a network with PyTorch's layers, then tests the best checkpoint with PyTorch's layers and with Triton's.
 
-    python train.py                                      CIFAR-10
-    python train.py --config configs/digits.yaml         embedded digits, seconds on a CPU
-    python train.py --data ImageFolder --data.root DIR   any DIR/train/<class>/*, DIR/test/<class>/*
-    python train.py --ckpt-path last                     resume the latest run, or name a run's folder
+    python train.py                                       ResNet18 on CIFAR-10
+    python train.py --config configs/digits.yaml          on embedded digits, seconds on a CPU
+    python train.py --config configs/photos_224.yaml --data.root DIR --model timm/mobilenetv3_small_100
+                                                          any network and DIR/train/<class>/*, DIR/test/<class>/*
+    python train.py --ckpt-path last                      resume the latest run, or name a run's folder
+
+--model is resnet18, torchvision.models.NAME, timm/NAME, or package.module.Class with an argument num_classes.
 
 Each run has a number N: its checkpoints go to `checkpoints/<data>/version_N/`, TensorBoard and CSV logs to
 `logs/<data>/version_N/`. Every constructor argument and every option of Lightning's Trainer can be set: see --help and
@@ -32,19 +35,29 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_modules.atomic_checkpoint import AtomicCheckpointIO
+from lit_modules.atomic_checkpoint import BackgroundCheckpointIO
 from lit_modules.checkpoint import check_architecture, last_of, load
 from lit_modules.classifier import ImageClassifier
 from lit_modules.data import ImageData
 from lit_modules.kept_checkpoints import LAST, BestCheckpoint, LastCheckpoint
 from lit_modules.run_folder import claimed
+from lit_modules.training_cli import HelpFormatter, check_image_size, describe_model, named_networks, resumes
 from lit_modules.triton_evaluation import TritonEvaluation
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "cifar10.yaml")
 TYPES_TRIED = re.compile(r"Does not validate.*?Errors:\s*- (.*?)\s*Given value type.*", re.DOTALL)
+
+EXPECTED_WARNINGS = (
+    "does not have many workers",
+    "exists and is not empty",
+    "treespec, LeafSpec",
+    "configure_optimizers. will be overridden",
+    "LightningCLI's args parameter",
+)
 
 
 class TrainingCLI(LightningCLI):
@@ -56,7 +69,9 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument("--evaluation", type=TritonEvaluation | None, help="How to test in the end, or null.")
         parser.add_class_arguments(BestCheckpoint, "checkpoint", sub_configs=True)
-        parser.set_defaults({"evaluation": {"class_path": "lit_modules.triton_evaluation.TritonEvaluation"}})
+        evaluation = {"class_path": "lit_modules.triton_evaluation.TritonEvaluation", "init_args": {"budget_s": 0.02}}
+        parser.set_defaults({"evaluation": evaluation})  # evaluate.py takes longer to time, and is more exact
+        describe_model(parser)
         for name in ("num_classes", "in_channels"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
@@ -79,14 +94,17 @@ class TrainingCLI(LightningCLI):
         """The trainer, still without the loggers and folders of its run."""
         config = self.config_init.trainer
         self.last = LastCheckpoint()
-        kwargs["plugins"] = [AtomicCheckpointIO(), *_listed(config.plugins)]
+        StrategyRegistry.register("ddp", DDPStrategy, override=True, gradient_as_bucket_view=True, static_graph=True)
+        kwargs["plugins"] = [BackgroundCheckpointIO(), *_listed(config.plugins)]
         if config.enable_checkpointing is not False and not config.barebones and not config.fast_dev_run:
             kwargs["callbacks"] = [*_listed(config.callbacks), self.best, self.last]
         if config.logger in (None, True) and not config.fast_dev_run:
             kwargs["logger"] = False
         if config.logger is False or config.barebones:  # there is no folder but the current one to save it to
             self.save_config_callback = None
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        _heed_sigterm_between_epochs(trainer)
+        return trainer
 
     @contextmanager
     def run_folders(self) -> Iterator[None]:
@@ -117,16 +135,22 @@ def command_line(args: ArgsType = None) -> TrainingCLI:
         trainer_defaults={"precision": "bf16-mixed" if torch.cuda.is_available() else "32-true", "benchmark": True},
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"default_config_files": [DEFAULT_CONFIG], "exit_on_error": False, "allow_abbrev": False},
-        auto_configure_optimizers=False,
+        parser_kwargs={
+            "description": __doc__,
+            "usage": "python train.py [OPTIONS]",
+            "formatter_class": HelpFormatter,
+            "default_config_files": [DEFAULT_CONFIG],
+            "exit_on_error": False,
+            "allow_abbrev": False,
+        },
         load_from_checkpoint_support=False,
         run=False,
-        args=args,
+        args=named_networks(args),
     )
-    expected, actual = cli.model.network.image_size, cli.datamodule.image_size
-    if expected != actual:
-        raise UserError(f"the {cli.model.hparams.stem} stem takes images of {expected}, data.image_size is {actual}")
-    if cli.trainer.max_epochs == -1 and cli.trainer.max_steps == -1:
+    check_image_size(cli.model, cli.datamodule.image_size)
+    if cli.config.lr_scheduler and not cli.config.optimizer:
+        raise UserError("--lr_scheduler goes with an --optimizer: without, the network has a schedule of its own")
+    if not cli.config.optimizer and cli.trainer.max_epochs == -1 and cli.trainer.max_steps == -1:
         raise UserError("the schedule of the learning rate needs an end: set trainer.max_epochs or trainer.max_steps")
     if str(cli.config_init.trainer.precision) in ("16", "16-mixed") and cli.trainer.precision == "bf16-mixed":
         raise UserError("trainer.precision 16-mixed needs a GPU: on a CPU PyTorch has bf16-mixed")
@@ -147,7 +171,7 @@ def checkpoint_to_resume(cli: TrainingCLI) -> Path | None:
         path = last_of(path)
     checkpoint = load(path)
     check_architecture(path, checkpoint, cli.model)
-    if not all("lr_lambdas" in schedule for schedule in checkpoint.get("lr_schedulers") or [{}]):
+    if not resumes(checkpoint, cli.config.optimizer):
         raise UserError(f"{path} has no state of this optimizer and schedule: it can be evaluated, but not resumed")
     before = checkpoint.get(cli.datamodule.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("batch_size")
     if before not in (None, cli.datamodule.batch_size):
@@ -186,6 +210,17 @@ def test(cli: TrainingCLI) -> None:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=kept or None, weights_only=True)
 
 
+def _heed_sigterm_between_epochs(trainer: Trainer) -> None:
+    """Where there are several processes, Lightning 2.6 has them agree before each batch whether one was asked to end.
+
+    The answer waits for all that the GPU was given, so that the CPU never runs ahead. Once an epoch is enough.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    agree = getattr(loop, "_broadcast_sigterm_tensor", None)
+    if agree:
+        loop._broadcast_sigterm_tensor = lambda: agree() if loop.batch_idx < 0 else None  # type: ignore[method-assign]
+
+
 def _short(path: str) -> str:
     """Relative to the current directory where it lies in it."""
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
@@ -197,10 +232,14 @@ def _listed(value: Any) -> list:
 
 def main(args: ArgsType = None) -> None:
     """The command. Raises UserError: the command line, the data or the disk is at fault, or Ctrl-C was pressed."""
-    warnings.filterwarnings("ignore", ".*(does not have many workers|exists and is not empty|treespec, LeafSpec).*")
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", f".*{message}.*")
     try:
         cli = command_line(args)
         resumed = checkpoint_to_resume(cli)
+        evaluation = cli.config_init.evaluation
+        if evaluation and evaluation.every_n_epochs:
+            cli.trainer.callbacks.append(evaluation)
         with cli.run_folders():
             train(cli, resumed)
             test(cli)

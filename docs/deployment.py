@@ -11,6 +11,7 @@ import copy
 import io
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,21 @@ def traced(network: nn.Module, x: Tensor) -> Network:
     return torch.jit.load(io.BytesIO(file.getvalue()))
 
 
+def compiled_ahead(network: nn.Module, x: Tensor) -> Network:
+    """By AOTInductor, with any number of images."""
+    any_batch = {0: torch.export.Dim("batch")}
+    fused = isinstance(network, tritonnn.FusedNetwork)
+    program = torch.export.export(network, (x,), dynamic_shapes=((any_batch,),) if fused else (any_batch,))
+    with tempfile.TemporaryDirectory() as folder:
+        package = str(Path(folder) / "network.pt2")
+        return torch._inductor.aoti_load_package(
+            torch._inductor.aoti_compile_and_package(program, package_path=package)
+        )
+
+
 WAYS = {"`torch.save`": saved, "`torch.export`, any batch": exported, "`torch.jit.trace`": traced}
+SLOW_WAYS = {"AOTInductor, any batch": compiled_ahead}
+"""A minute of a C++ compiler and more for each network."""
 
 
 def check(model: nn.Module, way: Callable, fused: bool, images: Tensor) -> str:
@@ -91,7 +106,8 @@ def row(name: str) -> str:
     images = random_images(model, 16, NETWORKS.get(name, 64)).to(DEVICE)
     with torch.no_grad():
         calibrate(model, images)
-        cells = [check(model, way, fused, images[:3]) for fused in (False, True) for way in WAYS.values()]
+        ways = (WAYS | SLOW_WAYS).values()
+        cells = [check(model, way, fused, images[:3]) for fused in (False, True) for way in ways]
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -100,7 +116,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def main(names: list[str]) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    head = [f"{kind}: {way}" for kind in ("swapped", "fused") for way in WAYS]
+    head = [f"{kind}: {way}" for kind in ("swapped", "fused") for way in WAYS | SLOW_WAYS]
     lines = [f"| network | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for name in names or NETWORKS:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Draws speed.png, the README's picture, from the committed results of a run of benchmarks/compare.py.
+"""Draws speed.png, the picture of results.md, from the committed results of a run of benchmarks/compare.py.
 
     python docs/speed_figure.py
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from lit_modules.classifier import ImageClassifier
 from lit_modules.command_line import UserError
 from lit_modules.kept_checkpoints import LAST, BestCheckpoint
+from lit_modules.networks import RESNET18
 
-ARCHITECTURE = ("stem", "width", "num_classes", "in_channels")
+ARCHITECTURE = ("network", "stem", "width", "num_classes", "in_channels")
 
 
 def newest_run(folder: str | Path = "checkpoints") -> Path:
@@ -98,7 +99,7 @@ def check_architecture(path: Path, checkpoint: dict[str, Any], classifier: Image
     try:
         classifier.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        theirs, ours = checkpoint["hyper_parameters"], classifier.hparams
+        theirs, ours = {"network": RESNET18} | checkpoint["hyper_parameters"], classifier.hparams
         differ = [name for name in ARCHITECTURE if theirs.get(name) != ours[name]]
         what = ", ".join(f"{name} {theirs.get(name)}, not {ours[name]}" for name in differ)
         raise UserError(

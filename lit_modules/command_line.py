@@ -62,6 +62,7 @@ def start_command() -> None:
     Selects Triton's interpreter where there is no GPU, and says so: triton reads the choice as it is imported.
     """
     sys.excepthook = _one_line_on_interrupt
+    sys.path.append(os.getcwd())  # for networks by class path
     import torch
 
     if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:

@@ -1,11 +1,11 @@
 """The data modules: CIFAR-10, any folder of images, and scikit-learn's digits.
 
-Batches are (images, labels): normalised float32 [N, 3, S, S] and int64 [N]. Images that fit are decoded once and kept
-in memory as uint8. The validation split comes out of the training set, seeded; the test set is for testing only.
+Batches are (images, labels), made on the device: normalised float32 [N, 3, S, S] and int64 [N]. Images that fit are
+decoded once and live on the device as uint8. The validation split comes out of the training set, seeded; the test set
+is for testing only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,21 @@ import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 from torchvision import datasets
 from torchvision.datasets.folder import find_classes
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
+from lit_modules import decoded_images
+from lit_modules.augmentation import Augmentation
+from lit_modules.batches import Batches
 from lit_modules.command_line import UserError
+from lit_modules.decoded_images import Images
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEMORY_LIMIT = 2**30  # bytes of a split that is kept in memory unless told otherwise
 
 
@@ -50,31 +52,17 @@ def read_image(path: str) -> Image.Image:
         raise UnreadableImage(f"cannot read the image {path}: {error}") from error
 
 
-class Transformed(Dataset):
-    """(transform(image), label) for each (image, label) of a data set."""
-
-    def __init__(self, dataset: Dataset, transform: Callable[[Tensor], Tensor]) -> None:
-        self.dataset, self.transform = dataset, transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.dataset[index]
-        return self.transform(image), label
-
-
 class ImageData(LightningDataModule, ABC):
     """What the data modules share. A subclass sets `num_classes` and writes `load`.
 
     Args:
         name: of the folders that training writes to.
-        batch_size: images a batch and device.
+        batch_size: images a step of training, shared out among the devices: the recipe is the same on any number.
         image_size: S; larger and smaller images are resized to it and cropped at the centre.
         val_fraction: part of the training set that is held out for validation, more than 0 and less than 1.
         num_workers: loader processes a device; None takes what the CPU has.
-        in_memory: keep the decoded images; None does if a split takes no more than `MEMORY_LIMIT`.
-        flip: mirror half of the training images.
+        in_memory: keep the decoded images, on the device; None does if a split takes no more than `MEMORY_LIMIT`.
+        flip: mirror half of the training images, the other half in the next epoch.
         erase: share of the training images in which a random rectangle becomes the mean colour, from 0 to 1.
 
     Raises:
@@ -113,73 +101,107 @@ class ImageData(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.in_memory = in_memory
         self.decode = v2.Compose([v2.PILToTensor(), v2.Resize(image_size), v2.CenterCrop(image_size)])
-        normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        crop = v2.RandomCrop(image_size, padding=image_size // 8, padding_mode="reflect")
-        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 * flip), *normalize, v2.RandomErasing(erase)])
-        self.normalize = v2.Compose(normalize)
+        self.augmentation = Augmentation(image_size // 8, flip, erase)
         self.save_hyperparameters({"data": type(self).__name__})
 
     @abstractmethod
     def load(self, train: bool) -> Dataset:
         """The training or test set: (uint8 [3, S, S], label) pairs."""
 
+    def decoded(self, train: bool) -> Images:
+        """All images of the training or test set."""
+        loader = DataLoader(self.load(train), batch_size=256, num_workers=self._workers())
+        images, labels = zip(*loader, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
     def setup(self, stage: str | None = None) -> None:
         """Loads the training set for the stages "fit" and "validate", the test set for "test", both for None."""
         if stage in ("fit", "validate", None):
-            dataset = self._kept(self.load(train=True))
-            num_val = max(self._world_size(), round(self.val_fraction * len(dataset)))  # type: ignore[arg-type]
-            if num_val >= len(dataset):  # type: ignore[arg-type]
+            dataset = self._images(train=True)
+            count = len(dataset)  # type: ignore[arg-type]
+            num_val = max(self._world_size(), round(self.val_fraction * count))
+            if num_val >= count:
                 raise UserError("the training set is too small: no image is left after the validation split")
-            generator = torch.Generator().manual_seed(0)
-            train, val = random_split(dataset, [len(dataset) - num_val, num_val], generator)  # type: ignore[arg-type]
-            self.train_set, self.val_set = Transformed(train, self.augment), Transformed(val, self.normalize)
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+            self.train_set = self._subset(dataset, order[: count - num_val])
+            self.val_set = self._subset(dataset, order[count - num_val :])
         if stage in ("test", None):
-            self.test_set = Transformed(self._kept(self.load(train=False)), self.normalize)
+            self.test_set = self._on_device(self._images(train=False))
 
-    def train_dataloader(self) -> DataLoader:
-        drop_last = len(self.train_set) >= self.batch_size * self._world_size()
-        return self._loader(self.train_set, shuffle=True, drop_last=drop_last)
+    def train_dataloader(self) -> Batches:
+        world, batch_size = self._world_size(), self._batch_size()
+        drop_last = len(self.train_set) >= self.batch_size  # type: ignore[arg-type]
+        rank = self.trainer.global_rank if self.trainer else 0
+        seed = self._same_everywhere(torch.initial_seed() % 2**32)
+        shuffle = not (self.trainer and self.trainer.overfit_batches)  # which are to be the same in every epoch
+        sampler: DistributedSampler = DistributedSampler(self.train_set, world, rank, shuffle, seed, drop_last)
+        return self._batches(self.train_set, sampler, batch_size, drop_last, self.augmentation, seed)
 
-    def val_dataloader(self) -> DataLoader:
-        return self._evaluation_loader(self.val_set)
+    def val_dataloader(self) -> Batches:
+        return self._evaluation_batches(self.val_set)
 
-    def test_dataloader(self) -> DataLoader:
-        return self._evaluation_loader(self.test_set)
+    def test_dataloader(self) -> Batches:
+        return self._evaluation_batches(self.test_set)
 
-    def _kept(self, dataset: Dataset) -> Dataset:
-        in_memory = self.in_memory
-        if in_memory is None:
-            in_memory = len(dataset) * 3 * self.image_size**2 <= MEMORY_LIMIT  # type: ignore[arg-type]
-        if not in_memory or isinstance(dataset, TensorDataset):
+    def _images(self, train: bool) -> Dataset:
+        """In memory if they fit there; otherwise decoded anew each time."""
+        dataset = self.load(train)
+        if isinstance(dataset, TensorDataset) or not self._fits(len(dataset)):  # type: ignore[arg-type]
             return dataset
-        images, labels = zip(*DataLoader(dataset, batch_size=256, num_workers=self._workers()), strict=True)
-        return TensorDataset(torch.cat(images), torch.cat(labels))
+        return TensorDataset(*self.decoded(train))
+
+    def _fits(self, count: int) -> bool:
+        return count * 3 * self.image_size**2 <= MEMORY_LIMIT if self.in_memory is None else self.in_memory
+
+    def _subset(self, dataset: Dataset, indices: torch.Tensor) -> Dataset:
+        if isinstance(dataset, TensorDataset):
+            return self._on_device(TensorDataset(*(tensor[indices] for tensor in dataset.tensors)))
+        return Subset(dataset, indices.tolist())
+
+    def _on_device(self, dataset: Dataset) -> Dataset:
+        if isinstance(dataset, TensorDataset):
+            return TensorDataset(*(tensor.to(self._device()) for tensor in dataset.tensors))
+        return dataset
+
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
+
+    def _same_everywhere(self, value: int) -> int:
+        return self.trainer.strategy.broadcast(value) if self.trainer else value
+
+    def _batch_size(self) -> int:
+        """Of one device."""
+        if self.batch_size % self._world_size():
+            raise UserError(
+                f"batch_size is for all devices together: {self.batch_size} cannot be shared out among "
+                f"{self._world_size()} devices"
+            )
+        return self.batch_size // self._world_size()
 
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
         return suggested_max_num_workers(self.trainer.num_devices if self.trainer else 1)
 
-    def _evaluation_loader(self, dataset: Dataset) -> DataLoader:
+    def _evaluation_batches(self, dataset: Dataset) -> Batches:
         """Every image once: Lightning's own choice under DDP would repeat some to make the ranks even."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return self._loader(
-            dataset, sampler=UnrepeatedDistributedSampler(dataset, shuffle=False) if distributed else None
-        )
+        sampler = UnrepeatedDistributedSampler(dataset, shuffle=False) if distributed else None
+        return self._batches(dataset, sampler or SequentialSampler(dataset), self._batch_size())  # type: ignore[arg-type]
 
-    def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
-        workers = self._workers()
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **arguments,
-        )
+    def _batches(
+        self,
+        dataset: Dataset,
+        sampler: Any,
+        batch_size: int,
+        drop_last: bool = False,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> Batches:
+        return Batches(dataset, sampler, batch_size, drop_last, self._device(), augmentation, seed, self._workers())
 
 
 class CIFAR10(ImageData):
@@ -228,6 +250,12 @@ class CIFAR10(ImageData):
     def load(self, train: bool) -> Dataset:
         return datasets.CIFAR10(self.root, train, transform=self.decode)
 
+    def decoded(self, train: bool) -> Images:
+        if self.image_size != 32:
+            return super().decoded(train)
+        dataset = datasets.CIFAR10(self.root, train)  # decoded already: [N, 32, 32, 3]
+        return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets)
+
 
 class ImageFolder(ImageData):
     """A tree `train/<class>/*` and `test/<class>/*` of image files, as torchvision's ImageFolder reads it.
@@ -272,12 +300,23 @@ class ImageFolder(ImageData):
         except FileNotFoundError:
             raise UserError(f"{folder} has no class folders: expected {folder}/<class>/<image>") from None
 
-    def load(self, train: bool) -> Dataset:
+    def prepare_data(self) -> None:
+        """Has one process of a machine decode the images, for all."""
+        train = self.trainer is None or self.trainer.state.fn != TrainerFn.TESTING
+        if self._fits(len(self.load(train))):
+            self.decoded(train)
+
+    def load(self, train: bool) -> datasets.ImageFolder:
         folder = Path(self.root, "train" if train else "test")
         try:
             return datasets.ImageFolder(folder, transform=self.decode, loader=read_image)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: {error}") from None
+
+    def decoded(self, train: bool) -> Images:
+        dataset, decode = self.load(train), super().decoded
+        files = [file for file, _ in dataset.samples]
+        return decoded_images.kept(Path(dataset.root), files, self.image_size, lambda: decode(train))
 
 
 class Digits(ImageData):
@@ -296,6 +335,9 @@ class Digits(ImageData):
         self.save_hyperparameters()
 
     def load(self, train: bool) -> Dataset:
+        from sklearn.datasets import load_digits  # half a second, which other data need not wait for
+        from sklearn.model_selection import train_test_split
+
         digits = load_digits()
         indices = train_test_split(range(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target)
         chosen = indices[0 if train else 1]

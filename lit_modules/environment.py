@@ -51,6 +51,15 @@ def is_exact(model: nn.Module, device: torch.device) -> bool:
     return device.type != "cuda" or not tf32 or dtypes == {torch.float64}
 
 
+def resolution(model: nn.Module, device: torch.device) -> float:
+    """The relative distance of two neighbouring numbers in the coarsest type in which the model computes."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if torch.is_autocast_enabled(device.type):
+        types.add(torch.get_autocast_dtype(device.type))
+    coarsest = max((torch.finfo(dtype).eps for dtype in types), default=torch.finfo(torch.float32).eps)
+    return coarsest if is_exact(model, device) else max(coarsest, 2.0**-10)  # TF32
+
+
 @contextmanager
 def strict_float32(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32."""

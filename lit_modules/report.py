@@ -2,12 +2,24 @@
 
 from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
+from rich.box import ROUNDED, SIMPLE_HEAD
 from rich.console import Console
+from rich.panel import Panel
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from lit_modules.agreement import Agreement, Quality
-from lit_modules.evaluation_result import EvaluationResult, LatencyResult, LayerRow, Pair, Proof, timing
+from lit_modules.answer import answer, faster, variant_label
+from lit_modules.evaluation_result import (
+    EvaluationResult,
+    KernelRow,
+    LatencyResult,
+    LayerRow,
+    Pair,
+    Proof,
+    SideResult,
+    timing,
+)
 from tritonnn.latency import Latency
 
 EXAMPLES_SHOWN = 10
@@ -30,10 +42,12 @@ class Table:
 
 
 def tables(result: EvaluationResult) -> list[Table]:
-    """Details first, so that a terminal ends with what matters."""
-    latency = result.latency
-    timed = [layers_table(result), *([swaps_table(result)] if latency.networks else [])] if latency else []
-    return [settings_table(result), *timed, *disagreements_tables(result.proof), proof_table(result)]
+    """In reading order, after the answer: the network, its layers, and then details."""
+    latency, proof = result.latency, result.proof
+    whole = [networks_table(result)] if latency else []
+    layers = [layers_table(result)] if latency else []
+    details = [*epochs_tables(result), *metrics_tables(proof), *outputs_tables(proof), *disagreements_tables(proof)]
+    return [*whole, proof_table(result), *layers, *details, settings_table(result)]
 
 
 def settings_table(result: EvaluationResult) -> Table:
@@ -55,6 +69,7 @@ def settings_table(result: EvaluationResult) -> Table:
 
 
 def proof_table(result: EvaluationResult) -> Table:
+    """The verdicts, with the predictions where an output is classified."""
     proof = result.proof
     rows = [
         ["PyTorch", *_quality(proof.pytorch), "", "", "", ""],
@@ -66,18 +81,85 @@ def proof_table(result: EvaluationResult) -> Table:
         verdict = "PASS" if variant.verdict.passed else "FAIL"
         rows.append([f"Triton {variant.name}", *_quality(variant.quality), *_agreement(variant.agreement), verdict])
     columns = ["layers", "top-1", "top-5", "loss", "differ", "largest |Δ logit|", "mean |Δ logit|", ""]
-    note = "\n".join(
+    title = f"Predictions on {proof.samples:,} test samples"
+    if proof.pytorch is None:
+        columns, rows = [columns[0], columns[-1]], [[row[0], row[-1]] for row in rows if row[-1]]
+        title = f"Outputs and metrics on {proof.samples} samples"
+    notes = [
         f"{'PASS' if variant.verdict.passed else 'FAIL'} {variant.name}: {variant.verdict.reason}"
         for variant in proof.variants
-    )
-    return Table(f"Predictions on {proof.samples} test samples", columns, rows, [], note=note)
+    ]
+    compared = [f"Predictions are those of {proof.predictions}."] if proof.predictions else []
+    return Table(title, columns, rows, [], note="\n".join([*compared, *proof.notes, *notes]))
+
+
+def epochs_tables(result: EvaluationResult) -> list[Table]:
+    """A row a validation during training, both sides' metrics beside each other."""
+    if not result.epochs:
+        return []
+    sides = {"pytorch": "PyTorch", "triton": "Triton"}
+    names = list(dict.fromkeys(name for epoch in result.epochs for name in epoch.metrics["pytorch"]))
+    rows = []
+    for epoch in result.epochs:
+        values = [f"{epoch.metrics[side][name]:.5g}" for name in names for side in sides]
+        rows.append(
+            [str(epoch.epoch), *values, *(_ms(epoch.batch_ms[s]) if s in epoch.batch_ms else "" for s in sides)]
+        )
+    columns = [f"{name}, {label}" for name in names for label in sides.values()]
+    times = [f"ms a batch, {label}" for label in sides.values()]
+    return [Table("Validations during training", ["epoch", *columns, *times], rows, [])]
+
+
+def metrics_tables(proof: Proof) -> list[Table]:
+    """A row a side, a column a metric that the module logs."""
+    sides = {_side(proof, name): side for name, side in proof.sides.items() if side.metrics}
+    if not sides:
+        return []
+    names = list(dict.fromkeys(name for side in sides.values() for name in side.metrics))
+    rows = [[label, *(_logged(side, name) for name in names)] for label, side in sides.items()]
+    return [Table("What the module logs", ["layers", *names], rows, [])]
+
+
+def outputs_tables(proof: Proof) -> list[Table]:
+    """A row an output and side, but for logits that are compared as predictions."""
+    rows = []
+    for name, side in proof.sides.items():
+        for output, numbers in side.outputs.items():
+            error = "" if numbers.error is None else f"{numbers.error:.2e}"
+            difference = ["", ""] if name == "pytorch" else [f"{numbers.difference:.2e}", f"{numbers.largest:.2g}"]
+            differing = "" if numbers.differing is None else f"{numbers.differing} of {numbers.values}"
+            rows.append([output, _side(proof, name), error, *difference, differing])
+    if not rows:
+        return []
+    rows.sort(key=lambda row: row[0])  # the sides of an output beside each other
+    columns = [
+        "output",
+        "layers",
+        f"error against {proof.reference or 'none'}",
+        "difference",
+        "largest |Δ|",
+        "values that differ",
+    ]
+    note = "Error and difference from PyTorch's are root mean squares, relative to the output's."
+    return [Table("Outputs", columns, rows, [], names=2, note=note)]
+
+
+def _side(proof: Proof, name: str) -> str:
+    others = {"pytorch": "PyTorch", "yardstick": f"PyTorch, {proof.yardstick_format}"}
+    if name == proof.reference:
+        return f"PyTorch, {'strict ' if name == 'float32' else ''}{name}"
+    return others.get(name, f"Triton {name}")
+
+
+def _logged(side: SideResult, name: str) -> str:
+    return f"{side.metrics[name]:.7g}" if name in side.metrics else ""
 
 
 def disagreements_tables(proof: Proof) -> list[Table]:
     columns = ["sample", "label", "PyTorch", "Triton", "PyTorch's margin"]
     found = []
     for variant in proof.variants:
-        examples = variant.agreement.examples[:EXAMPLES_SHOWN]
+        examples = variant.agreement.examples[:EXAMPLES_SHOWN] if variant.agreement else []
         if examples:
             rows = [[str(d.sample), str(d.label), str(d.pytorch), str(d.other), f"{d.margin:.3g}"] for d in examples]
             title = f"Predictions that differ, {variant.name}: {variant.agreement.differing}"
@@ -91,8 +173,9 @@ def layers_table(result: EvaluationResult) -> Table:
     latency = result.latency
     clocks = list(latency.breakdowns)
     breakdowns = latency.breakdowns
+    kernels = {index: kernel for kernel in latency.kernels for index in kernel.layers}
     totals = [
-        _total(f"all {kind}", [breakdowns[clock].kinds[kind] for clock in clocks])
+        _total(f"all {kind}", [breakdowns[clock].kinds[kind] for clock in clocks], latency)
         for kind in breakdowns[clocks[0]].kinds
     ]
     for label, name in (
@@ -100,36 +183,77 @@ def layers_table(result: EvaluationResult) -> Table:
         ("whole network", "network"),
         ("unattributed", "unattributed"),
     ):
-        totals.append(_total(label, [getattr(breakdowns[clock], name) for clock in clocks]))
+        totals.append(_total(label, [getattr(breakdowns[clock], name) for clock in clocks], latency))
+    if latency.kernels:
+        column = 3 + len(_clock_columns(latency, clocks[:1]))
+        totals[-3][column] = _ms(sum(kernel.medians[clocks[0]] for kernel in latency.kernels))
+        totals[-2][column] = _ms(timing(latency.network_timings[result.proof.fused.name], clocks[0]).median)
     notes = [_clocks(latency)]
+    if latency.kernels:
+        notes.append(
+            "Fused: a kernel's time stands at the first of the layers whose work it does; the others have a dash."
+        )
+    if any(row.bound_ms for row in latency.layers):
+        notes.append(
+            "Roofline: the least time for the arithmetic and the memory traffic, at the rates of a matrix product and "
+            "a copy that were measured in the same run; what fits the L2 cache is not bound by memory."
+        )
     if any(side < 0 for b in breakdowns.values() for side in (b.unattributed.pytorch, b.unattributed.triton or 0)):
         notes.append(
             "Unattributed is the network less its layers: below zero where layers timed alone, each with a call and a "
             "clock of its own, take longer than in the network."
         )
     reasons = {f"{row.name} ran PyTorch's own operation: {row.fallback}" for row in latency.layers if row.fallback}
+    eager = _clock_columns(latency, clocks[1:])
     return Table(
-        f"Latency of each layer, batch of {result.batch_size}",
-        ["layer", "kind", "input", *_clock_columns(clocks), "PyTorch p10-p90", "Triton p10-p90", "samples"],
-        [_layer_cells(row, clocks) for row in latency.layers],
+        f"Each layer alone, in network order, batch of {result.batch_size:,}, {result.memory_format}",
+        [
+            "layer",
+            "kind",
+            "input",
+            *_clock_columns(latency, clocks[:1]),
+            *_fused_columns(latency),
+            *eager,
+            "PyTorch p10-p90",
+            "Triton p10-p90",
+            "samples",
+        ],
+        [_layer_cells(row, result.memory_format, clocks, latency, kernels) for row in latency.layers],
         totals,
         names=3,
-        details=3 * len(clocks),
+        details=3 + len(eager),
         note="\n".join([*notes, *sorted(reasons)]),
     )
 
 
-def swaps_table(result: EvaluationResult) -> Table:
-    """The whole network with each variant swapped."""
+def networks_table(result: EvaluationResult) -> Table:
+    """The whole network: PyTorch's, and with each variant swapped."""
     latency = result.latency
     clocks = list(latency.breakdowns)
-    rows = []
+    pytorch = [timing(latency.network_timings["pytorch"], clock).median for clock in clocks]
+    rows = [["PyTorch", *(cell for ms in pytorch for cell in (_ms(ms), *([""] if latency.comparable else []))), ""]]
     for variant in result.proof.variants:
-        cells = [cell for clock in clocks for cell in _pair(latency.networks[variant.name][clock])]
-        count = variant.agreement.differing
-        rows.append([variant.name, *cells, "identical" if not count else f"{count} differ"])
-    title = f"Latency of the whole network, batch of {result.batch_size}"
-    return Table(title, ["swapped", *_clock_columns(clocks), "predictions"], rows, [], note=_clocks(latency))
+        cells = [""] * (len(rows[0]) - 2)
+        if variant.name in latency.networks:
+            pairs = latency.networks[variant.name].values()
+            cells = [
+                cell
+                for pair in pairs
+                for cell in (_ms(pair.triton), *([faster(pair.speedup)] if latency.comparable else []))
+            ]
+        count = variant.agreement.differing if variant.agreement else None
+        predictions = "" if count is None else f"{count:,} differ" if count else "identical"
+        rows.append([variant_label(variant), *cells, predictions])
+    columns = [
+        column
+        for clock in clocks
+        for column in (
+            f"{'' if clock == clocks[0] else clock + ' '}ms a batch",
+            *(["than PyTorch"] if latency.comparable else []),
+        )
+    ]
+    title = f"The whole network, batch of {result.batch_size:,}"
+    return Table(title, ["", *columns, "predictions"], rows, [], note=_clocks(latency))
 
 
 def swap_notes(proof: Proof, stayed: bool) -> list[str]:
@@ -152,20 +276,47 @@ def verdict(result: EvaluationResult) -> str:
 
 
 def print_to(console: Console, result: EvaluationResult) -> None:
+    """The answer, the network, its layers and the details; in the end the verdict again."""
+    console.print(_panel(result))
     for table in tables(result):
         console.print(rich_table(table))
         console.print(f"{table.note}\n", markup=False, highlight=False)
     for line in swap_notes(result.proof, stayed=False):
         console.print(line, markup=False, highlight=False)
-    console.print(f"[bold {'green' if result.passed else 'red'}]{verdict(result)}[/]")
+    console.print(
+        Text(f"{verdict(result)}: {answer(result).headline}", style=f"bold {_colour(result)}"), highlight=False
+    )
 
 
 def markdown(result: EvaluationResult) -> str:
     """The whole report, as one page."""
+    said = answer(result)
     title = f"# Triton layers: {result.triton_layers}: {verdict(result)}"
-    sections = [table_markdown(table) for table in reversed(tables(result))]
+    lines = "  \n".join(line for line in (f"**{said.headline}**", said.proof, said.errors, said.conditions) if line)
+    sections = [table_markdown(table) for table in tables(result)]
     notes = "\n".join(f"- {line}" for line in swap_notes(result.proof, stayed=True))
-    return "\n\n".join([title, *sections, notes]) + "\n"
+    return "\n\n".join([title, lines, *sections, notes]) + "\n"
+
+
+def answer_markdown(result: EvaluationResult) -> str:
+    """The answer alone."""
+    said = answer(result)
+    return "\n\n".join(
+        part for part in (f"# {said.headline}", f"**{said.proof}**", said.errors, said.conditions) if part
+    )
+
+
+def _panel(result: EvaluationResult) -> Panel:
+    said = answer(result)
+    text = Text(said.headline, style="bold")
+    text.append(f"\n{said.proof}", style=f"bold {_colour(result)}")
+    for line in (said.errors, said.conditions):
+        text.append(f"\n{line}" if line else "", style="dim" if line is said.conditions else "not bold")
+    return Panel(text, box=ROUNDED, border_style=_colour(result), expand=False, padding=(0, 1))
+
+
+def _colour(result: EvaluationResult) -> str:
+    return "red" if not result.passed else "green" if result.proof.variants else "yellow"
 
 
 def table_markdown(table: Table) -> str:
@@ -192,17 +343,33 @@ def rich_table(table: Table) -> RichTable:
     return rich
 
 
-def _clock_columns(clocks: list[str]) -> list[str]:
+def _clock_columns(latency: LatencyResult, clocks: list[str]) -> list[str]:
     """The first clock is the one that counts, and is plain "ms"."""
-    prefixes = ["", *(f"{clock} " for clock in clocks[1:])]
-    return [column for p in prefixes for column in (f"{p}PyTorch ms", f"{p}Triton ms", f"{p}increase")]
+    columns = []
+    for clock in clocks:
+        prefix = "" if clock == latency.clock else f"{clock} "
+        columns.append(f"{prefix}PyTorch ms")
+        if latency.comparable:
+            columns += [f"{prefix}Triton ms", "than PyTorch"]
+        elif latency.networks:
+            columns.append("interpreter ms")
+    return columns
 
 
-def _quality(quality: Quality) -> list[str]:
+def _fused_columns(latency: LatencyResult) -> list[str]:
+    bound = ["of the roofline"] if any(row.bound_ms for row in latency.layers) else []
+    return [*(["fused ms"] if latency.kernels else []), *bound]
+
+
+def _quality(quality: Quality | None) -> list[str]:
+    if quality is None:
+        return ["", "", ""]
     return [f"{quality.top1:.2%}", f"{quality.top5:.2%}", f"{quality.loss:.5f}"]
 
 
-def _agreement(agreement: Agreement) -> list[str]:
+def _agreement(agreement: Agreement | None) -> list[str]:
+    if agreement is None:
+        return ["", "", ""]
     return [
         str(agreement.differing),
         f"{agreement.largest_logit_difference:.2g}",
@@ -210,28 +377,57 @@ def _agreement(agreement: Agreement) -> list[str]:
     ]
 
 
-def _layer_cells(row: LayerRow, clocks: list[str]) -> list[str]:
+def _layer_cells(
+    row: LayerRow, usual_format: str, clocks: list[str], latency: LatencyResult, kernels: dict[int, KernelRow]
+) -> list[str]:
     size = "x".join(map(str, row.shape))
-    memory_format = "" if row.memory_format == "contiguous" else f" {row.memory_format}"
+    usual = row.memory_format == usual_format or len(row.shape) != 4
+    memory_format = "" if usual else f" {row.memory_format}"
     first = clocks[0]
+    kernel = kernels.get(row.index)
+    fused = [_fused_ms(row, kernel, first)] if latency.kernels else []
+    bound = [_of_the_roofline(row, kernel, first)] if "of the roofline" in _fused_columns(latency) else []
     return [
         row.name,
         row.kind,
         f"{size} {row.dtype}{memory_format}",
-        *(cell for clock in clocks for cell in _pair(row.medians[clock])),
+        *_pair(row.medians[first], latency),
+        *fused,
+        *bound,
+        *(cell for clock in clocks[1:] for cell in _pair(row.medians[clock], latency)),
         _spread(row.pytorch, first),
         _spread(row.triton, first),
         str(timing(row.pytorch, first).samples),
     ]
 
 
-def _total(name: str, pairs: list[Pair]) -> list[str]:
-    return [name, "", "", *(cell for pair in pairs for cell in _pair(pair)), "", "", ""]
+def _fused_ms(row: LayerRow, kernel: KernelRow | None, clock: str) -> str:
+    if kernel is None:
+        return ""
+    return _ms(kernel.medians[clock]) if row.index == kernel.layers[0] else "-"
 
 
-def _pair(pair: Pair) -> list[str]:
+def _of_the_roofline(row: LayerRow, kernel: KernelRow | None, clock: str) -> str:
+    """Of the fused kernel, at the first of its layers, else of Triton's layer or PyTorch's."""
+    if kernel is not None:
+        here = kernel.bound_ms and row.index == kernel.layers[0]
+        return f"{kernel.bound_ms / kernel.medians[clock]:.0%}" if here else ""
+    pair = row.medians[clock]
+    return f"{row.bound_ms / (pair.triton or pair.pytorch):.0%}" if row.bound_ms else ""
+
+
+def _total(name: str, pairs: list[Pair], latency: LatencyResult) -> list[str]:
+    first, *rest = pairs
+    gap = [""] * len(_fused_columns(latency))
+    cells = [*_pair(first, latency), *gap, *(cell for pair in rest for cell in _pair(pair, latency))]
+    return [name, "", "", *cells, "", "", ""]
+
+
+def _pair(pair: Pair, latency: LatencyResult) -> list[str]:
     triton = "" if pair.triton is None else _ms(pair.triton)
-    return [_ms(pair.pytorch), triton, "" if pair.increase_percent is None else f"{pair.increase_percent:+.1f} %"]
+    if latency.comparable:
+        return [_ms(pair.pytorch), triton, faster(pair.speedup)]
+    return [_ms(pair.pytorch), *([triton] if latency.networks else [])]
 
 
 def _spread(latency: Latency | None, clock: str) -> str:
@@ -246,9 +442,13 @@ def _ms(milliseconds: float) -> str:
 
 
 def _clocks(latency: LatencyResult) -> str:
-    if not latency.device_clocks:
+    if not latency.comparable:
+        interpreter = "the interpreter's times say nothing about the speed of Triton's kernels."
         return (
-            "Medians of the wall clock on a CPU. Triton ran in its interpreter: its times say nothing about its speed."
+            f"Medians of the wall clock on a CPU; {interpreter}"
+            if latency.networks
+            else "Medians of the wall clock on a CPU. Triton ran in its interpreter and was not timed: "
+            "`make dashboard` shows an evaluation on an H100."
         )
     device = " and ".join(latency.device_clocks)
     return (

@@ -34,6 +34,12 @@ def strict_float32() -> Iterator[None]:
         flag.fp32_precision = precision
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Decoded images go to a folder of the tests."""
+    os.environ.setdefault("TRITONNN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def on_hopper() -> Iterator[None]:
     """Forms and configurations are chosen as on an H100 with the Triton for which kernels were verified."""

@@ -151,6 +151,17 @@ def test_subclass_stays_and_the_report_says_why():
     assert "stayed PyTorch: 0: MyConv2d is a subclass of Conv2d" in str(report)
 
 
+def test_equal_reasons_are_told_once_and_what_does_nothing_not_at_all():
+    model = nn.Sequential(*(nn.Tanh() for _ in range(5)), nn.Identity(), nn.Dropout(), nn.Dropout2d(), nn.GELU())
+    assert list(tritonnn.swap(model).stayed) == list("01234678")  # in training, dropout does something
+    report = tritonnn.swap(model.eval())
+    assert list(report.stayed) == list("012348")
+    assert str(report).splitlines()[1:] == [
+        "stayed PyTorch: 0, 1, 2 and 2 more: no Triton layer for Tanh",
+        "stayed PyTorch: 8: no Triton layer for GELU",
+    ]
+
+
 def test_the_model_itself_and_a_shared_module():
     layer = nn.ReLU()
     assert tritonnn.swap(layer).swapped == {"": "relu"}

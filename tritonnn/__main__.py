@@ -15,17 +15,17 @@ import tritonnn
 
 from .command.networks import CALIBRATION_IMAGES, UserError, build, calibrate, describe, random_images
 from .command.proof import prove
-from .command.report import proof_line, proof_table, swap_lines, time_table
+from .command.report import proof_line, proof_table, time_table
 from .latency import time_networks, twin
 
 TIMING_S = 4.0
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXAMPLES = """\
 NETWORK is one of:
-  torchvision:NAME       a network of torchvision.models
+  torchvision:NAME       a network of torchvision.models; torchvision.models.NAME as well
   timm/NAME              a network of timm, where that is installed
   package.module:Class   a class or function that makes a network without arguments, or a network;
-                         modules are looked for in this folder too
+                         modules are looked for in this folder too; package.module.Class as well
 
 examples:
   python -m tritonnn torchvision:resnet50 --dtype bf16 --channels-last --fuse --cuda-graph
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, console: Console) -> bool:
         with console.status("compiling the kernels and proving them"):
             proof = prove(model, networks, images, strict=_is_strict(images))
 
-        say("\n".join(swap_lines(swap_report)))
+        say(str(swap_report))
         if args.fuse:
             say(f"\nthe fused network:\n{networks['fused'].report}")
         console.print("", proof_table(proof))

@@ -1,4 +1,4 @@
-"""Compiles kernels beside each other before their first launch; in threads, as most of it lets go of Python's lock."""
+"""Compiles kernels in parallel before their first launch: in threads, as most of compiling releases Python's lock."""
 
 import os
 import sys
@@ -59,14 +59,14 @@ def compile_ahead(
         for _ in as_completed(futures.values()):
             advance(len(futures))
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C nobody waits for what had not begun
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, kernels that have not begun to compile are dropped
 
 
 def kernels_of(call: Callable[[], object], every_kernel: bool = False) -> list[Kernel]:
     """The kernels of convolutions, or of all operations, that `call` would have to compile.
 
-    They are not launched, while all else is: packed weights are kept. What `call` computes is nonsense, and so are its
-    errors: layers give zeros, as an index that nobody wrote would be out of range.
+    These kernels are not launched, all others are, so that packed weights are kept. What `call` computes is nonsense,
+    and so are its errors. Layers give zeros, because an index that was never written might be out of range.
     """
     with _noting_kernels(every_kernel) as kernels, _Zeros(), suppress(Exception):
         call()
@@ -74,7 +74,7 @@ def kernels_of(call: Callable[[], object], every_kernel: bool = False) -> list[K
 
 
 class _Zeros(TorchDispatchMode):
-    """Operators of this package give zeros."""
+    """A mode in which the operators of this package give zeros."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})

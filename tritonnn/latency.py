@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .clocks import Clock, Timing, alternate, captured, event_clock, mend_generator, repeated, repeats_for, wall_clock
+from .layers.fused.base import FusedLayer
+from .layers.fused.conv2d import FusedSum
+from .roofline import Work, arithmetic_of, work_of
 from .swap import kind_of, swap
+
+Progress = Callable[[str, int, int], object]
+"""Is told what is timed next, how much of it is done and how much there is in all."""
 
 WARM_UP_CALLS = 3
 MIN_SAMPLES, MAX_SAMPLES = 3, 100
@@ -67,13 +73,26 @@ class Latency:
 class LayerLatency:
     """A layer's call timed as PyTorch's and as Triton's layer; `triton` is None for a kind that was not asked for.
 
-    `fallback` is the reason for which the Triton layer ran PyTorch's own operation instead, if it did.
+    `fallback` is the reason for which the Triton layer ran PyTorch's own operation instead, if it did; `arithmetic` is
+    as in `tritonnn.roofline`.
     """
 
     call: LayerCall
     pytorch: Latency
     triton: Latency | None = None
     fallback: str | None = None
+    work: Work | None = None
+    arithmetic: str = ""
+
+
+@dataclass(frozen=True)
+class KernelLatency:
+    """One call of a fused layer, or of a Triton layer beside them, in a network made by `tritonnn.fuse`."""
+
+    layer: nn.Module
+    latency: Latency
+    work: Work
+    arithmetic: str
 
 
 def record_calls(model: nn.Module, *inputs: Tensor) -> list[LayerCall]:
@@ -124,7 +143,11 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def time_layers(
-    model: nn.Module, *inputs: Tensor, layers: str | Sequence[str] = "all", budget_s: float = 0.1
+    model: nn.Module,
+    *inputs: Tensor,
+    layers: str | Sequence[str] = "all",
+    budget_s: float = 0.1,
+    progress: Progress | None = None,
 ) -> list[LayerLatency]:
     """Times every leaf layer of a supported kind alone, PyTorch's and Triton's in alternation, in network order.
 
@@ -133,13 +156,17 @@ def time_layers(
         inputs: of one call of the model; they decide the shapes.
         layers: the kinds that are timed on the Triton side too, as in `swap`; () for none.
         budget_s: roughly how many seconds to spend on each clock of each layer.
+        progress: is told before each layer.
 
     Raises:
         ValueError: for an unknown kind.
     """
     latencies = []
+    calls = record_calls(model, *inputs)
     with _autocast_as_in_one_step():
-        for call in record_calls(model, *inputs):
+        for index, call in enumerate(calls):
+            if progress:
+                progress(call.name, index, len(calls))
             layer = model.get_submodule(call.name)
             triton_layer = twin(layer)
             report = swap(triton_layer, layers=layers)
@@ -150,10 +177,80 @@ def time_layers(
                 [partial(contender, x) for contender in contenders], call.device, budget_s
             )
             fallbacks = [reason for reasons in report.fallbacks.values() for reason in reasons]
+            y = layer(x)
             latencies.append(
-                LayerLatency(call, pytorch, triton[0] if triton else None, fallbacks[0] if fallbacks else None)
+                LayerLatency(
+                    call,
+                    pytorch,
+                    triton[0] if triton else None,
+                    fallbacks[0] if fallbacks else None,
+                    work_of(layer, (x,), y if isinstance(y, Tensor) else y[0]),
+                    arithmetic_of(call.kind, call.dtype),
+                )
             )
     return latencies
+
+
+def time_kernels(
+    network: nn.Module, *inputs: Tensor, budget_s: float = 0.1, progress: Progress | None = None
+) -> list[KernelLatency]:
+    """Times each layer of a network made by `tritonnn.fuse`, without CUDA graphs, alone, in the order of running.
+
+    Args:
+        network: in the mode (autocast, inference) in which it is to be timed; left alone.
+        inputs: of one call; they decide the shapes.
+        budget_s: roughly how many seconds to spend on each clock of each layer.
+        progress: is told before each layer.
+    """
+    latencies = []
+    calls = _record_kernels(network, *inputs)
+    with _autocast_as_in_one_step():
+        for index, (layer, operands) in enumerate(calls):
+            if progress:
+                progress(operands[0].name, index, len(calls))
+            device = operands[0].device
+            generator = torch.Generator(device).manual_seed(0)
+            tensors = tuple(operand.random_input(generator) for operand in operands)
+            (latency,) = time_alternately([partial(layer, *tensors)], device, budget_s)
+            arithmetic = arithmetic_of(operands[0].kind, operands[0].dtype)
+            latencies.append(KernelLatency(layer, latency, _work_of_kernel(layer, tensors), arithmetic))
+    return latencies
+
+
+def _record_kernels(network: nn.Module, *inputs: Tensor) -> list[tuple[nn.Module, list[LayerCall]]]:
+    """The calls of its fused and Triton layers, in the order of running, each with the tensors that it got."""
+    calls: list[tuple[nn.Module, list[LayerCall]]] = []
+    inside: list[nn.Module] = []
+
+    def enter(layer: nn.Module, args: tuple, name: str) -> None:
+        if not inside:  # and not a part of another
+            weight = getattr(layer, "weight", None)
+            kind = kind_of(layer) or ("linear" if weight is not None and weight.dim() == 2 else "conv2d")
+            operands = [x for x in args if isinstance(x, Tensor)]
+            calls.append(
+                (layer, [LayerCall(name, kind, tuple(x.shape), x.stride(), x.dtype, x.device) for x in operands])
+            )
+        inside.append(layer)
+
+    handles = []
+    for name, module in network.named_modules():
+        if isinstance(module, FusedLayer | FusedSum) or kind_of(module) is not None:
+            handles.append(module.register_forward_pre_hook(partial(enter, name=name)))
+            handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+    try:
+        network(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _work_of_kernel(layer: nn.Module, operands: tuple[Tensor, ...]) -> Work:
+    y = layer(*operands)
+    if not isinstance(layer, FusedSum):
+        return work_of(layer, operands, y)
+    last, other = (work_of(part, (x,), y) for part, x in zip((layer.last, layer.other), operands, strict=True))
+    return Work(last.flop + other.flop, last.bytes + other.bytes - y.nbytes)
 
 
 def time_networks(

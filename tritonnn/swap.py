@@ -35,6 +35,9 @@ _TORCH = {triton_class: torch_class for torch_class, triton_class in _TRITON.ite
 _KIND = {cls: kind for kind, pairs in LAYERS.items() for pair in pairs.items() for cls in pair}
 
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
 def kind_of(module: nn.Module) -> str | None:
     """The kind of a layer that has a Triton version, or is one; None for any other module, subclasses included."""
     return _KIND.get(type(module))
@@ -48,7 +51,7 @@ class SwapReport:
     swapped: dict[str, str]
     """Name to kind."""
     stayed: dict[str, str]
-    """Name of a layer that stayed PyTorch to the reason."""
+    """Name of a layer that stayed PyTorch to the reason; what does nothing in eval mode is no layer."""
 
     @property
     def fallbacks(self) -> dict[str, dict[str, int]]:
@@ -58,13 +61,21 @@ class SwapReport:
     def __str__(self) -> str:
         kinds = list(self.swapped.values())
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
-        lines = [f"swapped to Triton: {counts or 'nothing'}"]
-        lines += [f"stayed PyTorch: {name or '(the model)'}: {reason}" for name, reason in self.stayed.items()]
-        for name, reasons in self.fallbacks.items():
-            lines += [
-                f"fell back to PyTorch: {name or '(the model)'}: {reason} ({n} calls)" for reason, n in reasons.items()
-            ]
-        return "\n".join(lines + notes())
+        lines = [f"swapped to Triton: {counts or 'nothing'}", *by_reason("stayed PyTorch", self.stayed)]
+        calls = {name: f"{why} ({n} calls)" for name, whys in self.fallbacks.items() for why, n in whys.items()}
+        return "\n".join([*lines, *by_reason("fell back to PyTorch", calls), *notes()])
+
+
+def by_reason(title: str, reasons: dict[str, str]) -> list[str]:
+    """A line for each reason, with the names that it holds for, the first few of many."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name or "(the model)")
+    return [f"{title}: {few(same)}: {reason}" for reason, same in names.items()]
+
+
+def few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _requested_kinds(layers: str | Sequence[str]) -> set[str]:
@@ -73,6 +84,10 @@ def _requested_kinds(layers: str | Sequence[str]) -> set[str]:
         if kind not in (*KINDS, "all"):
             raise ValueError(f"unknown layer kind {kind!r}: choose from {', '.join(KINDS)}, all")
     return set(KINDS) if "all" in requested else set(requested)
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    return type(module) is nn.Identity or (type(module) in _DROPOUTS and not module.training)
 
 
 def _reason_to_stay(module: nn.Module, requested: set[str]) -> str:
@@ -107,8 +122,10 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
             module.__dict__.update(_swapped=True, strict=strict, __module__="torch.nn")
             report.modules[name] = module
             report.swapped[name] = _KIND[type(module)]
-        elif not isinstance(module, (TritonLayer, nn.Sequential)) and (
-            not any(module.children()) or isinstance(module, tuple(_TRITON))
+        elif (
+            not isinstance(module, (TritonLayer, nn.Sequential))
+            and not _does_nothing(module)
+            and (not any(module.children()) or isinstance(module, tuple(_TRITON)))
         ):
             report.stayed[name] = _reason_to_stay(module, requested)
     return report
@@ -121,6 +138,8 @@ def _swapped_before(model: nn.Module, requested: set[str]) -> list[Any]:
 
 
 def _restore(module: nn.Module) -> None:
+    if module.__dict__.pop("_fused_for_training", False):
+        del module.__dict__["forward"]
     if module.__dict__.pop("_swapped", False):
         module.__class__ = _torch_class(type(module))
         for attribute in ("strict", "_fallbacks", "__module__"):
@@ -137,7 +156,7 @@ def _torch_class(cls: type) -> type[nn.Module]:
 
 
 def restore(model: nn.Module) -> None:
-    """Undoes every `swap` of `model`. Layers that were built as Triton layers stay."""
+    """Undoes every `swap` and `fuse_for_training` of `model`. Layers that were built as Triton layers stay."""
     for module in model.modules():
         _restore(module)
 

@@ -119,7 +119,7 @@ def test_which_weights_were_proved_stands_everywhere(run, checkpoint, capsys):
     events = EventAccumulator("here/triton").Reload()
     plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     parameters = HParamsPluginData.FromString(plugin).session_start_info.hparams
-    assert (parameters["weights"].string_value, parameters["checkpoint"].string_value) == (digest, str(best))
+    assert (parameters["10 weights"].string_value, parameters["08 checkpoint"].string_value) == (digest, str(best))
 
 
 def test_a_log_folder_that_is_used_again_holds_the_last_evaluation_only(folder, checkpoint):

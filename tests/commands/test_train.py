@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
+import evaluate
 import train
 from lit_modules import command_line
 from lit_modules.checkpoint import load_classifier, weights_digest
@@ -181,6 +183,91 @@ class TestWithOtherCallbacks:
         assert not Path("checkpoints").exists() and Path("logs").exists() == logs
 
 
+class TestOtherNetworks:
+    NETWORKS = """
+from torch import nn
+
+class Tiny(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+class Fixed(Tiny):
+    def __init__(self, **_):
+        super().__init__(7)
+
+ready = Tiny(10)
+"""
+
+    @pytest.fixture(autouse=True)
+    def networks(self, in_an_empty_folder, monkeypatch):
+        Path("networks_of_mine.py").write_text(self.NETWORKS)
+        monkeypatch.syspath_prepend(Path.cwd())
+        yield
+        sys.modules.pop("networks_of_mine", None)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param("networks_of_mine.Tiny", id="class path"),
+            pytest.param("torchvision.models.squeezenet1_1", id="torchvision"),
+            pytest.param("timm/mobilenetv3_small_050", id="timm"),
+        ],
+    )
+    def test_are_trained_and_evaluated_from_their_checkpoint(self, name, capsys):
+        if name.startswith("timm"):
+            pytest.importorskip("timm")
+        train.main([*BRIEF, "--model", name, "--trainer.max_epochs=1"])
+        with pytest.raises(SystemExit) as exit:
+            evaluate.main(["--no-latency", "--batch-size=8", "--limit-test-batches=1", "--log-dir=here"])
+        assert exit.value.code == 0, capsys.readouterr()
+        written = json.loads(Path("here/results.json").read_text())
+        assert written["parameters"]["network"] == name and written["proof"]["variants"][0]["swapped"]["conv2d"] >= 1
+
+    @pytest.mark.parametrize(
+        "name, message",
+        [
+            ("nix", "'nix' names no network: it may be torchvision:NAME"),
+            ("torchvision.models.resnet19", "torchvision has no network 'resnet19': did you mean resnet18"),
+            ("networks_of_mine.Tinny", "networks_of_mine has no Tinny: did you mean Tiny"),
+            (
+                "networks_of_mine.ready",
+                "networks_of_mine.ready cannot be made with num_classes 10: .* a network already",
+            ),
+            ("torch.nn.Flatten", "torch.nn.Flatten cannot be made with num_classes 10: TypeError"),
+            (
+                "networks_of_mine.Fixed",
+                r"networks_of_mine.Fixed gives \[2, 7\] for 2 images, expected logits \[2, 10\]",
+            ),
+            ("torchvision.models.inception_v3", "does not take images of 32x32: .*data.image_size is 32"),
+        ],
+        ids=lambda value: value.split()[0],
+    )
+    def test_what_cannot_be_trained_is_a_users_error(self, name, message):
+        with pytest.raises(UserError, match=message):
+            train.main([*BRIEF, f"--model={name}"])
+
+    def test_another_optimizer_and_schedule(self):
+        own = ["--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"]
+        train.main([*BRIEF, *own, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"])
+        rates = [float(row["train/lr"]) for row in metrics() if row["train/lr"]]
+        assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001])
+        train.main([*BRIEF, *own, "--trainer.max_epochs=3", "--ckpt-path=last"])
+        assert load_classifier("checkpoints/digits/version_1/last.ckpt")[1]["epoch"] == 2
+        for others in ([], ["--optimizer=SGD", "--optimizer.lr=0.1"]):
+            with pytest.raises(UserError, match="no state of this optimizer and schedule"):
+                train.main([*BRIEF, *others, "--trainer.max_epochs=4", "--ckpt-path=checkpoints/digits/version_1"])
+
+
+def test_a_callback_whose_default_is_no_plain_value():
+    train.main([*BRIEF, "--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"])
+    config = yaml.safe_load(Path("logs/digits/version_0/config.yaml").read_text())
+    assert config["trainer"]["callbacks"][0]["init_args"] == {
+        "duration": "00:01:00:00",
+        "interval": "step",
+        "verbose": True,
+    }
+
+
 def test_what_is_said_about_the_interpreter_is_not_printed_into_a_config(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -211,13 +298,30 @@ def test_help_lists_every_argument(capsys):
         "--model.width",
         "--trainer.devices",
         "--checkpoint.dirpath",
+        "--optimizer",
+        "--lr_scheduler",
     ):
         assert option in help
+    assert train.__doc__ in help.partition("options:")[0]
+    assert train.__doc__.count("    python train.py") >= 3
+
+
+def test_every_option_of_ours_has_a_text(capsys):
+    for command in (["--help"], ["--evaluation.help"]):
+        with pytest.raises(SystemExit):
+            train.main(command)
+        entries = re.split(r"\n(?=  -)", capsys.readouterr().out)
+        ours = re.compile(r"  --(model|checkpoint|ckpt|evaluation|optimizer|lr_scheduler|layers|inputs|labels)\b")
+        texts = [entry for entry in entries if ours.match(entry)]
+        assert texts
+        for entry in texts:
+            text = entry.strip().partition("(type:")[0].split("\n", 1)[-1]
+            assert re.search(r"[a-z]{2,} [a-z]", re.sub(r"^\s*--\S+ \S+", "", text)), entry
 
 
 def test_bare_command_is_cifar10():
     cli = train.command_line(QUIET)
-    assert cli.datamodule.name == "cifar10" and cli.trainer.max_epochs == 90
+    assert cli.datamodule.name == "cifar10" and cli.trainer.max_epochs == 60
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_224", "digits"])
@@ -248,6 +352,8 @@ def test_shipped_config_is_accepted(name):
         ([*DIGITS, "--trainer.precision=16-mixed"], "16-mixed needs a GPU: on a CPU PyTorch has bf16-mixed"),
         ([*DIGITS, "--ckpt-path=last", "--trainer.fast_dev_run=true"], "leave --ckpt-path out"),
         ([*DIGITS, "--ckpt-path=checkpoints"], "there is no last checkpoint in checkpoints/"),
+        ([*DIGITS, "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"], "--lr_scheduler goes with an --optimizer"),
+        ([*DIGITS, "--optimizer=SGD", "--optimizer.lr=-1"], "Invalid learning rate: -1"),
         ([*DIGITS, "--checkpoint.mode=best"], "`mode` can be min, max but got best"),
     ],
     ids=lambda value: "" if isinstance(value, list) else value.split()[-1],
@@ -359,13 +465,14 @@ def test_two_processes_train_and_count_every_test_image_once():
         "--data.val_fraction=0.3",
     ]
     parallel = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
-    evaluation = ["--evaluation.layers=relu", "--evaluation.budget_s=0"]
+    evaluation = ["--evaluation.layers=relu", "--evaluation.budget_s=0", "--evaluation.time_interpreter=true"]
     process = start(*QUIET, *data, *parallel, *evaluation, "--model.width=4", "--model.lr=0.01")
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
 
     (best,) = Path("checkpoints/pets/version_0").glob("best*.ckpt")
     classifier, checkpoint = load_classifier(best)
+    assert checkpoint["global_step"] == 5  # of 11 images two make a step, one on each process
     loader = data_module_from_checkpoint(checkpoint, batch_size=7)
     loader.setup("test")
     ((images, labels),) = loader.test_dataloader()

@@ -50,6 +50,15 @@ def test_the_code_of_the_readme_runs_as_printed(tmp_path):
     assert "PASS" in run.stdout and "FAIL" not in run.stdout
 
 
+def test_the_code_of_the_page_on_lightning_runs_as_printed(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lightning.md").read_text(), re.DOTALL)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert "\nforward['out'] against batch['mask']\n" in run.stdout and "PASS" in run.stdout
+    assert (tmp_path / "here" / "results.json").exists()
+
+
 def test_the_readme_fits_a_screen_and_its_picture_is_small():
     assert len(README.splitlines()) <= 120
     assert (ROOT / "docs" / "speed.png").stat().st_size < 100_000

@@ -149,6 +149,7 @@ def test_a_training_is_not_resumed_with_epochs_of_another_length(tmp_path, batch
         ("momentum", 1.0),
         ("weight_decay", -1.0),
         ("label_smoothing", 2.0),
+        ("triton_layers", "conv3d"),
     ],
 )
 def test_argument_out_of_range(argument, value):
@@ -191,3 +192,59 @@ def test_checkpoint_loads_weights_only_and_a_resumed_run_may_be_longer(tmp_path)
     assert second.current_epoch == 3
     assert resumed.last_epoch == whole.last_epoch == 6
     assert resumed.get_last_lr() == whole.get_last_lr()
+
+
+def test_a_graph_that_cannot_be_recorded_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="model.cuda_graph needs a CUDA GPU"):
+        trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(
+            ImageClassifier(width=4, cuda_graph=True), loader()
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"cuda_graph": True}, {"compile": True, "cuda_graph": True}], ids=str)
+def test_a_recorded_training_is_the_eager_one(tmp_path, options):
+    weights = []
+    for arguments in ({"cuda_graph": False, "compile": False}, options):
+        torch.manual_seed(0)
+        classifier = ImageClassifier(width=8, lr=0.01, **arguments)
+        fit = trainer(tmp_path, "gpu", max_epochs=10, enable_checkpointing=False)
+        fit.fit(classifier, loader())  # a last batch of three
+        assert fit.global_step == 20
+        weights.append({name: tensor.cpu() for name, tensor in classifier.state_dict().items()})
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "layers, kinds",
+    [
+        ("relu", {"TritonReLU"}),
+        (["relu", "linear"], {"TritonReLU", "TritonLinear"}),
+        ("fused", {f"Triton{kind}" for kind in ("Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d", "AvgPool2d", "Linear")}),
+    ],
+    ids=["one kind", "two kinds", "fused"],
+)
+def test_training_on_tritons_layers_leaves_pytorchs(tmp_path, layers, kinds):
+    class Spy(ImageClassifier):
+        def forward(self, images):
+            seen.append({type(module).__name__ for module in self.network.modules()})
+            return super().forward(images)
+
+    seen = []
+    torch.manual_seed(0)
+    classifier = Spy(width=4, lr=0.01, triton_layers=layers)
+    fit = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    fit.fit(classifier, loader())
+    assert all({kind for kind in found if kind.startswith("Triton")} == kinds for found in seen)
+    assert "forward" not in vars(classifier.network)
+    fit.test(classifier, loader(), verbose=False)
+    assert not any(kind.startswith("Triton") for kind in seen[-1])
+
+    torch.manual_seed(0)
+    plain = ImageClassifier(width=4, lr=0.01)
+    trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(plain, loader())
+    assert classifier.state_dict().keys() == plain.state_dict().keys()
+    for p, q in zip(classifier.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)

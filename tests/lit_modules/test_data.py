@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision import datasets
 
+from lit_modules.augmentation import MEAN, STD
+from lit_modules.batches import Batches
 from lit_modules.command_line import UserError
-from lit_modules.data import CIFAR10, MEAN, STD, Digits, ImageFolder, data_module_from_checkpoint, read_image
+from lit_modules.data import CIFAR10, Digits, ImageFolder, data_module_from_checkpoint, read_image
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def folder(tmp_path):
     return tmp_path / "pets"
 
 
-def colours(loader: DataLoader) -> list[tuple[int, ...]]:
+def colours(loader: Batches) -> list[tuple[int, ...]]:
     """Of images that are one colour each."""
     pixels = torch.cat([images[:, :, 0, 0] for images, _ in loader])
     return [tuple(pixel) for pixel in ((pixels * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().int().tolist()]
@@ -50,9 +51,9 @@ def test_image_folder_gives_every_image_once_resized_and_normalised(folder, in_m
 def test_validation_split_is_the_same_each_time_and_not_augmented():
     first, second = Digits(), Digits()
     first.setup("fit"), torch.manual_seed(1), second.setup("fit")
-    for (images, labels), (images_again, labels_again) in zip(first.val_set, second.val_set):
-        assert torch.equal(images, images_again) and labels == labels_again
-    assert not torch.equal(first.train_set[0][0], first.train_set[0][0])
+    for (images, labels), (images_again, labels_again) in zip(first.val_dataloader(), second.val_dataloader()):
+        assert torch.equal(images, images_again) and torch.equal(labels, labels_again)
+    assert len(first.val_set) == 29 and len(first.train_set) == 1408
 
 
 def test_digits_are_split_into_train_and_test_without_overlap():
@@ -178,3 +179,77 @@ def test_data_module_comes_back_from_a_checkpoint(data):
 def test_checkpoint_of_other_data_is_an_error(arguments, message):
     with pytest.raises(UserError, match=message):
         data_module_from_checkpoint({"datamodule_hyper_parameters": arguments})
+
+
+class TestDecodedOnce:
+    @pytest.fixture(autouse=True)
+    def counted(self, tmp_path, monkeypatch):
+        """The files that were decoded."""
+        monkeypatch.setenv("TRITONNN_CACHE_DIR", str(tmp_path / "cache"))
+        decoded = []
+        monkeypatch.setattr("lit_modules.data.read_image", lambda path: decoded.append(path) or read_image(path))
+        return decoded
+
+    @staticmethod
+    def labels_and_images(folder, size=32):
+        data = ImageFolder(str(folder), 100, size, num_workers=0)
+        data.prepare_data()
+        data.setup("test")
+        ((images, labels),) = data.test_dataloader()
+        return images, labels
+
+    def test_and_found_again(self, folder, counted):
+        first = self.labels_and_images(folder)
+        data = ImageFolder(str(folder), num_workers=0)
+        data.setup("test")
+        assert len([path for path in counted if "/test/" in path]) == 6
+        assert all(map(torch.equal, first, self.labels_and_images(folder)))
+        assert not list(folder.parent.rglob("*.part"))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda file: Image.new("RGB", (40, 50), (1, 2, 3)).save(file),
+            lambda file: file.unlink(),
+            lambda file: file.rename(file.with_name("z.png")),
+            lambda file: shutil.copy(file, file.with_name("new.png")),
+            lambda file: file.rename(file.parents[1] / "cat" / "new.png"),
+        ],
+        ids=["other pixels", "removed", "renamed", "added", "another class"],
+    )
+    def test_and_again_where_a_file_has_changed(self, folder, counted, change):
+        self.labels_and_images(folder)
+        change(folder / "test" / "dog" / "1.png")
+        again = self.labels_and_images(folder)
+        shutil.rmtree(folder.parent / "cache")
+        assert all(map(torch.equal, again, self.labels_and_images(folder)))
+
+    def test_another_size_is_another_file(self, folder, counted):
+        self.labels_and_images(folder), self.labels_and_images(folder, size=16)
+        before = len(counted)
+        self.labels_and_images(folder), self.labels_and_images(folder, size=16)
+        assert len(counted) == before
+
+    @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", None])
+    def test_a_file_that_cannot_be_read_is_made_anew(self, folder, counted, content):
+        images, _ = self.labels_and_images(folder)
+        for path in (folder.parent / "cache").rglob("*.pt"):
+            path.write_bytes(path.read_bytes()[:900] if content is None else content)
+        before = len(counted)
+        assert torch.equal(self.labels_and_images(folder)[0], images) and len(counted) > before
+        before = len(counted)
+        assert torch.equal(self.labels_and_images(folder)[0], images) and len(counted) == before
+
+    def test_without_a_folder_to_write_to_nothing_is_kept(self, folder, monkeypatch):
+        (folder.parent / "file").write_text("no folder")
+        monkeypatch.setenv("TRITONNN_CACHE_DIR", str(folder.parent / "file"))
+        assert len(self.labels_and_images(folder)[0]) == 6
+
+
+@pytest.mark.parametrize("world, batch_size, message", [(2, 5, "5 cannot be shared out among 2 devices")])
+def test_a_batch_is_shared_out_evenly(world, batch_size, message, monkeypatch):
+    data = Digits(batch_size, num_workers=0)
+    data.setup("fit")
+    monkeypatch.setattr(data, "_world_size", lambda: world)
+    with pytest.raises(UserError, match=message):
+        data.train_dataloader()

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import tritonnn
-from lit_modules import triton_evaluation
+from lit_modules import comparison, measurement, triton_evaluation
 from lit_modules.agreement import AgreementMeter, Quality
 from lit_modules.checkpoint import weights_digest
 from lit_modules.classifier import MeanLoss, accuracies
@@ -137,7 +137,7 @@ class TestProof:
 
     @pytest.mark.parametrize("layers", ["none", "relu"])
     def test_the_fused_network_is_proved_and_timed(self, tmp_path, layers):
-        result = evaluate(tmp_path, layers=layers, fuse=True, latency=True, budget_s=0)
+        result = evaluate(tmp_path, layers=layers, fuse=True, latency=True, budget_s=0, time_interpreter=True)
         *swapped, fused = result.proof.variants
         assert result.passed and fused.fused and fused.agreement.differing == 0
         assert fused.swapped == {"conv2d + batch_norm2d + relu": 1, "avg_pool2d + linear": 1, "max_pool2d": 1}
@@ -145,6 +145,9 @@ class TestProof:
         assert result.proof.main.name == ("fused" if layers == "none" else "relu")
         assert list(result.latency.networks) == [variant.name for variant in (*swapped, fused)]
         assert result.latency.networks["fused"][CLOCK].triton > 0
+        kernels = [kernel.what for kernel in result.latency.kernels]
+        assert kernels == ["conv2d + batch_norm2d + relu", "max_pool2d", "avg_pool2d + linear"]
+        assert [kernel.layers for kernel in result.latency.kernels] == [[0, 1, 2], [3], [4, 5]]
         network = result.latency.breakdowns[CLOCK].network
         assert network.triton == (None if layers == "none" else result.latency.networks["relu"][CLOCK].triton)
         assert "| fused |" in (tmp_path / "results.md").read_text()
@@ -169,7 +172,7 @@ class TestProof:
         break_layer(monkeypatch, tritonnn.TritonLinear, lambda y: -y)
         proofs = []
         for together, places in (1, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]), (5, [[*range(8)], [8, 9]]):
-            monkeypatch.setattr(triton_evaluation, "COMPARED_TOGETHER", together)
+            monkeypatch.setattr(comparison, "COMPARED_TOGETHER", together)
             evaluation = TritonEvaluation(latency=False, log_dir=tmp_path, fuse=True)
             trainer = evaluation_trainer(evaluation, precision=precision)
             trainer.test(TinyClassifier(), loader(random_images(10)), verbose=False)
@@ -215,7 +218,8 @@ class TestTuning:
         """With the layers of the variant, on the first batch as the networks get it."""
         steps = []
 
-        def tune(model: nn.Module, images: Tensor, layers="all", progress=False) -> tritonnn.TuningReport:
+        def tune(model: nn.Module, inputs: tuple, layers="all", progress=False) -> tritonnn.TuningReport:
+            (images,) = inputs
             last_channels = images.is_contiguous(memory_format=torch.channels_last)
             steps.append((type(model).__name__, tuple(images.shape), last_channels, layers))
             return tritonnn.TuningReport()
@@ -224,10 +228,10 @@ class TestTuning:
             steps.append("proof")
             right(*arguments)
 
-        right = TritonEvaluation._compare
+        right = comparison.Comparison.flush
         monkeypatch.setattr(tritonnn, "tune", tune)
-        monkeypatch.setattr(TritonEvaluation, "_compare", prove)
-        monkeypatch.setattr(triton_evaluation, "COMPARED_TOGETHER", 1)
+        monkeypatch.setattr(comparison.Comparison, "flush", prove)
+        monkeypatch.setattr(comparison, "COMPARED_TOGETHER", 1)
         evaluate(tmp_path, layers=["conv2d", "linear"], fuse=True, channels_last=True, tune=True)
         images = (4, 3, 8, 8), True
         assert steps[:3] == [
@@ -261,7 +265,7 @@ class TestRestored:
         if where == "forward":
             monkeypatch.setattr(tritonnn.TritonLinear, "forward", fail)
         else:
-            monkeypatch.setattr(triton_evaluation, "time_networks", fail)
+            monkeypatch.setattr(measurement, "time_networks", fail)
         with pytest.raises(ZeroDivisionError):
             evaluate(tmp_path, model, latency=True, budget_s=0, channels_last=True)
         assert (classes(model), strides(model), [module.training for module in model.modules()]) == before
@@ -291,10 +295,11 @@ def test_nothing_is_timed_during_the_accuracy_pass(tmp_path, monkeypatch):
         seen.append("timing")
         raise InterruptedError
 
-    monkeypatch.setattr(triton_evaluation, "time_layers", no_time)
+    monkeypatch.setattr(measurement, "time_layers", no_time)
     with pytest.raises(InterruptedError):
         evaluate(tmp_path, Watched(), random_images(6), latency=True)
-    assert seen == 4 * [4] + 4 * [2] + ["timing"]  # a batch goes through test_step, PyTorch, the yardstick, Triton
+    # A batch goes through test_step, PyTorch, the yardstick and Triton, the first also through PyTorch in float64.
+    assert seen == 5 * [4] + 4 * [2] + ["timing"]
 
 
 @pytest.mark.parametrize(("rank", "places"), [(0, [0, 2, 4, 6]), (1, [1, 3, 5])])
@@ -396,7 +401,8 @@ class TestResult:
     @pytest.fixture(scope="class")
     @staticmethod
     def result(tmp_path_factory) -> EvaluationResult:
-        return evaluate(tmp_path_factory.mktemp("result"), layers="each", latency=True, budget_s=0.01)
+        arguments = {"latency": True, "budget_s": 0.01, "time_interpreter": True}
+        return evaluate(tmp_path_factory.mktemp("result"), layers="each", **arguments)
 
     def test_sums_add_up(self, result):
         breakdown = result.latency.breakdowns[CLOCK]
@@ -408,9 +414,9 @@ class TestResult:
             network, layers = getattr(breakdown.network, side), getattr(breakdown.layers, side)
             assert getattr(breakdown.unattributed, side) == pytest.approx(network - layers)
 
-    def test_increase_is_in_per_cent(self, result):
+    def test_the_interpreter_has_no_speed(self, result):
         pair = result.latency.networks["all"][CLOCK]
-        assert pair.increase_percent == pytest.approx((pair.triton - pair.pytorch) / pair.pytorch * 100)
+        assert pair.speedup == (pair.pytorch / pair.triton if CLOCK == "device" else None)
         assert pair.triton == timing(result.latency.network_timings["all"], CLOCK).median
 
     def test_layers_are_in_network_order(self, result):

@@ -5,7 +5,9 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,32 +19,41 @@ class UserError(Exception):
     """Something the user can put right: the message says in one line what was wrong and what to do."""
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, **arguments: Any) -> nn.Module:
     """The network in eval mode, with seeded random weights; see `python -m tritonnn --help` for the names.
 
     Raises:
-        UserError: there is no such network, or it cannot be made without arguments.
+        UserError: there is no such network, or it cannot be made with these arguments.
     """
-    make = maker(name)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about initialisations to come
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        return make(name, **arguments).eval()
+
+
+def make(name: str, **arguments: Any) -> nn.Module:
+    """As `build`, as it comes from its maker: in training mode, say, and with other random weights each time."""
+    made_by = maker(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about initialisations to come
         try:
-            model = make()
+            model = made_by(**arguments)
         except Exception as error:  # whatever the network's own code raises
-            raise UserError(f"{name} cannot be made without arguments: {describe(error)}") from error
+            given = " and ".join(f"{key} {value}" for key, value in arguments.items())
+            how = f"with {given}" if given else "without arguments"
+            raise UserError(f"{name} cannot be made {how}: {describe(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} is no torch.nn.Module and makes none, but {type(model).__name__}")
-    return model.eval()
+    return model
 
 
-def maker(name: str) -> Callable[[], object]:
-    if name.startswith("torchvision:"):
-        return _of_torchvision(name.removeprefix("torchvision:"))
+def maker(name: str) -> Callable[..., object]:
+    for prefix in ("torchvision:", "torchvision.models.", "torchvision.models:"):
+        if name.startswith(prefix):
+            return _of_torchvision(name.removeprefix(prefix))
     if name.startswith("timm/"):
         return _of_timm(name.removeprefix("timm/"))
-    module_name, colon, attribute = name.partition(":")
-    if not (colon and module_name and attribute):
+    module_name, separator, attribute = name.partition(":") if ":" in name else name.rpartition(".")
+    if not (separator and module_name and attribute):
         raise UserError(f"{name!r} names no network: it may be torchvision:NAME, timm/NAME or package.module:Class")
     found: object = _imported(module_name)
     for part in attribute.split("."):
@@ -50,28 +61,34 @@ def maker(name: str) -> Callable[[], object]:
             raise UserError(f"{module_name} has no {attribute}{_did_you_mean(attribute, dir(found))}")
         found = getattr(found, part)
     if isinstance(found, nn.Module):
-        return lambda: found
+        return partial(_ready, found)
     if not callable(found):
         raise UserError(f"{name} is no torch.nn.Module and makes none, but {type(found).__name__}")
     return found
 
 
-def _of_torchvision(name: str) -> Callable[[], object]:
+def _ready(network: nn.Module, **arguments: Any) -> nn.Module:
+    if arguments:
+        raise TypeError("it is a network already")
+    return network
+
+
+def _of_torchvision(name: str) -> Callable[..., object]:
     models = _imported("torchvision.models")
     if name not in models.list_models():
         raise UserError(f"torchvision has no network {name!r}{_did_you_mean(name, models.list_models())}")
     if name in models.list_models(module=models.detection):
         raise UserError(f"torchvision's {name} is a detector: it takes lists of images, not a batch")
-    make = models.get_model_builder(name)
-    no_weights = [p for p in inspect.signature(make).parameters if p in ("weights", "weights_backbone")]
-    return lambda: make(**dict.fromkeys(no_weights))
+    maker = models.get_model_builder(name)
+    no_weights = [p for p in inspect.signature(maker).parameters if p in ("weights", "weights_backbone")]
+    return partial(maker, **dict.fromkeys(no_weights))
 
 
-def _of_timm(name: str) -> Callable[[], object]:
+def _of_timm(name: str) -> Callable[..., object]:
     timm = _imported("timm")
     if not timm.is_model(name):
         raise UserError(f"timm has no network {name!r}{_did_you_mean(name, timm.list_models())}")
-    return lambda: timm.create_model(name, pretrained=False)
+    return partial(timm.create_model, name, pretrained=False)
 
 
 def _imported(name: str) -> ModuleType:

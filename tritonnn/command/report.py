@@ -1,4 +1,4 @@
-"""What the command prints: what became of the layers, the proof, and the times."""
+"""What the command prints beside the reports: the proof, and the times."""
 
 from collections.abc import Sequence
 
@@ -6,24 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..latency import Latency
-from ..swap import KINDS, SwapReport
 from .proof import Proof
-
-
-def swap_lines(report: SwapReport) -> list[str]:
-    """What was swapped, by kind, and what was not, by reason."""
-    kinds = list(report.swapped.values())
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
-    lines = [f"swapped to Triton: {counts or 'nothing'}"]
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in report.stayed.items():
-        by_reason.setdefault(reason, []).append(name or "(the model)")
-    lines += [f"stayed PyTorch: {_few(names)}: {reason}" for reason, names in by_reason.items()]
-    calls: dict[str, list[str]] = {}
-    for name, reasons in report.fallbacks.items():
-        for reason in reasons:
-            calls.setdefault(reason, []).append(name or "(the model)")
-    return lines + [f"fell back to PyTorch: {_few(names)}: {reason}" for reason, names in calls.items()]
 
 
 def proof_table(proof: Proof) -> Table:
@@ -68,7 +51,3 @@ def _table(title: str, first: str, *others: str) -> Table:
     for header in others:
         table.add_column(header, justify="right")
     return table
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

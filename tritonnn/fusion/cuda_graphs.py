@@ -78,7 +78,7 @@ class CudaGraphs:
         """call(*args, **kwargs), which reads the parameters and buffers of `network`."""
         leaves, spec = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not _can_be_captured(tensors):
+        if not can_be_captured(tensors):
             return call(*args, **kwargs)
         key = _key(leaves, spec)
         captured = self._captured.get(key)
@@ -121,7 +121,7 @@ class CudaGraphs:
         captured.graph.replay()
         if not self.copy_output:
             return captured.output
-        return _clone(captured.output) if type(captured.output) is Tensor else tree_map(_clone, captured.output)
+        return clone(captured.output) if type(captured.output) is Tensor else tree_map(clone, captured.output)
 
     def _capture(
         self, call: Callable, network: nn.Module, leaves: list, spec: TreeSpec | None, key: tuple
@@ -172,7 +172,7 @@ class CudaGraphs:
         return captured
 
 
-def _can_be_captured(tensors: list[Tensor]) -> bool:
+def can_be_captured(tensors: list[Tensor]) -> bool:
     if not tensors or any(x.device != tensors[0].device or x.layout != torch.strided for x in tensors):
         return False
     if tensors[0].device.type != "cuda" or torch.compiler.is_compiling() or not knows("workspaces"):
@@ -213,7 +213,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _clone(x: object) -> object:
+def clone(x: object) -> object:
     """A tensor of its own with the same strides, also where these leave gaps or repeat elements."""
     if not isinstance(x, Tensor):
         return x

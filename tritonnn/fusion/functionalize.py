@@ -59,8 +59,8 @@ class FunctionalGraph:
         return activation_of(node, self.module(node))
 
 
-def functionalize(root: nn.Module) -> FunctionalGraph:
-    """The graph of root's forward, made functional.
+def functionalize(root: nn.Module, training: bool = False) -> FunctionalGraph:
+    """The graph of root's forward, made functional; in training, where dropout is no identity.
 
     Raises:
         TraceError: a graph would not do what the code does.
@@ -68,8 +68,9 @@ def functionalize(root: nn.Module) -> FunctionalGraph:
     """
     graph, opaque = trace(root)
     traced = FunctionalGraph(graph, dict(root.named_modules(remove_duplicate=False)), opaque)
-    _remove_identities(traced)
-    as_convolutions(root, traced.graph, traced.modules)
+    if not training:
+        _remove_identities(traced)
+        as_convolutions(root, traced.graph, traced.modules)
     _Pass(traced).run()
     return traced
 

@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_leaves
 from ..layers.fused.base import FusedLayer
 from ..layers.fused.linear import FusedPooledLinear
 from ..layers.layer import TritonLayer
-from ..swap import kind_of, swap
+from ..swap import few, kind_of, swap
 from .cuda_graphs import CudaGraphs
 from .first_calls import FirstCalls
 from .functionalize import functionalize
 from .fused_graph import FusedGraph
-from .report import FusionReport, few, join
+from .norm_act import split_norm_acts
+from .report import FusionReport, join
 from .rewrite import fuse_graph
 from .tracing import WRAPPERS, has_hooks, in_a_line, is_layer
 
@@ -78,6 +79,9 @@ class FusedNetwork(nn.Module):
     overwritten in place. It does not see writes that PyTorch does not count (`Tensor._version`): through `.data`, to
     tensors made in inference mode, or by code outside PyTorch. Call `weights_changed` after these.
 
+    `graphs` are its CUDA graphs, if it was made with some: `len(graphs)` of them are captured, and `graphs.refused` has
+    the kinds of calls that cannot be captured, with the reason.
+
     `parts` are the graphs of modules inside others that could not be traced, `unfused` is the copied model itself
     where its forward has optional arguments: other values of these run it.
     """
@@ -97,7 +101,7 @@ class FusedNetwork(nn.Module):
         self.unfused = unfused
         self.report = report
         self._with_options = None if unfused is None else FusedForward(network, unfused.forward)
-        self._graphs = CudaGraphs(copy_output) if cuda_graph else None
+        self.graphs = CudaGraphs(copy_output) if cuda_graph else None
         self._first_calls = FirstCalls(network)
         super().train(False)
 
@@ -109,18 +113,18 @@ class FusedNetwork(nn.Module):
             call = self._with_options or self.network
             if torch.compiler.is_compiling():
                 return call(*args, **kwargs)
-            self._first_calls.before(call, self, args, kwargs, self._graphs is not None)
-            if self._graphs is None:
+            self._first_calls.before(call, self, args, kwargs, self.graphs is not None)
+            if self.graphs is None:
                 return call(*args, **kwargs)
-            return self._graphs(call, self, args, kwargs)
+            return self.graphs(call, self, args, kwargs)
 
     def weights_changed(self) -> None:
         """Drops packed weights and CUDA graphs, so that the next call reads all weights anew."""
         for module in self.modules():
             if isinstance(module, FusedLayer):
                 module.forget_packed_weights()
-        if self._graphs is not None:
-            self._graphs.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def train(self, mode: bool = True) -> "FusedNetwork":
         """Raises RuntimeError unless `mode` is False: batch norms are folded, there is nothing to train."""
@@ -130,8 +134,8 @@ class FusedNetwork(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> "FusedNetwork":
         super()._apply(fn, recurse)
-        if self._graphs is not None:
-            self._graphs.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
         return self
 
 
@@ -170,6 +174,7 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     report, parts = FusionReport(), {}
     with torch.inference_mode(False), torch.no_grad():
         network = copy.deepcopy(model)
+        split_norm_acts(network)
         if is_layer(network):
             network = nn.Sequential(network)
         graph = _graph_of(network, "", report, parts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..runtime.capabilities import notes
-from ..swap import KINDS
+from ..swap import KINDS, by_reason
 
 
 @dataclass
@@ -19,6 +19,8 @@ class FusionReport:
     modules: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     fused: dict[str, str] = field(default_factory=dict)
     """Convolution or linear layer to what its kernel does, such as "conv2d + batch_norm2d + residual + relu"."""
+    stands_for: dict[str, list[str]] = field(default_factory=dict)
+    """Fused layer to the model's layers whose work its kernel does, in their order; a layer for each of its calls."""
     swapped: dict[str, str] = field(default_factory=dict)
     """Triton layer of its own, to its kind."""
     apart: dict[str, str] = field(default_factory=dict)
@@ -43,17 +45,10 @@ class FusionReport:
             ("stayed PyTorch", self.stayed),
             ("not traced", self.untraced),
         ):
-            names: dict[str, list[str]] = {}
-            for name, reason in reasons.items():
-                names.setdefault(reason, []).append(name or "(the model)")
-            lines += [f"{title}: {few(same)}: {reason}" for reason, same in names.items()]
+            lines += by_reason(title, reasons)
         for name, reasons in self.fallbacks.items():
             lines += [f"fell back to PyTorch: {name}: {reason} ({n} calls)" for reason, n in reasons.items()]
         return "\n".join(lines + notes())
-
-
-def few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def join(prefix: str, name: str) -> str:

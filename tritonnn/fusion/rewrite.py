@@ -87,7 +87,9 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
             graph.erase_node(node)
         report.fused[join(name, target)] = _in_words(chain, traced)
         report.modules[join(name, target)] = modules[target]
-    _join_shortcuts(traced, modules)
+        layers = [node.target for node in chain.nodes if kind_of(traced.module(node)) is not None]
+        report.stands_for[join(name, target)] = [join(name, layer) for layer in layers]
+    _join_shortcuts(traced, modules, name, report)
     rewrite_rest(traced, modules)
     for target, what in rewrite_norms_and_gates(root, graph, modules).items():
         report.fused[join(name, target)] = what
@@ -120,7 +122,7 @@ def _keep(node: fx.Node, root: nn.Module, modules: dict[str, nn.Module]) -> None
     modules[node.target] = tensor
 
 
-def _join_shortcuts(traced: FunctionalGraph, modules: dict[str, nn.Module]) -> None:
+def _join_shortcuts(traced: FunctionalGraph, modules: dict[str, nn.Module], name: str, report: FusionReport) -> None:
     """Two fused convolutions whose results are added become one node where one of them is a shortcut.
 
     The first one then runs later than before, so nothing may be overwritten in between.
@@ -141,6 +143,7 @@ def _join_shortcuts(traced: FunctionalGraph, modules: dict[str, nn.Module]) -> N
         source = node.args[1]
         node.args = (node.args[0], source.args[0])
         traced.graph.erase_node(source)
+        report.stands_for[join(name, node.target)] += report.stands_for.pop(join(name, source.target))
 
 
 def _chains(traced: FunctionalGraph) -> list[_Chain]:

@@ -1,0 +1,204 @@
+"""What TensorBoard shows of an evaluation.
+
+`pytorch`, `triton` and `fused` are three runs with the same tags, so that each card has all of them. The page reads
+from top to bottom: the answer as a figure, the validations during training, curves over the layers in network order
+(their steps are the layers' indices), and then single numbers. A fused kernel stands for the layers whose work it does:
+its time counts where it multiplies, and the others take none.
+"""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from lit_modules import report
+from lit_modules.agreement import Agreement, Quality
+from lit_modules.dashboard.figures import answer_figure, layers_figure, won_and_lost_figure
+from lit_modules.dashboard.style import LIGHT, Theme, png
+from lit_modules.evaluation_result import Epoch, EvaluationResult, LatencyResult, LayerRow, timing
+from tritonnn.latency import Latency
+
+RUNS = ("pytorch", "triton", "fused")
+UP_TO_LAYER, OF_LAYER = "3_layers/1 ms of all layers up to this one", "3_layers/2 ms of each layer"
+QUANTILES = {
+    "p10": "3_layers/3 ms of each layer, p10",
+    "median": "3_layers/4 ms of each layer, median",
+    "p90": "3_layers/5 ms of each layer, p90",
+}
+"""By the quantile of a `Timing`, its tag."""
+
+
+def write(result: EvaluationResult, log_dir: Path, theme: Theme = LIGHT) -> None:
+    """Writes a run for each side that there is, of `RUNS`, below the empty folder `log_dir`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for run in runs_of(result):
+        with SummaryWriter(str(log_dir / run)) as writer:
+            numbers = _numbers(result, run)
+            for tag, value in numbers.items():
+                writer.add_scalar(tag, value, 0)
+            write_epochs(writer, result.epochs, run)
+            if result.latency and _is_timed(result, run):
+                for tag, step, value in _curves(result.latency, run):
+                    writer.add_scalar(tag, value, step)
+            _write_hyperparameters(writer, result, run, numbers)
+            if run == RUNS[0]:
+                _write_page(writer, result, theme)
+
+
+def remove(log_dir: Path) -> None:
+    """What an earlier `write` left in a folder; anything else there stays."""
+    for run in RUNS:
+        for events in (log_dir / run).glob("events.out.tfevents.*"):
+            events.unlink()
+        if (log_dir / run).is_dir() and not any((log_dir / run).iterdir()):
+            (log_dir / run).rmdir()
+
+
+def runs_of(result: EvaluationResult) -> list[str]:
+    variants = result.proof.variants
+    present = True, any(not variant.fused for variant in variants), any(variant.fused for variant in variants)
+    return [run for run, there in zip(RUNS, present, strict=True) if there]
+
+
+def how_to_open(log_dir: Path, port: int = 6006) -> str:
+    return (
+        f"TensorBoard:  tensorboard --logdir {shlex.quote(str(log_dir))} --port {port}\n"
+        f"then open     http://localhost:{port}/?smoothing=0#timeseries"
+    )
+
+
+def write_epochs(writer: SummaryWriter, epochs: list[Epoch], run: str) -> None:
+    """Curves over training: what a side reached in each validation, the same tags for both."""
+    for epoch in epochs:
+        for name, value in epoch.metrics.get(run, {}).items():
+            writer.add_scalar(f"2_training/{name} after each epoch".replace("val/", ""), value, epoch.epoch)
+        if run in epoch.batch_ms:
+            writer.add_scalar("2_training/ms a batch", epoch.batch_ms[run], epoch.epoch)
+
+
+def _numbers(result: EvaluationResult, run: str) -> dict[str, float]:
+    """Tag to value, the same tags for all runs, but for times that were not taken."""
+    proof = result.proof
+    variant = {"pytorch": None, "triton": proof.main, "fused": proof.fused}[run]
+    name = variant.name if variant else "pytorch"
+    quality: Quality | None = variant.quality if variant else proof.pytorch
+    agreement: Agreement | None = variant.agreement if variant else proof.yardstick_agreement
+    numbers = {}
+    if result.latency and name in result.latency.network_timings:
+        latency = result.latency.network_timings[name]
+        numbers = {f"ms a batch, {clock}": timing(latency, clock).median for clock in result.latency.breakdowns}
+    if quality:
+        numbers |= {"top-1": quality.top1, "top-5": quality.top5, "loss": quality.loss}
+    if name in proof.sides:
+        numbers |= {metric: value for metric, value in proof.sides[name].metrics.items() if metric not in numbers}
+    if agreement and proof.variants:  # PyTorch's are those of the yardstick: against itself in the other memory format
+        numbers["predictions that differ from PyTorch's"] = agreement.differing
+    if proof.float64 and name in proof.float64.errors:
+        numbers["mean error against float64 x 1e6"] = proof.float64.errors[name].mean * 1e6
+    return {f"4_network/{index} {name}": value for index, (name, value) in enumerate(numbers.items(), 1)}
+
+
+def _is_timed(result: EvaluationResult, run: str) -> bool:
+    if run == "fused":
+        return bool(result.latency.kernels)
+    return run == "pytorch" or any(row.triton for row in result.latency.layers)
+
+
+def _curves(latency: LatencyResult, run: str) -> Iterator[tuple[str, int, float]]:
+    """Tag, step and value: over the layers, and a point for each layer and each kind."""
+    kinds: dict[str, float] = dict.fromkeys(latency.breakdowns[latency.clock].kinds, 0.0)
+    total = 0.0
+    for row, ms, measured in _layer_times(latency, run):
+        total += ms
+        kinds[row.kind] += ms
+        yield UP_TO_LAYER, row.index, total
+        yield OF_LAYER, row.index, ms
+        for quantile, tag in QUANTILES.items():
+            yield tag, row.index, getattr(timing(measured, latency.clock), quantile) if measured else 0.0
+        yield f"6_layers_ms/{row.index:03d} {row.name}", row.index, ms
+    for index, (kind, ms) in enumerate(kinds.items()):
+        yield f"5_kinds_ms/{kind}", index, ms
+
+
+def _layer_times(latency: LatencyResult, run: str) -> list[tuple[LayerRow, float, Latency | None]]:
+    """Each layer in network order, its milliseconds and what they were read from: None where another's kernel does it.
+
+    A kernel stands where it multiplies, or at the first of its layers.
+    """
+    times: list[tuple[LayerRow, float, Latency | None]] = []
+    for layers, kernel in latency.blocks():
+        stands = next((row for row in layers if row.kind in ("conv2d", "linear")), layers[0])
+        for row in layers:
+            measured: Latency | None
+            if run == "fused" and kernel is not None:
+                measured = kernel.latency if row is stands else None
+            else:
+                measured = row.triton if run != "pytorch" and row.triton else row.pytorch
+            times.append((row, timing(measured, latency.clock).median if measured else 0.0, measured))
+    return sorted(times, key=lambda time: time[0].index)
+
+
+def _write_hyperparameters(
+    writer: SummaryWriter, result: EvaluationResult, run: str, numbers: dict[str, float]
+) -> None:
+    """One session a run. The table sorts by name and shows the first few: numbers put what was compared first."""
+    checkpoint = result.checkpoint
+    layers = {"pytorch": "none", "triton": result.proof.main and result.proof.main.name, "fused": "fused"}[run]
+    compared = {
+        "side": run,
+        "Triton layers": layers or "none",
+        "device": result.environment["device"],
+        "precision": result.precision,
+        "batch size": result.batch_size,
+        "memory format": result.memory_format,
+        "network": result.network,
+        "checkpoint": checkpoint.path or "none",
+        "epoch": -1 if checkpoint.epoch is None else checkpoint.epoch,
+        "weights": checkpoint.weights,
+    }
+    settings = {f"{index:02d} {name}": value for index, (name, value) in enumerate(compared.items(), 1)}
+    training = {f"training.{name}": value for name, value in result.parameters.items()}
+    for summary in hparams(settings | training, numbers):
+        writer.file_writer.add_summary(summary)
+
+
+def _write_page(writer: SummaryWriter, result: EvaluationResult, theme: Theme) -> None:
+    """The figures, the tables as text and the custom charts, which hold all sides and so are written once."""
+
+    def add(tag: str, figure: Figure) -> None:
+        width, height = map(int, figure.bbox.size)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png(figure))
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]))
+
+    add("1_answer/1 the answer", answer_figure(result, theme))
+    if result.latency and len(runs_of(result)) > 1 and result.latency.comparable:
+        add("1_answer/2 every layer in network order", layers_figure(result, theme))
+        add("1_answer/3 won and lost", won_and_lost_figure(result, theme))
+    writer.add_text("1 The answer", report.answer_markdown(result))
+    for index, table in enumerate(report.tables(result), 2):
+        writer.add_text(f"{index} {table.title}", report.table_markdown(table))
+    if result.latency:
+        writer.add_custom_scalars(_layout(result.latency))
+
+
+def _layout(latency: LatencyResult) -> dict[str, dict[str, list]]:
+    """The few curves that matter, for the page "Custom scalars"."""
+    quantiles = [QUANTILES["median"], QUANTILES["p10"], QUANTILES["p90"]]
+    kinds = [f"5_kinds_ms/{kind}" for kind in latency.breakdowns[latency.clock].kinds]
+    return {
+        "Layers, in network order": {
+            "all layers up to this one, ms": ["Multiline", [UP_TO_LAYER]],
+            "each layer, ms": ["Multiline", [OF_LAYER]],
+            "each layer, ms: median between the 10th and the 90th percentile": ["Margin", quantiles],
+        },
+        "Kinds of layers": {
+            "all layers of a kind, ms": ["Multiline", kinds],
+        },
+    }
