@@ -14,7 +14,7 @@ from tritonnn.command.proof import FACTOR, STRICT_FACTOR, STRICT_FLOOR
 
 EXAMPLES = 100
 DIFFERENCE_FLOOR = 80
-"""Roundings by which two orders of the same sums may lie apart after some layers, where PyTorch's noise happens to be 0."""
+"""Roundings by which two orders of the same sums may lie apart where PyTorch's own noise happens to be 0."""
 METRIC_RELATIVE, METRIC_ABSOLUTE = 1e-5, 1e-6
 """What a metric may differ by in strict precision, where a test set's float32 numbers are summed in another order."""
 
