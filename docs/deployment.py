@@ -81,7 +81,7 @@ def compiled_ahead(network: nn.Module, x: Tensor) -> Network:
 
 WAYS = {"`torch.save`": saved, "`torch.export`, any batch": exported, "`torch.jit.trace`": traced}
 COMPILED_AHEAD = "AOTInductor, any batch"
-TRIED_AHEAD = ("squeezenet1_1", "resnet18")
+TRIED_AHEAD = ("squeezenet1_1", "resnet18", "mobilenet_v3_small")
 """Networks for which the page has it tried: on two CPU cores it takes minutes of a C++ compiler."""
 
 
