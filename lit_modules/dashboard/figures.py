@@ -1,6 +1,7 @@
 """The figures of an evaluation: the answer, the layers in network order, and what each variant wins or loses."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.artist import Artist
@@ -182,6 +183,7 @@ def _draw_bars(figure: Figure, bars: list[Bar], theme: Theme, top: float = 0.755
     bare(axes, theme)
     size = min(MEDIUM - 3, 150 / len(bars))
     beside: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline", "size": size}
+    bars = [bar if math.isfinite(bar.length) else replace(bar, length=0.0) for bar in bars]
     for index, bar in enumerate(bars):
         axes.barh(index, bar.length, 0.74, color=theme.sides[bar.side], alpha=1.0 if bar.main else 0.55)
         value = axes.annotate(bar.value, (bar.length, index), (8, 0), color=theme.ink, **beside)
