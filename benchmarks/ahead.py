@@ -46,7 +46,10 @@ def jobs(cases: Iterable[tuple[Case, Sequence[str]]]) -> dict[Case, list[str]]:
 
 
 def compile_ahead(todo: Mapping[Case, Sequence[str]], processes: int, say: Callable[[str], None]) -> None:
-    """Runs a process for each network, so many at a time. What fails here fails again, and is told, where it counts."""
+    """Runs a process for each network, a few at a time.
+
+    What fails here fails again in the measurement, which reports it.
+    """
     start = time.perf_counter()
     with ThreadPoolExecutor(processes) as pool:
         succeeded = list(pool.map(_in_a_process, todo.items()))

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.cases import DTYPES, flags  # noqa: E402
 from tritonnn.clocks import captured, event_clock  # noqa: E402
+from tritonnn.compile_ahead import compile_ahead  # noqa: E402
 from tritonnn.ops.conv2d.dispatch import candidates, run  # noqa: E402
 from tritonnn.ops.conv2d.problem import Problem  # noqa: E402
 from tritonnn.runtime import hardware  # noqa: E402
 from tritonnn.runtime.dependent_launch import launches_as_in_graphs  # noqa: E402
-from tritonnn.tuning.compile_ahead import compile_ahead  # noqa: E402
 from tritonnn.tuning.harness import Harness, Wrong, operands  # noqa: E402
 
 PRECISIONS = {"bf16": "ieee", "fp16": "ieee", "tf32": "tf32", "fp32": "tf32x3"}

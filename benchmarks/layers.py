@@ -203,7 +203,7 @@ class Rotating:
     def _capture(self) -> None:
         replay, outputs = capture(self._outputs)
         for y in outputs:
-            y.fill_(float("nan"))  # what the graph does not write is found out
+            y.fill_(float("nan"))  # shows whether the graph writes its output at all
 
         def run() -> Tensor:
             replay()
@@ -254,7 +254,7 @@ def _per_call(timing: Timing, calls: int) -> Timing:
 
 
 def describe(layer: nn.Module, x: Tensor, reference: Tensor, count: int) -> LayerShape:
-    """Of a layer on x; `reference` is its output for `spread` of x's samples."""
+    """The shape of a layer on x. `reference` is its output for the `spread` samples of x."""
     n, read = x.shape[0], x.numel()
     outputs = reference.numel() // reference.shape[0] * n
     size = "x".join(map(str, x.shape[2:]))

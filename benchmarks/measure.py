@@ -123,7 +123,7 @@ def outcome(measured: Measured) -> str:
 
 def release(device: torch.device) -> None:
     """Forgets what torch.compile has compiled, and returns the memory of what is no longer referred to."""
-    with suppress(RuntimeError):  # of a lost GPU, which the caller hears of otherwise
+    with suppress(RuntimeError):  # the GPU is lost: another call reports that
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":

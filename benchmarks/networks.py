@@ -88,7 +88,7 @@ def spread(n: int, count: int = CHECKED_IMAGES) -> list[int]:
 
 
 def errors(y: Tensor, reference: Tensor, n: int) -> tuple[float, float]:
-    """Largest and root-mean-square error of y, [n, ...], in its `spread` images, over the reference's rms.
+    """Largest and root-mean-square error of the `spread` images of y [n, ...], relative to the reference's rms.
 
     Infinite for another shape, or where anything in y is not finite.
     """

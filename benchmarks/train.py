@@ -1,4 +1,4 @@
-"""A step of training: PyTorch's layers as they are and compiled, Triton's swapped in.
+"""A step of training: PyTorch's layers as they are and compiled, Triton's swapped in and fused.
 
     python benchmarks/train.py                                   times and memory of ResNet18 and ResNet50
     python benchmarks/train.py --curves 500 --data DIR           and the loss of 500 steps of the same batches
@@ -40,7 +40,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "ResNet50": (torchvision.models.resnet50, (64, 224), 1000),
 }
 """How to build it, images a batch and their size, classes."""
-VARIANTS = ("PyTorch", "compiled", "swapped")
+VARIANTS = ("PyTorch", "compiled", "swapped", "fused")
 BUDGET_S = 2.0
 MIB = 2**20
 
@@ -54,6 +54,8 @@ class Training:
         self.network = build().cuda().to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         if variant == "swapped":
             tritonnn.swap(self.network)
+        if variant == "fused":
+            tritonnn.fuse_for_training(self.network)
         self.plain, self.compiled = classification(self.network, label_smoothing=0.1), variant == "compiled"
         self.compute: Compute = torch.compile(self.plain, dynamic=False) if self.compiled else self.plain
         self.parameters = list(self.network.parameters())

@@ -361,6 +361,13 @@ SECTIONS: dict[str, list[Row]] = {
             f"{OPERATORS}::test_gradients_to_the_second_order",
             f"{TRAINING}::test_gradient_penalty",
         ),
+        row(
+            "gradients by Triton's kernels, none by PyTorch's",
+            YES,
+            "test_backward::test_a_swapped_network_runs_none_of_pytorchs_gradients",
+            "test_backward::test_compiled_gradients",
+        ),
+        row("networks fused for training", YES, "test_fuse_for_training::test_trains_like_pytorch"),
         row("frozen parameters, accumulation", YES, f"{TRAINING}::test_gradients_of_what_needs_one"),
         row("activation checkpointing", YES, f"{TRAINING}::test_checkpointed_activations"),
         row(

@@ -60,7 +60,8 @@ class ImageClassifier(LightningModule):
         label_smoothing: of the training loss, from 0 to 1; validation and test use the plain cross entropy.
         channels_last: train on GPUs in the channels_last memory format; afterwards the network is contiguous. Never on
             a CPU, where PyTorch 2.11's backward of a strided 1x1 convolution writes out of bounds in that format.
-        triton_layers: train on Triton's layers: "none", "all", or kinds of layers. Checkpoints are the same.
+        triton_layers: train on Triton's layers: "none", "all", kinds of layers, or "fused" for all, where batch norms
+            take the sum and the ReLU after them (`tritonnn.fuse_for_training`). Checkpoints are the same.
         compile: train on what `torch.compile` makes of network and loss. That takes longer than it saves in a training
             of a minute.
         cuda_graph: record forward and backward pass of a step as a CUDA graph, which the CPU launches at once; None
@@ -100,8 +101,8 @@ class ImageClassifier(LightningModule):
         _check("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0, and finite")
         _check("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "from 0 to 1")
         kinds = [triton_layers] if isinstance(triton_layers, str) else triton_layers
-        known = triton_layers in ("none", "all") or kinds and set(kinds) <= set(tritonnn.KINDS)
-        _check("triton_layers", triton_layers, known, f"none, all or any of {', '.join(tritonnn.KINDS)}")
+        known = triton_layers in ("none", "all", "fused") or kinds and set(kinds) <= set(tritonnn.KINDS)
+        _check("triton_layers", triton_layers, known, f"none, all, fused or any of {', '.join(tritonnn.KINDS)}")
         self.save_hyperparameters()
         self.network = classification_network(network, num_classes, in_channels, stem, width)
         self.memory_format = torch.contiguous_format
@@ -122,7 +123,9 @@ class ImageClassifier(LightningModule):
             return
         if self.hparams.channels_last and self._on_gpu():
             self._use(torch.channels_last)
-        if self.hparams.triton_layers != "none":
+        if self.hparams.triton_layers == "fused":
+            tritonnn.fuse_for_training(self.network)
+        elif self.hparams.triton_layers != "none":
             tritonnn.swap(self.network, layers=self.hparams.triton_layers)
 
     def teardown(self, stage: str) -> None:
@@ -150,7 +153,7 @@ class ImageClassifier(LightningModule):
             self._step = torch.compile(compute, dynamic=False) if hparams.compile else compute
         else:
             parameters = [p for p in self.parameters() if p.requires_grad]
-            self._step = GraphedStep(compute, parameters, self.memory_format, hparams.compile)
+            self._step = GraphedStep(compute, parameters, self.memory_format, hparams.compile, bool(hparams.cuda_graph))
             if isinstance(self.trainer.model, DistributedDataParallel):
                 self.trainer.model.require_backward_grad_sync = False  # the step averages gradients,
                 torch._dynamo.config.optimize_ddp = False  # so that there is no need to cut the network in buckets

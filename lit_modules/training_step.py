@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 
@@ -44,6 +45,8 @@ class GraphedStep:
         parameters: that take gradients.
         memory_format: of the images.
         compile: have `torch.compile` make faster kernels for what is recorded.
+        required: raise RuntimeError where a step cannot be recorded, as it waits for the GPU, say. Otherwise that is
+            warned of, and all steps run as they are.
     """
 
     def __init__(
@@ -52,10 +55,12 @@ class GraphedStep:
         parameters: Sequence[nn.Parameter],
         memory_format: torch.memory_format,
         compile: bool = False,
+        required: bool = False,
     ) -> None:
         self._plain = compute
         self._recorded = torch.compile(compute, dynamic=False) if compile else compute
-        self.parameters, self.memory_format = list(parameters), memory_format
+        self.parameters, self.memory_format, self.required = list(parameters), memory_format, required
+        self._refused = False
         self._key: tuple | None = None
         self._size = self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -70,36 +75,61 @@ class GraphedStep:
             self._key, self._size, self._steps, self._graph = key, len(images), 0, None
         if key != self._key:
             loss, hits = self._run(self._plain, images.contiguous(memory_format=self.memory_format), labels)
+        elif self._refused:
+            loss, hits = self._run(self._recorded, images.contiguous(memory_format=self.memory_format), labels)
         elif self._steps < WARM_UP:
             self._steps += 1
             self._side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._side):
                 loss, hits = self._run(self._recorded, images.contiguous(memory_format=self.memory_format), labels)
             torch.cuda.current_stream().wait_stream(self._side)
+        elif self._graph is None and not self._record(images, labels):
+            loss, hits = self._run(self._recorded, images.contiguous(memory_format=self.memory_format), labels)
         else:
-            if self._graph is None:
-                self._record(images, labels)
-            self._images.copy_(images)
-            self._labels.copy_(labels)
-            self._graph.replay()
-            for parameter, gradient in zip(self.parameters, self._gradients):
-                parameter.grad = gradient
-            loss, hits = (output.clone() for output in self._outputs)
+            loss, hits = self._replay(images, labels)
         if self._flat is not None:
             distributed.all_reduce(self._flat, distributed.ReduceOp.AVG)
         return loss, hits
 
-    def _record(self, images: Tensor, labels: Tensor) -> None:
+    def _record(self, images: Tensor, labels: Tensor) -> bool:
+        """Whether it could be."""
         self._images = torch.empty_like(images, memory_format=self.memory_format)
         self._labels = torch.empty_like(labels)
         with torch.no_grad():
             torch._foreach_mul_(list(self.parameters), 1.0)  # whatever is kept of weights as they were is made anew
         release_workspaces()
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the one that writes checkpoints, may do what a recording thread may not.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._outputs = self._run(self._recorded, self._images, self._labels)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # The outer context puts the stream back after a failure; other threads, such as the one that writes
+            # checkpoints, may do what a recording one may not.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
+                self._outputs = self._run(self._recorded, self._images, self._labels)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # mends the random generator, left in the recording
+                torch.zeros(1, device=images.device)
+            if self.required:
+                raise
+            self._refused = True
+            rank_zero_warn(
+                f"The step runs without a CUDA graph, which cannot be recorded: {str(error).splitlines()[0]}"
+            )
+            return False
         self._gradients = [parameter.grad for parameter in self.parameters]
+        self._graph = graph
+        return True
+
+    def _replay(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self._images.copy_(images)
+        self._labels.copy_(labels)
+        self._graph.replay()
+        for parameter, gradient in zip(self.parameters, self._gradients):
+            parameter.grad = gradient
+        loss, hits = self._outputs
+        return loss.clone(), hits.clone()
 
     def _run(self, compute: Compute, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self._flat is None:

@@ -139,8 +139,7 @@ def test_flop_counter(training):
         with FlopCounterMode(display=False) as counter:
             model(images()).sum().backward()
         flops.append(counter.get_flop_counts()["Global"].values())
-    assert sum(flops[0]) > 0
-    assert sorted(flops[1]) == sorted(flops[0])
+    assert 0 < sum(flops[0]) == sum(flops[1])  # the gradients of a linear layer are one operator twice, or two
 
 
 def test_feature_extractor_of_torchvision():

@@ -23,11 +23,13 @@ MAY_IMPORT = {
     "clocks": {"clocks"},
     "roofline": {"clocks", "runtime"},
     "latency": BELOW_LAYERS | {"clocks", "layers", "swap", "roofline", "latency"},
-    "fusion": BELOW_LAYERS | {"layers", "swap", "fusion"},
+    "compile_ahead": BELOW_LAYERS | {"compile_ahead"},
+    "fusion": BELOW_LAYERS | {"compile_ahead", "layers", "swap", "fusion"},
+    "compiler": BELOW_LAYERS | {"clocks", "compile_ahead", "layers", "fusion", "compiler"},
     "command": {"clocks", "swap", "latency", "command"},
     "__main__": {"latency", "command"},  # and the public names
     "lightning": set(),  # the door to lit_modules, through which nothing here goes
-    "tuning": BELOW_LAYERS | {"clocks", "layers", "swap", "latency", "fusion", "tuning"},
+    "tuning": BELOW_LAYERS | {"clocks", "compile_ahead", "layers", "swap", "latency", "fusion", "tuning"},
 }
 """By the folder of `tritonnn`, or the file in it."""
 

@@ -2,6 +2,7 @@
 
 from .fusion.fuse import FusedNetwork, fuse
 from .fusion.report import FusionReport
+from .fusion.training import TrainingReport, fuse_for_training
 from .layers.avg_pool2d import TritonAdaptiveAvgPool2d, TritonAvgPool2d
 from .layers.batch_norm2d import TritonBatchNorm2d
 from .layers.conv2d import TritonConv2d
@@ -19,6 +20,7 @@ __all__ = [
     "FusedNetwork",
     "FusionReport",
     "SwapReport",
+    "TrainingReport",
     "TritonAdaptiveAvgPool2d",
     "TritonAvgPool2d",
     "TritonBatchNorm2d",
@@ -29,6 +31,7 @@ __all__ = [
     "TuningReport",
     "__version__",
     "fuse",
+    "fuse_for_training",
     "kind_of",
     "restore",
     "swap",

@@ -138,6 +138,8 @@ def _swapped_before(model: nn.Module, requested: set[str]) -> list[Any]:
 
 
 def _restore(module: nn.Module) -> None:
+    if module.__dict__.pop("_fused_for_training", False):
+        del module.__dict__["forward"]
     if module.__dict__.pop("_swapped", False):
         module.__class__ = _torch_class(type(module))
         for attribute in ("strict", "_fallbacks", "__module__"):
@@ -154,7 +156,7 @@ def _torch_class(cls: type) -> type[nn.Module]:
 
 
 def restore(model: nn.Module) -> None:
-    """Undoes every `swap` of `model`. Layers that were built as Triton layers stay."""
+    """Undoes every `swap` and `fuse_for_training` of `model`. Layers that were built as Triton layers stay."""
     for module in model.modules():
         _restore(module)
 

@@ -1,7 +1,7 @@
 """The figures of an evaluation: the answer, the layers in network order, and what each variant wins or loses."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.artist import Artist
@@ -165,12 +165,16 @@ def _error_bars(result: EvaluationResult) -> list[Bar]:
     if "pytorch" not in errors:
         return []
     mean = errors["pytorch"].mean
-    bars = [Bar("PyTorch", "pytorch", mean, f"{mean:.1e}", "", True)]
+    bars = [Bar("PyTorch", "pytorch", _finite(mean), f"{mean:.1e}", "", True)]
     for variant in result.proof.variants:
         if variant.name in errors:
             mean = errors[variant.name].mean
-            bars.append(_bar_of(result, variant, mean, f"{mean:.1e}", ""))
+            bars.append(_bar_of(result, variant, _finite(mean), f"{mean:.1e}", ""))
     return bars
+
+
+def _finite(length: float) -> float:
+    return length if math.isfinite(length) else 0.0
 
 
 def _bar_of(result: EvaluationResult, variant: Variant, length: float, value: str, note: str) -> Bar:
@@ -183,7 +187,6 @@ def _draw_bars(figure: Figure, bars: list[Bar], theme: Theme, top: float = 0.755
     bare(axes, theme)
     size = min(MEDIUM - 3, 150 / len(bars))
     beside: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline", "size": size}
-    bars = [bar if math.isfinite(bar.length) else replace(bar, length=0.0) for bar in bars]
     for index, bar in enumerate(bars):
         axes.barh(index, bar.length, 0.74, color=theme.sides[bar.side], alpha=1.0 if bar.main else 0.55)
         value = axes.annotate(bar.value, (bar.length, index), (8, 0), color=theme.ink, **beside)

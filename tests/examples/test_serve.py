@@ -168,7 +168,7 @@ def test_batches_are_filled_up_to_sizes_that_are_warm(network):
 def test_each_batch_size_has_a_cuda_graph(network):
     api = Classifier(NETWORK, None, "bfloat16", False, SIZE, max_batch_size=LARGEST_BATCH)
     api.setup("cuda")
-    assert len(api.model._graphs) == 3 and not api.model._graphs.refused
+    assert len(api.model.graphs) == 3 and not api.model.graphs.refused
 
 
 def test_a_wrong_network_is_one_line(network, monkeypatch, capsys):

@@ -17,7 +17,7 @@ def test_cuda_graph_on_a_cpu_runs_plainly():
     fused, x = tritonnn.fuse(small(), cuda_graph=True), image(1, 4, 5, 5, dtype=torch.float64)
     for _ in range(3):
         torch.testing.assert_close(fused(x), tritonnn.fuse(small())(x))
-    assert not len(fused._graphs)
+    assert not len(fused.graphs)
 
 
 @pytest.mark.gpu
@@ -32,8 +32,8 @@ class TestCudaGraph:
         for call in range(1, 6):
             x = image(2, 3, 32, 32)
             torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
-            assert len(graphed._graphs) == (call >= CAPTURE_AT_CALL)
-        assert not graphed._graphs.refused
+            assert len(graphed.graphs) == (call >= CAPTURE_AT_CALL)
+        assert not graphed.graphs.refused
 
     def test_the_output_is_safe_to_keep(self):
         eager, graphed = self.networks()
@@ -53,7 +53,7 @@ class TestCudaGraph:
             for batch in (1, 3):
                 x = image(batch, 3, 32, 32)
                 torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
-        assert len(graphed._graphs) == 2
+        assert len(graphed.graphs) == 2
 
     def test_the_number_of_graphs_is_bounded(self):
         model = small()
@@ -62,10 +62,10 @@ class TestCudaGraph:
             for _ in range(3):
                 x = image(1, 4, size, size, dtype=torch.float64)
                 torch.testing.assert_close(graphed(x), eager(x))
-        assert len(graphed._graphs) == MAX_GRAPHS
+        assert len(graphed.graphs) == MAX_GRAPHS
         x = image(1, 4, 5, 5, dtype=torch.float64)  # dropped, and captured again
         torch.testing.assert_close(graphed(x), eager(x))
-        assert len(graphed._graphs) == MAX_GRAPHS
+        assert len(graphed.graphs) == MAX_GRAPHS
 
     def test_autocast_and_tf32_have_graphs_of_their_own(self):
         eager, graphed = self.networks()
@@ -80,7 +80,7 @@ class TestCudaGraph:
             torch.backends.cudnn.conv.fp32_precision = "tf32"
             torch.testing.assert_close(graphed(x), eager(x), rtol=1e-3, atol=1e-3)
             torch.backends.cudnn.conv.fp32_precision = "ieee"
-        assert len(graphed._graphs) == 3
+        assert len(graphed.graphs) == 3
 
     def test_changed_weights_count(self):
         model, x = small(), image(1, 4, 5, 5, dtype=torch.float64)
@@ -96,7 +96,7 @@ class TestCudaGraph:
         for _ in range(3):
             torch.testing.assert_close(graphed(x), before)
         graphed.to(torch.float32)
-        assert not len(graphed._graphs)
+        assert not len(graphed.graphs)
         torch.testing.assert_close(graphed(x.float()), before.float(), rtol=1e-4, atol=1e-4)
 
     def test_not_inside_another_capture(self):
@@ -109,7 +109,7 @@ class TestCudaGraph:
         with torch.cuda.graph(graph):
             y = graphed(x)
         graph.replay()
-        assert not len(graphed._graphs)
+        assert not len(graphed.graphs)
         torch.testing.assert_close(y, eager(x), rtol=1e-5, atol=1e-5)
 
     def test_captured_in_inference_mode_and_used_outside(self):
@@ -119,7 +119,7 @@ class TestCudaGraph:
                 graphed(image(2, 3, 32, 32))
         x = image(2, 3, 32, 32)
         torch.testing.assert_close(graphed(x), eager(x), rtol=1e-5, atol=1e-5)
-        assert len(graphed._graphs) == 1
+        assert len(graphed.graphs) == 1
 
     def test_what_cannot_be_captured_runs_eagerly(self):
         model = trained(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), Untraceable()))
@@ -127,7 +127,7 @@ class TestCudaGraph:
         for _ in range(4):
             x = image(2, 3, 6, 6, dtype=torch.float64)
             torch.testing.assert_close(graphed(x), eager(x))
-        assert len(graphed._graphs) == 0 and len(graphed._graphs.refused) == 1
+        assert len(graphed.graphs) == 0 and len(graphed.graphs.refused) == 1
         torch.randn(1, device="cuda")
 
     def test_weights_that_pytorch_does_not_count_as_changed(self):
@@ -176,7 +176,7 @@ class TestCudaGraph:
             with torch.no_grad():
                 torch.testing.assert_close(graphed(y), model(x))
             assert torch.equal(x, y)
-        assert list(graphed._graphs.refused.values()) == ["the network overwrites its inputs"]
+        assert list(graphed.graphs.refused.values()) == ["the network overwrites its inputs"]
 
     def test_a_network_that_counts_its_calls_is_not_captured(self):
         class Counting(nn.Module):
@@ -194,7 +194,7 @@ class TestCudaGraph:
         for _ in range(4):
             with torch.no_grad():
                 torch.testing.assert_close(graphed(x), model(x))
-        assert list(graphed._graphs.refused.values()) == ["the network changes its parameters or buffers"]
+        assert list(graphed.graphs.refused.values()) == ["the network changes its parameters or buffers"]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ class TestCudaGraph:
 )
 def test_what_is_handed_out_lies_as_it_did_and_is_its_own(view):
     x = torch.randn(2, 3, 4, 6)
-    y, copied = view(x), cuda_graphs._clone(view(x))
+    y, copied = view(x), cuda_graphs.clone(view(x))
     assert torch.equal(copied, y) and copied.stride() == y.stride()
     before = copied.clone()
     x.zero_()

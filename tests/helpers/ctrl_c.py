@@ -8,12 +8,12 @@ PATIENCE_S = 240
 
 
 def heed_ctrl_c() -> None:
-    """For a process to start: what a shell starts in the background ignores it, and so does what that starts."""
+    """For a new process: heeds Ctrl-C even if the tests themselves, started in a shell's background, ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def interrupt(process: subprocess.Popen, once: str) -> str:
-    """Presses Ctrl-C once a line of the process begins so, or at its end, or when patience ends; returns its stderr."""
+    """Sends Ctrl-C once the process prints a line with this beginning, ends, or takes too long; returns its stderr."""
     watchdog = threading.Timer(PATIENCE_S, process.kill)
     watchdog.start()
     for line in process.stdout:

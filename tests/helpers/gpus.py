@@ -1,4 +1,4 @@
-"""Facts of GPUs that this machine need not have, and choosing as if it had one of them."""
+"""Facts about GPUs, and a way to choose forms as if this machine had one of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

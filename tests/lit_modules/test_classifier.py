@@ -217,8 +217,16 @@ def test_a_recorded_training_is_the_eager_one(tmp_path, options):
         torch.testing.assert_close(weights[1][name], tensor, rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("layers", ["relu", ["relu", "linear"]], ids=str)
-def test_training_on_tritons_layers_leaves_pytorchs(tmp_path, layers):
+@pytest.mark.parametrize(
+    "layers, kinds",
+    [
+        ("relu", {"TritonReLU"}),
+        (["relu", "linear"], {"TritonReLU", "TritonLinear"}),
+        ("fused", {f"Triton{kind}" for kind in ("Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d", "AvgPool2d", "Linear")}),
+    ],
+    ids=["one kind", "two kinds", "fused"],
+)
+def test_training_on_tritons_layers_leaves_pytorchs(tmp_path, layers, kinds):
     class Spy(ImageClassifier):
         def forward(self, images):
             seen.append({type(module).__name__ for module in self.network.modules()})
@@ -229,7 +237,8 @@ def test_training_on_tritons_layers_leaves_pytorchs(tmp_path, layers):
     classifier = Spy(width=4, lr=0.01, triton_layers=layers)
     fit = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     fit.fit(classifier, loader())
-    assert all("TritonReLU" in kinds and ("TritonLinear" in kinds) == (layers != "relu") for kinds in seen)
+    assert all({kind for kind in found if kind.startswith("Triton")} == kinds for found in seen)
+    assert "forward" not in vars(classifier.network)
     fit.test(classifier, loader(), verbose=False)
     assert not any(kind.startswith("Triton") for kind in seen[-1])
 

@@ -74,3 +74,23 @@ class TestGraphed:
         step = GraphedStep(classification(network, 0.0), list(network.parameters()), torch.channels_last)
         losses = [step(*batch(4, seed))[0] for seed in range(8)]
         assert len(set(torch.stack(losses).tolist())) == 8
+
+    def test_a_step_that_waits_for_the_gpu_runs_without_a_graph(self):
+        network = small_network()
+        compute = classification(network, 0.0)
+
+        def waiting(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            loss, hit = compute(images, labels)
+            return loss * (loss.item() > -1), hit
+
+        with pytest.warns(UserWarning, match="runs without a CUDA graph"):
+            step = GraphedStep(waiting, list(network.parameters()), torch.channels_last)
+            for seed in range(6):
+                loss, _ = step(*batch(4, seed))
+        network.zero_grad()
+        expected, _ = compute(batch(4, 5)[0].contiguous(memory_format=torch.channels_last), batch(4, 5)[1])
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-3, atol=1e-4)
+        step = GraphedStep(waiting, list(network.parameters()), torch.channels_last, required=True)
+        with pytest.raises(RuntimeError):
+            for seed in range(6):
+                step(*batch(4, seed))

@@ -27,8 +27,19 @@ from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from lit_modules.resnet import ResNet18  # noqa: E402
-from tritonnn.ops import avg_pool2d, batch_norm2d, max_pool2d, relu  # noqa: E402
+from tritonnn.ops import (  # noqa: E402
+    avg_pool2d,
+    avg_pool2d_backward,
+    batch_norm2d,
+    batch_norm2d_relu,
+    max_pool2d,
+    max_pool2d_backward,
+    relu,
+    relu_backward,
+)
 from tritonnn.ops.conv2d import dispatch  # noqa: E402
+from tritonnn.ops.conv2d.backward.input import run as run_input  # noqa: E402
+from tritonnn.ops.conv2d.backward.weight_dispatch import run_weight  # noqa: E402
 from tritonnn.ops.conv2d.epilogue import Epilogue  # noqa: E402
 from tritonnn.ops.conv2d.problem import Product  # noqa: E402
 from tritonnn.runtime import hardware  # noqa: E402
@@ -177,7 +188,33 @@ def operate(dtypes: tuple[torch.dtype, ...]) -> None:
                 avg_pool2d._launch(image, (2, 2), (2, 2), (0, 0), False, True, None)
                 avg_pool2d._launch_adaptive(image, (1, 1))
                 batch_norm2d._launch_training(image, floats, floats, 1e-5)
-                batch_norm2d._normalize(image, floats, floats, floats, floats, 1e-5)
+                batch_norm2d.normalize(image, floats, floats, floats, floats, 1e-5)
+
+
+def differentiate(precisions: dict[str, tuple]) -> None:
+    """The gradients of convolutions and of the other operations."""
+    for dtype, input_precision, _ in precisions.values():
+        for n in BATCHES:
+            for c, k, side, size, stride in (
+                (64, 64, 32, 3, 1),
+                (64, 128, 56, 3, 2),
+                (64, 128, 56, 1, 2),
+                (3, 64, 224, 7, 2),
+            ):
+                padding, out = (size - 1) // 2, -(-side // stride)
+                x, g = channels_last(n, c, side, side, dtype=dtype), channels_last(n, k, out, out, dtype=dtype)
+                weight = channels_last(k, c, size, size, dtype=dtype)
+                window = (stride, stride), (padding, padding), (1, 1)
+                run_weight(g, x, weight, window, 1, input_precision)
+                run_input(g, weight, x, True, window, 1, input_precision)
+            image, floats = channels_last(n, 64, 56, 56, dtype=dtype), torch.empty(64)
+            relu_backward._launch(image, image)
+            positions = torch.empty(n, 64, 56, 56, dtype=torch.uint8)
+            max_pool2d_backward._launch(image, image, (3, 3), (1, 1), (1, 1), (1, 1), False, positions)
+            avg_pool2d_backward._launch(image, image, (3, 3), (1, 1), (1, 1), False, True, None)
+            batch_norm2d_relu._launch(image, image, floats, floats, 1e-5)
+            for y in (None, image):
+                batch_norm2d_relu._launch_backward(image, image, y, *[floats] * 5, 1e-5)
 
 
 def check(card: Card, every: int) -> dict:
@@ -190,6 +227,7 @@ def check(card: Card, every: int) -> dict:
     precisions = {name: PRECISIONS[name] for name in AMD_PRECISIONS} if amd else PRECISIONS
     convolve(list(convolutions()), precisions)
     operate((torch.bfloat16, torch.float32))
+    differentiate(precisions)
     limit = card.gpu.shared_memory
     too_large = [f"{words}: {shared} bytes of {limit}" for shared, words in launches.compiled if shared > limit]
     most = max((shared for shared, _ in launches.compiled), default=0)

@@ -18,10 +18,10 @@ from triton.runtime import jit
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tritonnn
+from tritonnn import compile_ahead
 from tritonnn.fusion import cuda_graphs
 from tritonnn.ops.conv2d.forms import ORDER
 from tritonnn.runtime import cache_keys, capabilities, hardware, launch_plan
-from tritonnn.tuning import compile_ahead
 
 
 @pytest.fixture(autouse=True)
@@ -141,12 +141,12 @@ def test_no_plan_is_made_of_unknown_launches(monkeypatch):
     tensors = [image(4)]
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert launch_plan._can_record(tensors)
+    assert launch_plan.can_record(tensors)
     for part in ("launches", "watchers"):
         capabilities.forget()
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(capabilities.CHECKS, part, (lambda: False, ""))
-            assert not launch_plan._can_record(tensors)
+            assert not launch_plan.can_record(tensors)
 
 
 def test_unknown_watchers_are_expected_at_every_call(monkeypatch):
@@ -170,10 +170,10 @@ def test_graphs_are_not_captured_where_workspaces_stay(monkeypatch):
     x = torch.randn(2)
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert cuda_graphs._can_be_captured([x])
+    assert cuda_graphs.can_be_captured([x])
     capabilities.forget()
     monkeypatch.setitem(capabilities.CHECKS, "workspaces", (lambda: False, ""))
-    assert not cuda_graphs._can_be_captured([x])
+    assert not cuda_graphs.can_be_captured([x])
 
 
 def test_allocations_of_an_unknown_kind_are_pytorchs_own(monkeypatch):

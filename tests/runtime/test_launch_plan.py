@@ -97,7 +97,7 @@ def replays(monkeypatch) -> Iterator[list]:
     monkeypatch.setattr(replay.Plan, "__call__", counted)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(InterpretedFunction, "run", _run_and_return_compiled)
-        monkeypatch.setattr(launch_plan, "_can_record", lambda tensors: True)
+        monkeypatch.setattr(launch_plan, "can_record", lambda tensors: True)
         monkeypatch.setattr(replay, "current_stream", lambda device: 0)
     yield seen
     forget_plans()

@@ -21,6 +21,9 @@ def fresh(monkeypatch):
     monkeypatch.setattr(module, "_reserves", {})
 
 
+SETTINGS = None, None, None, "relu", 0.01, (3, 3), (1, 1), (1, 1), (1, 1), 1, "tf32x3", False, False
+
+
 class Convolution:
     """Of one image by tiles of eight programs; `exact` is its result."""
 
@@ -30,9 +33,7 @@ class Convolution:
         self.exact = F.conv2d(self.x.double(), weight.double(), padding=1).relu()
 
     def __call__(self) -> torch.Tensor:
-        window = (3, 3), (1, 1), (1, 1), (1, 1), 1
-        settings = "relu", 0.01, *window, "tf32x3", False, False
-        return op.conv2d_fused(self.x, self.packed, None, None, None, *settings)
+        return op.conv2d_fused(self.x, self.packed, *SETTINGS)
 
     def assert_right(self, y: torch.Tensor) -> None:
         torch.testing.assert_close(y.double(), self.exact, rtol=1e-5, atol=1e-4)
@@ -113,3 +114,14 @@ def test_streams_and_graphs_at_once(split):
     torch.cuda.synchronize()
     for i, convolution in enumerate(convolutions):
         convolution.assert_right(outputs[i] if i % 2 else eager[i])
+
+
+@pytest.mark.gpu
+def test_they_are_in_no_pool_of_graphs(split):
+    """In the warm-up of torch.compile's CUDA graphs, on a stream of its own, whose memory is to be free afterwards."""
+    convolution = Convolution()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: op.conv2d_fused(x, convolution.packed, *SETTINGS) + 1, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            convolution.assert_right(compiled(convolution.x) - 1)

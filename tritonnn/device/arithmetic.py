@@ -95,6 +95,6 @@ def round_to(x, DTYPE: tl.constexpr):
     if INTERPRET:
         if DTYPE == tl.bfloat16:
             bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
             x = tl.where(x == x, rounded, x)
     return x.to(DTYPE)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..runtime.capabilities import knows
+from ..runtime.dependent_launch import launches_as_in_graphs
 from ..runtime.precision import CONVOLUTION, MATMUL
 from ..runtime.replay import current_device
 
@@ -77,7 +78,7 @@ class CudaGraphs:
         """call(*args, **kwargs), which reads the parameters and buffers of `network`."""
         leaves, spec = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not _can_be_captured(tensors):
+        if not can_be_captured(tensors):
             return call(*args, **kwargs)
         key = _key(leaves, spec)
         captured = self._captured.get(key)
@@ -108,7 +109,8 @@ class CudaGraphs:
         if key in self.refused:
             return call(*args, **kwargs)
         before = _state_of(network)
-        output = call(*args, **kwargs)
+        with launches_as_in_graphs():  # compiles what the graph will need, and nothing else
+            output = call(*args, **kwargs)
         if _state_of(network) != before:
             self.refused[key] = "the network changes its parameters or buffers"
         return output
@@ -119,7 +121,7 @@ class CudaGraphs:
         captured.graph.replay()
         if not self.copy_output:
             return captured.output
-        return _clone(captured.output) if type(captured.output) is Tensor else tree_map(_clone, captured.output)
+        return clone(captured.output) if type(captured.output) is Tensor else tree_map(clone, captured.output)
 
     def _capture(
         self, call: Callable, network: nn.Module, leaves: list, spec: TreeSpec | None, key: tuple
@@ -136,7 +138,7 @@ class CudaGraphs:
                 versions = [x._version for x in inputs if isinstance(x, Tensor)]
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
+                with torch.cuda.stream(side), launches_as_in_graphs():
                     for _ in range(2):  # compiles, tunes, packs weights
                         call(*args, **kwargs)
                 torch.cuda.current_stream().wait_stream(side)
@@ -170,7 +172,7 @@ class CudaGraphs:
         return captured
 
 
-def _can_be_captured(tensors: list[Tensor]) -> bool:
+def can_be_captured(tensors: list[Tensor]) -> bool:
     if not tensors or any(x.device != tensors[0].device or x.layout != torch.strided for x in tensors):
         return False
     if tensors[0].device.type != "cuda" or torch.compiler.is_compiling() or not knows("workspaces"):
@@ -211,7 +213,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _clone(x: object) -> object:
+def clone(x: object) -> object:
     """A tensor of its own with the same strides, also where these leave gaps or repeat elements."""
     if not isinstance(x, Tensor):
         return x

@@ -15,6 +15,7 @@ from torch import fx, nn
 from ..layers.fused.activation import Activation
 from ..swap import kind_of
 from .activations import activation_of
+from .as_convolutions import as_convolutions
 from .known_functions import ELEMENTWISE, FRESH, LIBRARIES, LOOKS, POOLS, VIEWS, argument, is_elementwise, name_of
 from .tracing import ends_in_place, in_place, is_changed, is_layer, is_parameter, trace
 
@@ -58,8 +59,8 @@ class FunctionalGraph:
         return activation_of(node, self.module(node))
 
 
-def functionalize(root: nn.Module) -> FunctionalGraph:
-    """The graph of root's forward, made functional.
+def functionalize(root: nn.Module, training: bool = False) -> FunctionalGraph:
+    """The graph of root's forward, made functional; in training, where dropout is no identity.
 
     Raises:
         TraceError: a graph would not do what the code does.
@@ -67,7 +68,9 @@ def functionalize(root: nn.Module) -> FunctionalGraph:
     """
     graph, opaque = trace(root)
     traced = FunctionalGraph(graph, dict(root.named_modules(remove_duplicate=False)), opaque)
-    _remove_identities(traced)
+    if not training:
+        _remove_identities(traced)
+        as_convolutions(root, traced.graph, traced.modules)
     _Pass(traced).run()
     return traced
 

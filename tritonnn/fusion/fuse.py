@@ -19,6 +19,7 @@ from ..layers.fused.linear import FusedPooledLinear
 from ..layers.layer import TritonLayer
 from ..swap import few, kind_of, swap
 from .cuda_graphs import CudaGraphs
+from .first_calls import FirstCalls
 from .functionalize import functionalize
 from .fused_graph import FusedGraph
 from .norm_act import split_norm_acts
@@ -78,6 +79,9 @@ class FusedNetwork(nn.Module):
     overwritten in place. It does not see writes that PyTorch does not count (`Tensor._version`): through `.data`, to
     tensors made in inference mode, or by code outside PyTorch. Call `weights_changed` after these.
 
+    `graphs` are its CUDA graphs, if it was made with some: `len(graphs)` of them are captured, and `graphs.refused` has
+    the kinds of calls that cannot be captured, with the reason.
+
     `parts` are the graphs of modules inside others that could not be traced, `unfused` is the copied model itself
     where its forward has optional arguments: other values of these run it.
     """
@@ -97,7 +101,8 @@ class FusedNetwork(nn.Module):
         self.unfused = unfused
         self.report = report
         self._with_options = None if unfused is None else FusedForward(network, unfused.forward)
-        self._graphs = CudaGraphs(copy_output) if cuda_graph else None
+        self.graphs = CudaGraphs(copy_output) if cuda_graph else None
+        self._first_calls = FirstCalls(network)
         super().train(False)
 
     def forward(self, *args, **kwargs) -> object:
@@ -106,17 +111,20 @@ class FusedNetwork(nn.Module):
                 raise RuntimeError("a fused network has no gradients: call it with inputs that require none")
         with torch.no_grad():
             call = self._with_options or self.network
-            if self._graphs is None or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
                 return call(*args, **kwargs)
-            return self._graphs(call, self, args, kwargs)
+            self._first_calls.before(call, self, args, kwargs, self.graphs is not None)
+            if self.graphs is None:
+                return call(*args, **kwargs)
+            return self.graphs(call, self, args, kwargs)
 
     def weights_changed(self) -> None:
         """Drops packed weights and CUDA graphs, so that the next call reads all weights anew."""
         for module in self.modules():
             if isinstance(module, FusedLayer):
                 module.forget_packed_weights()
-        if self._graphs is not None:
-            self._graphs.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def train(self, mode: bool = True) -> "FusedNetwork":
         """Raises RuntimeError unless `mode` is False: batch norms are folded, there is nothing to train."""
@@ -126,8 +134,8 @@ class FusedNetwork(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> "FusedNetwork":
         super()._apply(fn, recurse)
-        if self._graphs is not None:
-            self._graphs.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
         return self
 
 

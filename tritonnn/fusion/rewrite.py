@@ -11,13 +11,15 @@ from torch import fx, nn
 from ..layers.fused.activation import NO_ACTIVATION
 from ..layers.fused.base import batch_norm_as_affine
 from ..layers.fused.conv2d import FusedConv2d, FusedSum
-from ..layers.fused.linear import FusedLinear, FusedPooledLinear
+from ..layers.fused.linear import FusedLinear, FusedLinearOfImages, FusedPooledLinear
 from ..layers.layer import FLOATING_POINT, pair
 from ..swap import kind_of, swap
+from .as_convolutions import is_of_linear
 from .formats import as_pytorch_puts_it, keep_formats
 from .functionalize import FunctionalGraph
 from .fused_graph import FusedGraph
 from .known_functions import flattens_images, operands, unused_name
+from .norms_and_gates import rewrite_norms_and_gates
 from .report import FusionReport, join
 from .rest import drop_signs_of_zeros, rewrite_rest
 from .round_ahead import round_ahead
@@ -89,6 +91,9 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
         report.stands_for[join(name, target)] = [join(name, layer) for layer in layers]
     _join_shortcuts(traced, modules, name, report)
     rewrite_rest(traced, modules)
+    for target, what in rewrite_norms_and_gates(root, graph, modules).items():
+        report.fused[join(name, target)] = what
+        report.modules[join(name, target)] = modules[target]
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
             report.stayed[join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
@@ -314,14 +319,19 @@ def _fused_layer(chain: _Chain, traced: FunctionalGraph) -> nn.Module:
         swap(pool)
         return FusedPooledLinear(pool, weight.clone(), scale, bias, **epilogue)
     weight = weight.clone(memory_format=torch.channels_last)
-    return FusedConv2d(
+    convolution = FusedLinearOfImages if is_of_linear(layer) else FusedConv2d
+    return convolution(
         weight, scale, bias, pair(layer.stride), _padding(layer), pair(layer.dilation), layer.groups, **epilogue
     )
 
 
 def _in_words(chain: _Chain, traced: FunctionalGraph) -> str:
     steps = [kind_of(traced.module(node)) for node in (chain.pool, chain.layer) if node]
-    steps += ["batch_norm2d"] * (chain.norm is not None) + ["residual"] * (chain.add is not None)
+    of_linear = is_of_linear(traced.module(chain.layer))
+    steps = ["linear"] if of_linear else steps
+    steps += ["scale" if of_linear else "batch_norm2d"] * (chain.norm is not None) + ["residual"] * (
+        chain.add is not None
+    )
     steps += [traced.activation(chain.activation).name] if chain.activation else []
     return " + ".join(steps)
 

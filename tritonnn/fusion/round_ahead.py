@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from ..layers.fused.base import Filters
 from ..layers.fused.conv2d import FusedConv2d, FusedSum
+from ..layers.fused.linear import FusedLinearOfImages
 from ..swap import kind_of
 
 
@@ -58,6 +59,8 @@ class _RoundAhead:
     def convolutions(self, node: fx.Node) -> list[tuple[FusedConv2d, fx.Node]]:
         """Those of a fused node, and their inputs."""
         match self.modules[node.target] if node.op == "call_module" else None:
+            case FusedLinearOfImages():  # uses TF32 where products do
+                return []
             case FusedConv2d() as conv:
                 return [(conv, node.args[0])]
             case FusedSum() as both:

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops.conv2d.op import conv2d
+from ..runtime.fallbacks import count_backward_in
 from ..runtime.precision import autocast, convolutions_in_tf32
 from .layer import TritonLayer, batched, by_plan, is_empty, pair, parameters, reason_to_fall_back_image, windows_fit
 
@@ -45,6 +46,7 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
                 reason = "no output, or arguments that PyTorch refuses"
         if reason is not None:
             return self._fall_back(reason, super()._conv_forward, input, weight, bias)
+        count_backward_in(self)
         return batched(conv2d, x, weight, bias, stride, padding, dilation, self.groups)
 
     def _padded(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int] | None]:

@@ -1,9 +1,12 @@
 """torch.nn.MaxPool2d on Triton."""
 
+import math
+
 import torch
 from torch import nn
 
 from ..ops.max_pool2d import max_pool2d
+from ..ops.max_pool2d_backward import MOST_TAPS
 from .layer import TritonLayer, batched, by_plan, pair, reason_to_fall_back_image, recorded, windows_fit
 
 
@@ -40,7 +43,8 @@ class TritonMaxPool2d(TritonLayer, nn.MaxPool2d):
         x = input if input.dim() == 4 else input.contiguous()
         wants_indices = self.return_indices or recorded(x)
         window = kernel_size, stride, padding, dilation, self.ceil_mode
-        y, indices = batched(max_pool2d, x, *window, wants_indices, self.signed_zeros)
+        as_taps = not self.return_indices and math.prod(kernel_size) <= MOST_TAPS
+        y, indices = batched(max_pool2d, x, *window, wants_indices, self.signed_zeros, as_taps)
         return (y, indices) if self.return_indices else y
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
+from ..device.pooling import window_of
 from ..runtime import hardware
 from ..runtime.blocks import ceil_div, pixel_blocks, power_of_2
 from ..runtime.dependent_launch import dependent_launch
@@ -22,51 +23,8 @@ from ..runtime.hardware import Gpu
 from ..runtime.launch_plan import launch, launch_semaphores
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import register
+from .avg_pool2d_backward import adaptive_avg_pool2d_backward, avg_pool2d_backward
 from .window import output_size
-
-
-@triton.jit
-def window_of(
-    p,
-    q,
-    H,
-    W,
-    P,
-    Q,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    COUNT_INCLUDE_PAD: tl.constexpr,
-    DIVISOR_OVERRIDE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """(h_first, w_first, h_end, w_end, divisor) of output pixel (p, q); the first ones may lie in the padding."""
-    if ADAPTIVE:
-        h_first = p * H // P
-        w_first = q * W // Q
-        h_end = ((p + 1) * H + P - 1) // P
-        w_end = ((q + 1) * W + Q - 1) // Q
-        divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
-    else:
-        h_first = p * STRIDE_H - PADDING_H
-        w_first = q * STRIDE_W - PADDING_W
-        h_end = tl.minimum(h_first + R, H + PADDING_H)  # a ceil_mode window ends with the padding
-        w_end = tl.minimum(w_first + S, W + PADDING_W)
-        if DIVISOR_OVERRIDE != 0:
-            divisor = tl.full(h_first.shape, DIVISOR_OVERRIDE, ACC)
-        elif COUNT_INCLUDE_PAD:
-            divisor = (h_end - h_first).to(ACC) * (w_end - w_first).to(ACC)
-        else:
-            rows = tl.minimum(h_end, H) - tl.maximum(h_first, 0)
-            columns = tl.minimum(w_end, W) - tl.maximum(w_first, 0)
-            divisor = rows.to(ACC) * columns.to(ACC)
-        h_end = tl.minimum(h_end, H)
-        w_end = tl.minimum(w_end, W)
-    return h_first, w_first, h_end, w_end, divisor
 
 
 @triton.jit
@@ -405,7 +363,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_y):
     (x,) = ctx.saved_tensors
-    return torch.ops.aten.avg_pool2d_backward(grad_y, x, *ctx.arguments), None, None, None, None, None, None
+    return avg_pool2d_backward(grad_y, x, *ctx.arguments), None, None, None, None, None, None
 
 
 avg_pool2d = register(
@@ -430,17 +388,15 @@ def _launch_adaptive(x, output_size) -> torch.Tensor:
 
 
 def _setup_context_adaptive(ctx, inputs, output) -> None:
-    """The backward of a mean over whole images needs only the shape of x, which may be overwritten."""
+    """Saves what PyTorch does, although the shape of x is enough: of a mean of whole images nothing."""
     x, output_size = inputs
-    ctx.shape = x.shape
+    ctx.size, ctx.channels_last = tuple(x.shape[2:]), is_channels_last(x)
     ctx.save_for_backward(None if tuple(output_size) == (1, 1) else x)
 
 
 def _backward_adaptive(ctx, grad_y):
-    (x,) = ctx.saved_tensors
-    if x is None:  # PyTorch's mean: unlike the general formula deterministic
-        return grad_y.expand(ctx.shape) / ctx.shape[2:].numel(), None
-    return torch.ops.aten._adaptive_avg_pool2d_backward(grad_y, x), None
+    _ = ctx.saved_tensors  # which complains where x was overwritten, as PyTorch does
+    return adaptive_avg_pool2d_backward(grad_y, ctx.size, ctx.channels_last), None
 
 
 adaptive_avg_pool2d = register(

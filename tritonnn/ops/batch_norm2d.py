@@ -16,6 +16,7 @@ from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import LIBRARY, each_example, register
+from .batch_norm2d_backward import batch_norm2d_backward, statistics_dtype
 
 
 @triton.jit
@@ -26,6 +27,7 @@ def batch_norm2d_normalize_kernel(
     bias_ptr,
     mean_ptr,
     var_ptr,
+    residual_ptr,
     M,
     C,
     eps: tl.float64,
@@ -34,6 +36,8 @@ def batch_norm2d_normalize_kernel(
     stride_c,
     stride_pixel,
     INVERTED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
@@ -43,7 +47,8 @@ def batch_norm2d_normalize_kernel(
 ):
     """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels; x and y share their strides.
 
-    INVERTED: var_ptr is to 1 / sqrt(var + eps), computed before.
+    INVERTED: var_ptr is to 1 / sqrt(var + eps), computed before. The residual has the strides of y; what is added up
+    and goes through ReLU was rounded before, as if each were an operation of its own.
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
@@ -63,7 +68,13 @@ def batch_norm2d_normalize_kernel(
     y = (tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC) - mean[None, :]) * scale[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
-    tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
+    y = round_to(y, y_ptr.dtype.element_ty)
+    if HAS_RESIDUAL:
+        y = y.to(ACC) + tl.load(residual_ptr + offs, mask=mask, other=0.0).to(ACC)
+        y = round_to(y, y_ptr.dtype.element_ty)
+    if RELU:
+        y = tl.where(y.to(ACC) < 0, tl.zeros_like(y), y)
+    tl.store(y_ptr + offs, y, mask=mask)
 
 
 @triton.jit
@@ -171,10 +182,6 @@ def batch_norm2d_update_kernel(
     tl.store(running_var_ptr + c, round_to(var, DTYPE), mask=mask)
 
 
-def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _is_channels_last(x: torch.Tensor) -> bool:
     """Whether PyTorch's output is channels_last: of a tensor that fits both formats it is contiguous on a CPU."""
     if x.device.type != "cpu":
@@ -196,7 +203,7 @@ def _output(x, *_) -> torch.Tensor:
     return empty_image(x.shape, x, _is_channels_last(x))
 
 
-def _normalize(x, weight, bias, mean, var, eps, inverted=False) -> torch.Tensor:
+def normalize(x, weight, bias, mean, var, eps, inverted=False, residual=None, relu=False) -> torch.Tensor:
     channels_last = _is_channels_last(x)
     x, y = _dense(x), _output(x)
     if y.numel() == 0:
@@ -215,12 +222,15 @@ def _normalize(x, weight, bias, mean, var, eps, inverted=False) -> torch.Tensor:
         bias,
         mean,
         var,
+        residual,
         M,
         C,
         eps,
         H * W,
         *pixel_strides(y, channels_last),
         INVERTED=inverted,
+        HAS_RESIDUAL=residual is not None,
+        RELU=relu,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         ACC=accumulator(x.dtype),
@@ -230,7 +240,7 @@ def _normalize(x, weight, bias, mean, var, eps, inverted=False) -> torch.Tensor:
     return y
 
 
-def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, biased variance and 1 / sqrt(var + eps) of each channel."""
     channels_last = _is_channels_last(x)
     x = _dense(x)
@@ -244,7 +254,7 @@ def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     steps = triton.next_power_of_2(ceil_div(blocks_m * blocks_c, 1024))  # about 1,024 programs, 1,024 splits at most
     splits = ceil_div(blocks_m, steps)
     acc = accumulator(x.dtype)
-    dtype = _statistics_dtype(x)
+    dtype = statistics_dtype(x)
     partial = torch.empty(3, splits, C, dtype=torch.float64, device=x.device)
     mean, var, inverse = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(3))
     launch(
@@ -282,12 +292,12 @@ def _statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _launch_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mean, var, inverse = _statistics(x, eps)
-    return _normalize(x, weight, bias, mean, inverse, eps, inverted=True), mean, var
+    mean, var, inverse = batch_statistics(x, eps)
+    return normalize(x, weight, bias, mean, inverse, eps, inverted=True), mean, var
 
 
 def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    C, dtype = x.shape[1], _statistics_dtype(x)
+    C, dtype = x.shape[1], statistics_dtype(x)
     return _output(x), x.new_empty(C, dtype=dtype), x.new_empty(C, dtype=dtype)
 
 
@@ -324,11 +334,7 @@ def _setup_context_training(ctx, inputs, output) -> None:
 
 def _backward_training(ctx, grad_y, *_):
     x, weight, mean, var = ctx.saved_tensors
-    (weight,) = _contiguous(weight)
-    grads = torch.ops.aten.native_batch_norm_backward(
-        grad_y, x, weight, None, None, mean, torch.rsqrt(var + ctx.eps), True, ctx.eps, ctx.needs_input_grad[:3]
-    )
-    return *grads, None
+    return *_gradients(ctx, grad_y, x, weight, mean, var, True), None
 
 
 def _setup_context_inference(ctx, inputs, output) -> None:
@@ -337,20 +343,20 @@ def _setup_context_inference(ctx, inputs, output) -> None:
 
 
 def _backward_inference(ctx, grad_y):
-    x, *parameters = ctx.saved_tensors
-    weight, mean, var = _contiguous(*parameters)
-    dtype = _statistics_dtype(x)
-    # On a GPU the formula for channels_last takes these in place of the running statistics.
-    saved = mean.to(dtype), torch.rsqrt(var.to(dtype) + ctx.eps)
-    grads = torch.ops.aten.native_batch_norm_backward(
-        grad_y, x, weight, mean, var, *saved, False, ctx.eps, ctx.needs_input_grad[:3]
-    )
-    return *grads, None, None, None
+    x, weight, mean, var = ctx.saved_tensors
+    return *_gradients(ctx, grad_y, x, weight, mean, var, False), None, None, None
+
+
+def _gradients(ctx, grad_y, x, weight, mean, var, training: bool) -> Iterator[torch.Tensor | None]:
+    """Those of x, weight and bias that are needed."""
+    needed = tuple(ctx.needs_input_grad[:3])
+    grads = batch_norm2d_backward(grad_y, x, weight, mean, var, ctx.eps, training, needed)
+    return (grad if wanted else None for grad, wanted in zip(grads, needed))
 
 
 batch_norm2d_inference = register(
     "batch_norm2d_inference(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor",
-    _normalize,
+    normalize,
     _output,
     _setup_context_inference,
     _backward_inference,

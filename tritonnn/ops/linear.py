@@ -8,8 +8,10 @@ import torch
 
 from ..runtime.operator import register
 from ..runtime.precision import matmul_input_precision, matmuls_in_tf32
+from .channel_sums import channel_sums
+from .conv2d.dispatch import launch_unpacked
 from .conv2d.epilogue import Epilogue
-from .conv2d.op import launch_unpacked
+from .linear_backward import linear_backward_input, linear_backward_weight
 
 
 def _output(x, weight, bias) -> torch.Tensor:
@@ -38,9 +40,9 @@ def _backward(ctx, grad_y):
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
     return (
-        grad_y @ weight if needs_x else None,
-        grad_y.T @ x if needs_weight else None,
-        grad_y.sum(0) if needs_bias else None,
+        linear_backward_input(grad_y, weight) if needs_x else None,
+        linear_backward_weight(grad_y, x) if needs_weight else None,
+        channel_sums(grad_y[:, :, None, None]) if needs_bias else None,
     )
 
 

@@ -5,7 +5,8 @@
 
 x: [N, C, H, W], any strides; y and, where asked for, int64 indices h*W + w: [N, C, P, Q], channels_last where x is. As
 in PyTorch the first of equal maxima wins, and a NaN, the last one, wins over everything. Without `signed_zeros` a zero
-may come out with the sign of another zero of its window, which is faster.
+may come out with the sign of another zero of its window, which is faster. `as_taps`: instead of indices, an eighth of
+their size, uint8 positions r*S + s in the window, for the gradient alone.
 """
 
 import torch
@@ -20,6 +21,7 @@ from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import register
+from .max_pool2d_backward import NO_TAP, max_pool2d_backward
 from .window import output_size
 
 
@@ -63,6 +65,7 @@ def max_pool2d_forward_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     RETURN_INDICES: tl.constexpr,
+    AS_TAPS: tl.constexpr,
     SIGNED_ZEROS: tl.constexpr,
     INDEX_0_OF_INFINITIES: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -87,12 +90,19 @@ def max_pool2d_forward_kernel(
     wait_for_predecessor(DEPENDENT)
     COMPARES: tl.constexpr = RETURN_INDICES or SIGNED_ZEROS
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), ACC if COMPARES or INTERPRET else x_ptr.dtype.element_ty)
-    if INDEX_0_OF_INFINITIES:
-        best_index = tl.full((BLOCK_M, BLOCK_C), 0, tl.int64)
-    elif RETURN_INDICES:  # of a window of -inf only: its first pixel inside the image
-        h = tl.where(h_first < 0, h_first + (DILATION_H - 1 - h_first) // DILATION_H * DILATION_H, h_first)
-        w = tl.where(w_first < 0, w_first + (DILATION_W - 1 - w_first) // DILATION_W * DILATION_W, w_first)
-        best_index = tl.broadcast_to((h.to(tl.int64) * W + w)[:, None], (BLOCK_M, BLOCK_C))
+    if RETURN_INDICES:  # of a window of -inf: its first pixel inside the image
+        r = tl.where(h_first < 0, (DILATION_H - 1 - h_first) // DILATION_H, 0)
+        s = tl.where(w_first < 0, (DILATION_W - 1 - w_first) // DILATION_W, 0)
+        first = (h_first + r * DILATION_H).to(tl.int64) * W + w_first + s * DILATION_W
+        if AS_TAPS:
+            tap_of_first = r * S + s
+            if INDEX_0_OF_INFINITIES:
+                tap_of_first = tl.where(first == 0, tap_of_first, NO_TAP)
+            best_index = tl.broadcast_to(tap_of_first[:, None], (BLOCK_M, BLOCK_C))
+        elif INDEX_0_OF_INFINITIES:
+            best_index = tl.full((BLOCK_M, BLOCK_C), 0, tl.int64)
+        else:
+            best_index = tl.broadcast_to(first[:, None], (BLOCK_M, BLOCK_C))
     for tap in tl.range(R * S, loop_unroll_factor=R * S if R * S <= 16 else 1):  # unrolled, loads do not wait
         h = h_first + tap // S * DILATION_H
         w = w_first + tap % S * DILATION_W
@@ -107,7 +117,9 @@ def max_pool2d_forward_kernel(
             best = tl.where(better, x, best)
         else:
             best = maximum(best, x)
-        if RETURN_INDICES:
+        if RETURN_INDICES and AS_TAPS:
+            best_index = tl.where(better, tap, best_index)
+        elif RETURN_INDICES:
             best_index = tl.where(better, (h.to(tl.int64) * W + w)[:, None], best_index)
 
     start_successor(DEPENDENT)
@@ -115,11 +127,11 @@ def max_pool2d_forward_kernel(
     mask = mask_m[:, None] & mask_c[None, :]
     tl.store(y_ptr + y_offs, best.to(y_ptr.dtype.element_ty), mask=mask)
     if RETURN_INDICES:
-        tl.store(indices_ptr + y_offs, best_index, mask=mask)
+        tl.store(indices_ptr + y_offs, best_index.to(indices_ptr.dtype.element_ty), mask=mask)
 
 
 def _outputs(
-    x, kernel_size, stride, padding, dilation, ceil_mode, return_indices, signed_zeros=True
+    x, kernel_size, stride, padding, dilation, ceil_mode, return_indices, signed_zeros=True, as_taps=False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     N, C, H, W = x.shape
     P = output_size(H, kernel_size[0], stride[0], padding[0], dilation[0], ceil_mode)
@@ -128,13 +140,13 @@ def _outputs(
     y = empty_image((N, C, P, Q), x, channels_last)
     if not return_indices:
         return y, x.new_empty(0, dtype=torch.int64)
-    return y, empty_image((N, C, P, Q), x, channels_last, torch.int64)
+    return y, empty_image((N, C, P, Q), x, channels_last, torch.uint8 if as_taps else torch.int64)
 
 
 def _launch(
-    x, kernel_size, stride, padding, dilation, ceil_mode, return_indices, signed_zeros=True
+    x, kernel_size, stride, padding, dilation, ceil_mode, return_indices, signed_zeros=True, as_taps=False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y, indices = _outputs(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    y, indices = _outputs(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices, signed_zeros, as_taps)
     if y.numel() == 0:
         return y, indices
     N, C, H, W = x.shape
@@ -162,6 +174,7 @@ def _launch(
         *padding,
         *dilation,
         RETURN_INDICES=return_indices,
+        AS_TAPS=as_taps,
         SIGNED_ZEROS=signed_zeros,
         INDEX_0_OF_INFINITIES=return_indices and channels_last and x.device.type == "cuda",  # as PyTorch's kernel there
         **dependent_launch(x),
@@ -173,7 +186,7 @@ def _launch(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, *ctx.arguments, return_indices, _ = inputs
+    x, *ctx.arguments, return_indices, _, _ = inputs
     indices = output[1]
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(x, indices if return_indices else None)
@@ -183,13 +196,12 @@ def _backward(ctx, grad_y, _):
     x, indices = ctx.saved_tensors
     if indices is None:
         indices = max_pool2d(x, *ctx.arguments, True)[1]
-    grad_x = torch.ops.aten.max_pool2d_with_indices_backward(grad_y, x, *ctx.arguments, indices)
-    return grad_x, *[None] * 7
+    return max_pool2d_backward(grad_y, x, *ctx.arguments, indices), *[None] * 8
 
 
 max_pool2d = register(
     "max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, "
-    "bool return_indices, bool signed_zeros=True) -> (Tensor, Tensor)",
+    "bool return_indices, bool signed_zeros=True, bool as_taps=False) -> (Tensor, Tensor)",
     _launch,
     _outputs,
     _setup_context,

@@ -10,7 +10,9 @@ import triton.language as tl
 from ..device.arithmetic import INTERPRET, accumulator
 from ..runtime.blocks import ceil_div, elementwise_block
 from ..runtime.launch_plan import launch
+from ..runtime.memory_format import dense_like
 from ..runtime.operator import LIBRARY, register
+from .relu_backward import relu_backward
 
 
 @triton.jit
@@ -34,15 +36,8 @@ def _run(x: torch.Tensor, y: torch.Tensor) -> None:
         launch(relu_forward_kernel, grid, x, y, x.numel(), ACC=accumulator(x.dtype), BLOCK=block, num_warps=8)
 
 
-def _output(x) -> torch.Tensor:
-    for memory_format in (torch.contiguous_format, torch.channels_last):  # whatever the strides where size is 0 or 1
-        if x.is_contiguous(memory_format=memory_format):
-            return torch.empty_like(x, memory_format=memory_format)
-    return torch.empty_like(x)
-
-
 def _launch(x) -> torch.Tensor:
-    y = _output(x)
+    y = dense_like(x)
     if y.stride() != x.stride():  # x has gaps or repeats: a dense copy, then in place
         x = y.copy_(x)
     _run(x, y)
@@ -59,10 +54,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_y):
     (y,) = ctx.saved_tensors
-    return torch.ops.aten.threshold_backward(grad_y, y, 0)
+    return relu_backward(grad_y, y)
 
 
-relu = register("relu(Tensor x) -> Tensor", _launch, _output, _setup_context, _backward)
+relu = register("relu(Tensor x) -> Tensor", _launch, dense_like, _setup_context, _backward)
 relu_ = register("relu_(Tensor(a!) x) -> ()", _launch_in_place, lambda x: None)
 
 

@@ -5,6 +5,7 @@ calls. By induction all earlier kernels have finished then: the kernel before it
 launched after they had finished.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,9 @@ import torch
 
 from . import hardware, launch_plan
 
-_as_in_graphs = False
+_lock = threading.Lock()
+_blocks = 0
+"""How many blocks of `launches_as_in_graphs` are under way, in all threads."""
 
 
 @contextmanager
@@ -22,19 +25,23 @@ def launches_as_in_graphs() -> Iterator[None]:
     Tuning times graphs, and so has no use for the other compilation. Launch plans made outside are not used inside, and
     the other way round.
     """
-    global _as_in_graphs
-    before, _as_in_graphs = _as_in_graphs, True
-    launch_plan.forget_plans()
+    _count(1)
     try:
         yield
     finally:
-        _as_in_graphs = before
+        _count(-1)
+
+
+def _count(blocks: int) -> None:
+    global _blocks
+    with _lock:
+        _blocks += blocks
         launch_plan.forget_plans()
 
 
 def dependent_launch(x: torch.Tensor) -> dict[str, bool]:
     """Arguments of a launch on x. Outside graphs the host's launches are so far apart that nothing would be gained."""
-    if x.device.type != "cuda" or not (_as_in_graphs or torch.cuda.is_current_stream_capturing()):
+    if x.device.type != "cuda" or not (_blocks or torch.cuda.is_current_stream_capturing()):
         return {"DEPENDENT": False}
     if hardware.gpu(x.device).capability < (9, 0):
         return {"DEPENDENT": False}

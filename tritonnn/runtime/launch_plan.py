@@ -114,7 +114,7 @@ class Plans:
         if plan is not UNSEEN:
             return plan(addresses)
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if not _can_record(tensors) or overlap(tensors):
+        if not can_record(tensors) or overlap(tensors):
             return function(*function_args)
         result, plan = record(tensors, function, *function_args)
         if len(self.plans) >= MOST_PLANS:
@@ -136,7 +136,7 @@ def plain_eager() -> bool:
     )
 
 
-def _can_record(tensors: list[torch.Tensor]) -> bool:
+def can_record(tensors: list[torch.Tensor]) -> bool:
     """Whether kernels run compiled on a GPU, and no other mode or transform is active that a mode might disturb."""
     if not (capabilities.knows("launches") and capabilities.knows("watchers")):
         return False

@@ -36,3 +36,11 @@ def pixel_strides(y: torch.Tensor, channels_last: bool) -> tuple[int, int, int]:
     """(image, channel, pixel) strides of a dense [N, C, H, W] tensor, its H*W pixels taken as one dimension."""
     _, C, H, W = y.shape
     return (C * H * W, 1, C) if channels_last else (C * H * W, H * W, 1)
+
+
+def dense_like(x: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, with the strides of x where x is dense, also where a size is 0 or 1."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if x.is_contiguous(memory_format=memory_format):
+            return torch.empty_like(x, memory_format=memory_format)
+    return torch.empty_like(x)

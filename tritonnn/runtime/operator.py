@@ -153,3 +153,42 @@ def register(
     torch.library.register_vmap(f"tritonnn::{name}", each_example(op), lib=LIBRARY)
     torch.library.register_autograd(f"tritonnn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return _shortest_way(plans, on_gpu, on_cpu, op, _differentiable_by_transforms(op, setup_context, backward))
+
+
+def register_gradient(
+    schema: str,
+    launch: Callable,
+    fake: Callable,
+    formula: Callable,
+    state: Callable[[], object] | None = None,
+) -> Callable:
+    """As `register`, for an operator that computes gradients; its own derivatives are those of `formula`.
+
+    `formula(*args)` are the same gradients, a tensor or a tuple of them, by PyTorch's operators, which can be derived
+    again and again.
+    """
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.arguments = [None if isinstance(arg, torch.Tensor) else arg for arg in inputs]
+        ctx.positions = [i for i, arg in enumerate(inputs) if isinstance(arg, torch.Tensor)]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.positions))
+
+    def backward(ctx, *grads) -> tuple:
+        derivatives: list = [None] * len(ctx.arguments)
+        arguments, again = list(ctx.arguments), torch.is_grad_enabled()
+        with torch.enable_grad():
+            for i, t in zip(ctx.positions, ctx.saved_tensors):
+                arguments[i] = t.view_as(t)  # not t, from which another argument may have been computed
+            gradients = formula(*arguments)
+            gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+            outputs = [(y, grad) for y, grad in zip(gradients, grads) if y is not None and y.requires_grad]
+            wanted = [i for i in ctx.positions if ctx.needs_input_grad[i]]
+            if outputs and wanted:
+                ys, cotangents = zip(*outputs)
+                inputs = [arguments[i] for i in wanted]
+                found = torch.autograd.grad(ys, inputs, cotangents, create_graph=again, allow_unused=True)
+                for i, derivative in zip(wanted, found):
+                    derivatives[i] = derivative
+        return tuple(derivatives)
+
+    return register(schema, launch, fake, setup_context, backward, state)

@@ -80,6 +80,12 @@ def convolution_input_precision(x: torch.Tensor, weight: torch.Tensor, pixels: i
     return _input_precision(x, weight[0].numel(), weight.shape[0] // groups, in_tf32)
 
 
+def convolution_weight_gradient_precision(x: torch.Tensor, weight: torch.Tensor, pixels: int) -> str:
+    """For the gradient of that weight: sums over all pixels, in TF32 where the convolution itself is."""
+    in_tf32 = convolution_input_precision(x, weight, pixels) == "tf32"
+    return _input_precision(x, pixels, weight[0].numel(), in_tf32)
+
+
 def convolution_allows_tf32(x: torch.Tensor) -> bool:
     """Whether a convolution of x with large filters would use TF32."""
     return convolutions_in_tf32() and _on_tensor_cores(x)

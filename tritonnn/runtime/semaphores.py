@@ -40,9 +40,27 @@ def semaphores(device: torch.device, tiles: int) -> torch.Tensor:
     if counters is None:
         with _lock:
             if device.index not in _reserves:
-                _reserves[device.index] = torch.zeros(RESERVE, dtype=torch.int32, device=device), 0
-            counters = _of_streams[key] = torch.zeros(PER_STREAM, dtype=torch.int32, device=device)
+                _reserves[device.index] = _zeros_for_good(RESERVE, device), 0
+            counters = _of_streams[key] = _zeros_for_good(PER_STREAM, device)
     return counters
+
+
+def _zeros_for_good(size: int, device: torch.device) -> torch.Tensor:
+    """Made by a thread of its own, as this one's memory may come from the pool of CUDA graphs that are being warmed up.
+
+    Such a pool, that of torch.compile's mode "reduce-overhead" for instance, is to have nothing that outlives a call.
+    """
+    made = []
+
+    def make() -> None:
+        with torch.cuda.device(device):
+            made.append(torch.zeros(size, dtype=torch.int32, device=device))
+            torch.cuda.current_stream().synchronize()  # other streams will use it
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]
 
 
 def _reserved(device: torch.device, tiles: int) -> torch.Tensor:

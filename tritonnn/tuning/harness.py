@@ -19,7 +19,7 @@ from ..runtime.memory_format import empty_image
 
 CHECKED_IMAGES, RUNS = 8, 3
 LIMITS = {"tf32": 2**-11, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-21}
-"""The largest error of a right result, relative to an image in the 2-norm: one rounding; of float32's sums, eight."""
+"""The largest error of a right result, in the 2-norm relative to an image: one rounding, for float32 eight."""
 WORSE_THAN_DEFAULT = 1.05
 SAMPLE_MS = 1.0
 FEWEST_CALLS, MOST_CALLS = 4, 256
@@ -30,7 +30,7 @@ class Wrong(Exception):
 
 
 def operands(problem: Problem, device: torch.device) -> tuple[Product, Tensor]:
-    """Random ones, the same every time, and the weight [K, C / groups, R, S] before it was packed."""
+    """Random operands, the same every time, and the weight [K, C / groups, R, S] before it was packed."""
     p, epilogue = problem, problem.epilogue
     generator = torch.Generator(device).manual_seed(0)
 

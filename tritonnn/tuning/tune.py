@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from ..compile_ahead import compile_ahead
 from ..fusion.fuse import FusedNetwork
 from ..ops.conv2d import tables
 from ..ops.conv2d.dispatch import candidates, default_choice, run
@@ -24,19 +25,18 @@ from ..ops.conv2d.tables import Entry
 from ..runtime import hardware
 from ..runtime.dependent_launch import launches_as_in_graphs
 from ..swap import swapped
-from .compile_ahead import compile_ahead
 from .harness import WORSE_THAN_DEFAULT, Harness, Wrong, operands
 
 SAMPLES, FINAL_SAMPLES, FINALISTS = 2, 5, 3
 FASTER_BY = 0.98
-"""What a choice has to take of the default's time to replace it: less than that is noise."""
+"""A choice replaces the default only if it takes less than this part of its time: smaller differences are noise."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of one problem: microseconds of GPU time, and the candidates that were wrong or did not run."""
+    """The result for one problem: microseconds of GPU time, and the candidates that were wrong or did not run."""
 
     problem: Problem
     default: Choice
@@ -61,7 +61,7 @@ class TuningReport:
     seconds: float = 0.0
 
     def __add__(self, other: "TuningReport") -> "TuningReport":
-        """Of both; what the first tuned is not counted as known to the second."""
+        """Both reports as one. What the first tuned does not count as known in the second."""
         before = {t.problem for t in self.tuned}
         known = (self.known | other.known) - before
         failed = self.failed | other.failed
@@ -137,7 +137,7 @@ def tune(
         todo = [problem for problem in problems if problem not in report.known]
         with torch.autocast("cuda", enabled=False):
             # Problems that differ in their epilogues only are tuned once, with the longest: each further one would
-            # have all candidates compiled again. The others choose between what came of it and their own default.
+            # have all candidates compiled again. The others choose between its result and their own default.
             found = _by_shape(known)
             heads = set(_by_shape({p: p for p in todo if _shape(p) not in found}).values())
             _tune({p: _candidates(p, device) for p in todo if p in heads}, device, advance, report)
@@ -152,7 +152,7 @@ def tune(
 
 
 def _check(inputs: tuple) -> torch.device:
-    """The GPU of the inputs, if this is the time and place for tuning."""
+    """The GPU of the inputs. Raises RuntimeError where tuning is not possible."""
     if not torch.cuda.is_available() or triton.knobs.runtime.interpret:
         raise RuntimeError("tritonnn.tune needs a CUDA GPU: in Triton's interpreter there is nothing to tune")
     if torch.cuda.is_current_stream_capturing():
@@ -176,13 +176,13 @@ def find_problems(
     With `advance`, which is told of it, their convolutions are compiled ahead.
     """
     training = [module for module in model.modules() if module.training]
-    fused = [module for module in model.modules() if isinstance(module, FusedNetwork) and module._graphs is not None]
-    graphs = [network._graphs for network in fused]
+    fused = [module for module in model.modules() if isinstance(module, FusedNetwork) and module.graphs is not None]
+    graphs = [network.graphs for network in fused]
     try:
         for module in training:
             module.training = False
         for network in fused:
-            network._graphs = None
+            network.graphs = None
         with torch.no_grad(), swapped(model, layers):
             if advance:
                 compile_ahead([partial(model, *inputs)], partial(advance, "compiling"))
@@ -193,7 +193,7 @@ def find_problems(
             module.training = True
         for network, captured in zip(fused, graphs):
             captured.clear()  # they replay what was chosen before
-            network._graphs = captured
+            network.graphs = captured
     return list(dict.fromkeys(problems))
 
 
@@ -202,7 +202,7 @@ def _shape(problem: Problem) -> Problem:
 
 
 def _by_shape(values: Mapping[Problem, T]) -> dict[Problem, T]:
-    """Of problems that differ in their epilogues only the value of the longest one, the first of several."""
+    """For problems that differ in their epilogues only, the value of the one with the longest epilogue."""
     longest_last = sorted(reversed(values), key=lambda problem: len(problem.epilogue))
     return {_shape(problem): values[problem] for problem in longest_last}
 
@@ -257,7 +257,7 @@ def fastest(harness: Harness, choices: Sequence[Choice], clock: Callable[[Choice
             clocks[choice] = clock(choice)
         except Wrong as error:
             rejected[choice] = f"wrong: {error}"
-        except Exception as error:  # whatever Triton makes of it: too many registers, too much shared memory
+        except Exception as error:  # Triton raises many kinds: too many registers, too much shared memory
             if harness.device.type == "cuda":
                 torch.cuda.synchronize()  # raises where the GPU is lost
             rejected[choice] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -289,7 +289,7 @@ def _keep(tuned: Sequence[Tuned], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _bar(shown: bool) -> Iterator[Callable[[str, int], None]]:
-    """Gives what advances the named bar by one of so many steps."""
+    """Gives a function that advances the named progress bar by one of so many steps."""
     if not shown:
         yield lambda name, total: None
         return

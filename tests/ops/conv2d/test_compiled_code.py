@@ -61,13 +61,29 @@ HALO_BY_2 = HALO | dict(C=64, K=128, N=None, TILE_N=1, TILE_P=8, TILE_Q=16, BLOC
 HALO_BY_2 |= dict(X_SLOTS=3, W_SLOTS=7, STAGED=True, IN_SLOT=True, num_warps=8)
 DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, num_warps=4)
 MAX_POOL = FILTER | dict(
-    DEPENDENT=True, RETURN_INDICES=False, SIGNED_ZEROS=False, INDEX_0_OF_INFINITIES=False, indices_ptr=None
+    DEPENDENT=True,
+    RETURN_INDICES=False,
+    AS_TAPS=False,
+    SIGNED_ZEROS=False,
+    INDEX_0_OF_INFINITIES=False,
+    indices_ptr=None,
 )
 AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
 LARGE_POOL = "ops.avg_pool2d:avg_pool2d_large_forward_kernel"
 WHOLE_IMAGES = AVG_POOL | dict(R=112, S=112, PADDING_H=0, PADDING_W=0, ADAPTIVE=True, WHOLE=True, UNROLL=4)
-NORMALIZE = dict(INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True)
+NORMALIZE = dict(INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True, HAS_RESIDUAL=False, RELU=False)
+NORM_BACKWARD = dict(TRAINING=True, BY_INPUT=True, BY_OUTPUT=False, HAS_X=True, HAS_WEIGHT=True, HAS_BIAS=True)
+BACKWARD = FILTER | dict(C=128, K=128, GROUPS=1, INPUT_PRECISION="ieee")
+GRADIENT_OF_WEIGHT = FILTER | dict(C=64, K=64, TAPS=3, STRIDE=1, FLAT=True, TILE_N=1, TILE_P=2, TILE_Q=32)
+GRADIENT_OF_WEIGHT |= dict(
+    BLOCK_M=64, BLOCK_N=64, num_stages=3, descriptors=dict(g_desc=[64, 64], x_desc=[1, 2, 32, 64])
+)
+GRADIENT_OF_INPUT = FILTER | dict(C=128, K=128, TILE_N=1, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, ROUND_G=False)
+GRADIENT_OF_INPUT |= dict(
+    descriptors=dict(g_desc=[1, 8, 16, 64], weight_desc=[128, 64], grad_x_desc=[1, 8, 1, 16, 128]), num_stages=3
+)
 BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
+GATE = dict(DEPENDENT=True, LANES=8, BLOCK=512, odd=("VECTORS", "RUN", "PER_IMAGE"))
 LAST, FIRST = "channels_last", "contiguous"
 
 KERNEL_OF = {
@@ -295,15 +311,75 @@ KERNELS = {
         dict(ROUND_TO_TF32=True, SPLIT=False, BLOCK_M=64, BLOCK_C=64),
     ),
     "relu": ("ops.relu:relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
+    "gradient of relu": ("ops.relu_backward:relu_backward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
+    "gradient of batch_norm2d": (
+        "ops.batch_norm2d_backward:batch_norm2d_backward_input_kernel",
+        "bf16",
+        LAST,
+        NORM_BACKWARD | BY_CHANNELS,
+    ),
+    "gradient of batch_norm2d, sums": (
+        "ops.channel_sums:channel_sums_partial_kernel",
+        "bf16",
+        LAST,
+        NORM_BACKWARD | BY_CHANNELS | dict(STEPS=32, UNROLL=4),
+    ),
+    "gradient of max_pool2d": (
+        "ops.max_pool2d_backward:max_pool2d_backward_kernel",
+        "bf16",
+        LAST,
+        FILTER | BY_CHANNELS | dict(BY_TAPS=True, types=dict(indices_ptr="*u8")),
+    ),
+    "gradient of avg_pool2d": (
+        "ops.avg_pool2d_backward:avg_pool2d_backward_kernel",
+        "bf16",
+        LAST,
+        AVG_POOL | BY_CHANNELS | dict(ROWS=3, COLUMNS=3, DEPENDENT=False),
+    ),
+    "gradient of the weight": (
+        "ops.conv2d.backward.weight:conv2d_backward_weight_kernel",
+        "bf16",
+        LAST,
+        BACKWARD | dict(STEPS=64, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_stages=3),
+    ),
+    "gradient of the weight, tiles of several taps": (
+        "ops.conv2d.backward.weight:conv2d_backward_weight_kernel",
+        "bf16",
+        LAST,
+        BACKWARD | dict(C=64, K=64, STEPS=64, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_stages=3),
+    ),
+    "gradient of the weight, TMA": (
+        "ops.conv2d.backward.weight_tma:conv2d_backward_weight_tma_kernel",
+        "bf16",
+        LAST,
+        GRADIENT_OF_WEIGHT,
+    ),
+    "gradient of the input, TMA": (
+        "ops.conv2d.backward.input_tma:conv2d_backward_input_tma_kernel",
+        "bf16",
+        LAST,
+        GRADIENT_OF_INPUT,
+    ),
+    "layer_norm": (
+        "ops.layer_norm:layer_norm_forward_kernel",
+        "bf16",
+        LAST,
+        dict(HAS_WEIGHT=True, HAS_BIAS=True, DEPENDENT=True, BLOCK_M=32, BLOCK_C=128),
+    ),
+    # Sizes in vectors of eight are no multiples of 16.
+    "gate": ("ops.gate:gate_forward_kernel", "bf16", LAST, GATE | dict(CHANNELS_LAST=True)),
+    "gate, contiguous": ("ops.gate:gate_forward_kernel", "bf16", FIRST, GATE | dict(CHANNELS_LAST=False)),
 }
 OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
+ON_TENSOR_CORES += ["gradient of the weight", "gradient of the weight, tiles of several taps"]
 BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
 COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[2:]]
 """Kernels that round or split x in registers, from which, or from one place of shared memory, tensor cores read it."""
 WITH_HALO = [name for name in KERNELS if "halo" in name]
 RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
-BY_TMA = BY_TAPS + WITH_HALO
+GRADIENTS_BY_TMA = [name for name in KERNELS if "gradient" in name and "TMA" in name]
+BY_TMA = BY_TAPS + WITH_HALO + GRADIENTS_BY_TMA
 FEW_PIXELS = ["conv2d, sliced-K", *RESIDENT_KERNELS]
 ROUNDS = [
     *[name for name in WITH_HALO if "rounded" in name],
@@ -322,6 +398,7 @@ FEW_OUTPUTS = [
     "avg_pool2d, whole images",
     "avg_pool2d, whole images, contiguous",
     "conv2d, depthwise, contiguous",
+    "gradient of batch_norm2d, sums",
 ]
 """Kernels of which a thread has one output, or a column of them."""
 
@@ -342,16 +419,24 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     module, _, name = path.partition(":")
     kernel = getattr(importlib.import_module(f"tritonnn.{module}"), name)
     assert not [p.name for p in kernel.params if "stride" in p.name and p.annotation_type], "annotated strides"
-    names, odd = kernel.arg_names, constants.get("odd", ())
+    names, odd, descriptors = kernel.arg_names, constants.get("odd", ()), constants.get("descriptors")
+    special = constants.get("types", {})
     ones = ("stride_c", "stride_k") if memory_format == "channels_last" else ("stride_w", "stride_pixel")
     types_of_sums = dict(ACC=tl.float32, LANE=tl.float32, INDEX=tl.int32, OFFSET=tl.int32)
     constants = {name: 1 for name in names if name.endswith(ones)} | types_of_sums | constants
     launched = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     constants = {name: value for name, value in constants.items() if name in names}
-    types = {"eps": "fp64", "semaphores_ptr": "*i32", "inverse_of_pixels": "fp32", "inverse_of_q": "fp32"} | {
-        name: "*fp32" for name in ("mean_ptr", "var_ptr", "partial_ptr")
-    }
-    if "X_SLOTS" in constants:
+    types = {
+        "eps": "fp64",
+        "semaphores_ptr": "*i32",
+        "indices_ptr": "*i64",
+        "inverse_of_pixels": "fp32",
+        "inverse_of_q": "fp32",
+    } | {name: "*fp32" for name in ("mean_ptr", "var_ptr", "partial_ptr", "coefficients_ptr", "inverse_ptr")}
+    types |= special
+    if descriptors:
+        types |= {name: f"tensordesc<{dtype}{box}>" for name, box in descriptors.items()}
+    elif "X_SLOTS" in constants:
         types |= halo_types(dtype, constants)
     elif "TILE_N" in constants:
         tile, n, k = (
@@ -418,7 +503,17 @@ def test_windows_are_loaded_16_bytes_at_a_time_and_all_fits_the_registers(name, 
     assert "0 bytes spill stores" in assembled(ptx[name], tmp_path)
 
 
-@pytest.mark.parametrize("name", BY_TMA)
+@pytest.mark.parametrize("name", GRADIENTS_BY_TMA)
+def test_tensor_cores_read_gradients_from_where_tma_brought_them(name, ptx, tmp_path):
+    """While the products of one step run, those of the step before may still be running."""
+    assert "cp.async.bulk.tensor.4d.shared" in ptx[name]
+    loop = ptx[name].partition("wgmma.mma_async")[2].partition("wgmma.wait_group.sync.aligned 0")[0]
+    assert "ldmatrix" not in ptx[name] and "st.shared" not in loop
+    assert re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])[0] != "0"
+    assert "0 bytes spill stores" in assembled(ptx[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", BY_TAPS + WITH_HALO)
 def test_tma_brings_the_tiles(name, ptx):
     assert f"cp.async.bulk.tensor.{5 if name in WITH_HALO else 4}d.shared" in ptx[name]
     staged = KERNELS[name][3].get("STAGED", True)

@@ -14,7 +14,7 @@ from helpers.problems import COPIED, HALF, POINTERS, SLICED, problem, sliced_k
 from torch import nn
 
 import tritonnn
-from tritonnn.ops.conv2d import op, tables
+from tritonnn.ops.conv2d import dispatch, op, tables
 from tritonnn.ops.conv2d.forms.few_channels import FewChannelsConfig
 from tritonnn.ops.conv2d.forms.in_registers import InRegistersConfig
 from tritonnn.ops.conv2d.forms.tma import config_of
@@ -210,8 +210,9 @@ class TestLaunches:
             ran.append(choice)
             right(product, choice)
 
-        right = op.run
-        monkeypatch.setattr(op, "run", run)
+        right = dispatch.run
+        for caller in (dispatch, op):
+            monkeypatch.setattr(caller, "run", run)
         return ran
 
     @pytest.mark.parametrize("choice", [SLICED, POINTERS, COPIED], ids=str)
@@ -221,7 +222,7 @@ class TestLaunches:
         network = tritonnn.fuse(layer) if fused else layer
         (found,) = find_problems(network, (x,))
         assert found == problem(epilogue=("bias",))
-        tables._tables[-1] = {found: choice}
+        tables.tuned_choices(-1)[found] = choice
         with torch.no_grad(), tritonnn.swapped(layer):
             y = network(x)
         assert ran[-1] == choice
@@ -236,14 +237,14 @@ class TestLaunches:
         ids=lambda item: item[0],
     )
     def test_they_ignore_what_cannot_run(self, choice, ran):
-        tables._tables[-1] = {problem(epilogue=("bias",)): choice[1]}
+        tables.tuned_choices(-1)[problem(epilogue=("bias",))] = choice[1]
         layer, x = nn.Conv2d(64, 32, 3, padding=1), image(2, 64, 8, 8, channels_last=True)
         with torch.no_grad(), tritonnn.swapped(layer):
             layer(x)
         assert len(ran) == 1 and ran[0] != choice[1] and ran[0].config.form == "pointers"
 
     def test_a_problem_is_the_whole_key(self, ran):
-        tables._tables[-1] = {problem(n=3, epilogue=("bias",)): SLICED}
+        tables.tuned_choices(-1)[problem(n=3, epilogue=("bias",))] = SLICED
         layer, x = nn.Conv2d(64, 32, 3, padding=1), image(2, 64, 8, 8, channels_last=True)
         with torch.no_grad(), tritonnn.swapped(layer):
             layer(x)

@@ -10,11 +10,13 @@ from ...ops.conv2d.op import conv2d_fused
 from ...ops.pooled_linear import MOST_IMAGES, MOST_OUTPUTS, pooled_linear
 from ...runtime.precision import (
     autocast,
+    autocast_type,
     matmul_input_precision,
 )
 from ..layer import pair, reason_to_fall_back
 from .activation import NO_ACTIVATION
 from .base import FusedLayer, fused_layer, is_recorded
+from .conv2d import FusedConv2d
 
 
 class FusedLinear(FusedLayer):
@@ -62,6 +64,33 @@ class FusedLinear(FusedLayer):
 
     def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
         return self._finish(F.linear(x, *self._pytorch_parameters()), residual)
+
+
+class FusedLinearOfImages(FusedConv2d):
+    """FusedLinear whose input is [N, C, H, W] and result [N, K, H, W], both channels_last, with a scale a channel.
+
+    Under autocast a scaled result has the type of the scale, as PyTorch's product would: it is computed by PyTorch.
+    """
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if self.scale is not None and autocast_type(self.weight) != self.weight.dtype:
+            return self._fall_back("autocast", self._with_pytorch, input, residual)
+        return super().forward(input, residual)
+
+    def input_precision(self, x: torch.Tensor) -> str:
+        return matmul_input_precision(x, self.weight)
+
+    def _recorded(self, x: torch.Tensor, residual: torch.Tensor | None, apart: str | None) -> torch.Tensor:
+        parameters, window = (self.weight[:, :, 0, 0], self.scale, self.bias), ((1, 1), (0, 0), (1, 1), 1)
+        return fused_layer(x, *parameters, residual, *self._activation_in_kernel(apart), *window)
+
+    def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
+        weight, scale, bias = self.weight[:, :, 0, 0], self.scale, self.bias
+        if scale is None:
+            y = F.linear(x.movedim(-3, -1), weight, None if bias is None else bias.to(weight.dtype))
+            return self._finish(y.movedim(-1, -3), residual)
+        y = F.linear(x.movedim(-3, -1), weight).movedim(-1, -3) * scale.to(weight.dtype).view(-1, 1, 1)
+        return self._finish(y if bias is None else y + bias.to(weight.dtype).view(-1, 1, 1), residual)
 
 
 class FusedPooledLinear(FusedLinear):

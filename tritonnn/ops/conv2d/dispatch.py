@@ -1,6 +1,9 @@
 """Which form computes a convolution: asks each form in turn, and knows none by name."""
 
+import torch
+
 from ...runtime.hardware import Gpu
+from .epilogue import Epilogue
 from .forms import BY_NAME, FORMS
 from .forms.form import Form
 from .pack import channels_last
@@ -43,6 +46,24 @@ def run(product: Product, choice: Choice) -> None:
         x = channels_last(product.x, product.round_x).permute(0, 3, 1, 2)
         product = product._replace(x=x, round_x=False)
     form_of(choice).run(product, choice.config)
+
+
+def launch_unpacked(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    channels_last_y: bool,
+    window: tuple,
+    groups: int,
+    input_precision: str,
+    epilogue: Epilogue,
+) -> None:
+    """Runs the product of x and a weight [K, C / groups, R, S], which is packed first where its form needs that."""
+    packed = weight.permute(0, 2, 3, 1)
+    round_x = input_precision == "tf32"
+    product = Product(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
+    choice = choose(product)
+    run(product._replace(packed=form_of(choice).pack(weight, input_precision)), choice)
 
 
 def candidates(product: Product, gpu: Gpu) -> list[Choice]:

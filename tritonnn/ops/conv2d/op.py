@@ -10,11 +10,15 @@ computed by one of several forms (forms/), which dispatch.py picks.
 import torch
 
 from ...runtime import hardware
+from ...runtime.fallbacks import counter_of_backward
 from ...runtime.memory_format import empty_image, is_channels_last
 from ...runtime.operator import register
 from ...runtime.precision import convolution_input_precision, convolutions_in_tf32
+from ..channel_sums import channel_sums
 from ..window import output_size
-from .dispatch import choose, default_choice, form_of, run
+from .backward.choice import reasons_for_pytorch
+from .backward.op import conv2d_backward_input, conv2d_backward_weight
+from .dispatch import choose, default_choice, launch_unpacked, run
 from .epilogue import Epilogue
 from .forms import sliced_k
 from .problem import Product, Shortcut
@@ -48,46 +52,31 @@ def _launch(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
     return y
 
 
-def launch_unpacked(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    channels_last_y: bool,
-    window: tuple,
-    groups: int,
-    input_precision: str,
-    epilogue: Epilogue,
-) -> None:
-    """Runs the product of x and a weight [K, C / groups, R, S], which is packed first where its form needs that."""
-    packed = weight.permute(0, 2, 3, 1)
-    round_x = input_precision == "tf32"
-    product = Product(x, packed, y, channels_last_y, *window, groups, input_precision, round_x, epilogue)
-    choice = choose(product)
-    run(product._replace(packed=form_of(choice).pack(weight, input_precision)), choice)
-
-
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
-    ctx.bias_size = None if bias is None else bias.shape
+    x, weight, _, *ctx.window = inputs
+    ctx.fallbacks = counter_of_backward()
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx, grad_y):
     x, weight = ctx.saved_tensors
-    grads = torch.ops.aten.convolution_backward(
-        grad_y,
-        x,
-        weight,
-        ctx.bias_size,
-        ctx.stride,
-        ctx.padding,
-        ctx.dilation,
-        False,
-        [0, 0],
-        ctx.groups,
-        ctx.needs_input_grad[:3],
-    )
-    return *grads, None, None, None, None
+    needed = ctx.needs_input_grad[:3]
+    reasons = reasons_for_pytorch(x, weight, *ctx.window)
+    theirs = [wanted and reason is not None for wanted, reason in zip(needed, (*reasons, None))]
+    grad_x = grad_weight = grad_bias = None
+    if any(theirs):
+        arguments = None, *ctx.window[:3], False, [0, 0], ctx.window[3]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad_y, x, weight, *arguments, theirs)
+        if ctx.fallbacks is not None:
+            ctx.fallbacks.update(reason for reason, wanted in zip(reasons, theirs) if wanted)
+    channels_last = _is_channels_last(x, weight)
+    if needed[0] and not theirs[0]:
+        grad_x = conv2d_backward_input(grad_y, weight, tuple(x.shape), channels_last, *ctx.window)
+    if needed[1] and not theirs[1]:
+        grad_weight = conv2d_backward_weight(grad_y, x, tuple(weight.shape), channels_last, *ctx.window)
+    if needed[2]:
+        grad_bias = channel_sums(grad_y)
+    return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 conv2d = register(

@@ -6,6 +6,9 @@
 The reduction is split among the warps of a program, as in sliced_k.py, but nothing is fetched ahead: a thread loads
 its part of both operands at once, in the order in which the tensor cores take them, and waits once. x is read through
 L1, where the windows of a program overlap. Images are channels_last.
+
+The file is long because kernel, launcher and heuristics belong together: what a thread loads, the layouts in which it
+loads it, and the number of registers that this takes decide which products fit at all.
 """
 
 import math

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,10 +19,11 @@ from helpers.trained import small, trained
 from torch import nn
 
 import tritonnn
+from tritonnn.compile_ahead import Kernel, compile_ahead, kernels_of
 from tritonnn.ops.conv2d.forms.pointers import conv2d_pointers_forward_kernel
 from tritonnn.ops.conv2d.pack import channels_last_kernel
+from tritonnn.runtime import dependent_launch
 from tritonnn.runtime.dependent_launch import launches_as_in_graphs
-from tritonnn.tuning.compile_ahead import Kernel, compile_ahead, kernels_of
 
 POINTERS, RELU = "conv2d_pointers_forward_kernel", "relu_forward_kernel"
 OF_CONVOLUTIONS = [
@@ -53,11 +55,13 @@ def test_an_error_of_the_compiler_is_left_to_the_launch(told):
 
 def test_others_are_left_alone(told):
     """Kernels of others, other threads, and a hook that was there before."""
-    assert told["of others"] == {"noted": [], "asked": ["foreign_forward_kernel", RELU, POINTERS], "put back": True}
+    of_others = told["of others"]
+    assert of_others.pop("every kernel") == [RELU], "those of this package are noted where all are asked for"
+    assert of_others == {"noted": [], "asked": ["foreign_forward_kernel", RELU, POINTERS], "put back": True}
 
 
 def test_plans_that_were_made_meanwhile_are_forgotten(told):
-    assert told["plans forgotten"] == 1
+    assert told["plans forgotten"] == 2, "once for each time that kernels were noted"
 
 
 def test_keys_are_the_same_in_every_process():
@@ -69,13 +73,40 @@ def test_keys_are_the_same_in_every_process():
 def test_after_ctrl_c_nothing_more_is_compiled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
-    monkeypatch.setattr("tritonnn.tuning.compile_ahead.MOST_THREADS", 1)
+    monkeypatch.setattr("tritonnn.compile_ahead.MOST_THREADS", 1)
     compiler = mock.Mock(preload=mock.Mock(side_effect=lambda specialization: time.sleep(0.01)))
     kernels = [Kernel(compiler, str(i)) for i in range(100)]
-    monkeypatch.setattr("tritonnn.tuning.compile_ahead.kernels_of", lambda call: kernels)
+    monkeypatch.setattr("tritonnn.compile_ahead.kernels_of", lambda *call: kernels)
     with pytest.raises(KeyboardInterrupt):
         compile_ahead([None], mock.Mock(side_effect=KeyboardInterrupt))
     assert 0 < compiler.preload.call_count < 50
+
+
+def test_two_threads_that_note_kernels_leave_no_hook_behind():
+    """The second one begins when the first has put back what was there, also where it asks earlier."""
+    first_notes, first_may_end = threading.Event(), threading.Event()
+    before = triton.knobs.runtime.jit_cache_hook
+    first = threading.Thread(target=kernels_of, args=(lambda: first_notes.set() or first_may_end.wait(5),))
+    second = threading.Thread(target=kernels_of, args=(lambda: None,))
+    first.start()
+    first_notes.wait(5)
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    first_may_end.set()
+    first.join()
+    second.join()
+    assert triton.knobs.runtime.jit_cache_hook is before
+
+
+def test_two_threads_that_launch_as_in_graphs_leave_nothing_behind():
+    first, second = launches_as_in_graphs(), launches_as_in_graphs()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dependent_launch._blocks == 1
+    second.__exit__(None, None, None)
+    assert dependent_launch._blocks == 0
 
 
 def test_layers_give_zeros():
@@ -161,7 +192,7 @@ def posing() -> dict:
     launch = triton.JITFunction.run
     triton.JITFunction.run = lambda *args, warmup, **options: launch(*args, warmup=True, **options)
     triton.runtime.driver.set_active(Hopper())
-    with mock.patch("tritonnn.tuning.compile_ahead.forget_plans") as forget_plans:
+    with mock.patch("tritonnn.compile_ahead.forget_plans") as forget_plans:
         told = {"of others": kernels_of_others(), "plans forgotten": forget_plans.call_count}
     compiled = []
     with (
@@ -182,14 +213,12 @@ def posing() -> dict:
         told["compiled later"] = compiled[5:]
         advanced = told["advanced past an error"] = []
         kernel = Kernel(conv2d_pointers_forward_kernel, "{}")
-        with mock.patch("tritonnn.tuning.compile_ahead.kernels_of", lambda call: [kernel, kernel]):
+        with mock.patch("tritonnn.compile_ahead.kernels_of", lambda *call: [kernel, kernel]):
             compile_ahead([None], advanced.append)
     return told
 
 
 def kernels_of_others() -> dict:
-    import threading
-
     from tritonnn.ops.relu import relu_forward_kernel
 
     runtime, asked, x, convolution = triton.knobs.runtime, [], torch.zeros(16), convolutions()[0]
@@ -205,9 +234,10 @@ def kernels_of_others() -> dict:
         thread.start()
         thread.join()
 
-    noted = kernels_of(call)
+    noted, every = kernels_of(call), kernels_of(relu, every_kernel=True)
     put_back, runtime.jit_cache_hook = runtime.jit_cache_hook is before, None
-    return {"noted": noted, "asked": asked, "put back": put_back}
+    names = [kernel.function.__name__ for kernel in every]
+    return {"noted": noted, "asked": asked, "put back": put_back, "every kernel": names}
 
 
 def convolutions() -> list[Callable[[], None]]:

@@ -1,0 +1,274 @@
+"""Times networks of torchvision and timm: PyTorch's ways to run them and ours, side by side on a GPU.
+
+    python benchmarks/zoo.py
+    python benchmarks/zoo.py --networks resnet50 timm/resnext50_32x4d --batch-sizes 64 --dtypes bf16
+    python benchmarks/zoo.py --layers
+
+Each network, type and batch size is a process of its own, one at a time a GPU. A run that was interrupted goes on
+where it stopped: what its folder has is not measured again. Ends with 0, 1 if a case failed, 2 on wrong use, 130 if it
+was interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository's root
+
+import argparse
+import logging
+import os
+import queue
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from rich.console import Console
+
+from benchmarks.cases import flags
+from benchmarks.compare import RESULTS, Parser, command, count, positive, settings, slug
+from benchmarks.networks import cudnn_benchmark
+from benchmarks.zoo_case import PEERS, ZooCase, ZooResult, compile_only, measure_layers, measure_network
+from benchmarks.zoo_report import rich_tables, write
+from lit_modules.command_line import UserError, user_errors_in_one_line
+from lit_modules.environment import environment
+from tritonnn.command.networks import UserError as UnknownNetwork
+from tritonnn.command.networks import maker
+
+NETWORKS = (
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "vgg16_bn",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mnasnet1_0",
+    "shufflenet_v2_x1_0",
+    "squeezenet1_1",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "regnet_y_400mf",
+    "convnext_tiny",
+)
+DTYPES = ("bf16", "default")
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITONNN_CACHE_DIR")
+INTERRUPTED = 130
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="zoo.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--networks", nargs="+", default=NETWORKS, metavar="NAME", help="torchvision's names, timm/NAME, package:NAME")
+    add("--batch-sizes", nargs="+", type=positive, default=(1, 64), metavar="N", help="(default: 1 64)")
+    add("--dtypes", nargs="+", choices=("bf16", "fp16", "tf32", "fp32", "default"), default=DTYPES)
+    add("--peers", nargs="+", choices=tuple(PEERS), default=tuple(PEERS), metavar="PEER", help=", ".join(PEERS))
+    add("--layers", action="store_true", help="each distinct layer alone, PyTorch's beside ours, in place of networks")
+    add("--output", type=Path, help="folder; default: benchmarks/results/<GPU>/zoo")
+    add(
+        "--ahead",
+        type=count,
+        metavar="N",
+        default=0,
+        help="processes that compile before anything is timed: faster, but no first calls are measured (default: 0)",
+    )
+    add("--again", action="store_true", help="measure also what the folder has")
+    add("--report", action="store_true", help="only write page and picture of what the folder has")
+    add("--child", choices=("measure", "compile"), help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    args.cases = [ZooCase(name, dtype, n) for name in args.networks for n in args.batch_sizes for dtype in args.dtypes]
+    for case in args.cases:
+        try:
+            maker(case.network)
+        except UnknownNetwork as error:
+            raise UserError(f"--networks: {error}") from error
+    return args
+
+
+def child(args: argparse.Namespace) -> None:
+    """Measures or compiles the one case of the arguments, in this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0)
+    [case] = args.cases
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    from torch._inductor import config as inductor  # slow to import
+
+    inductor.autotune_num_choices_displayed = 0  # max-autotune would print ten lines a layer
+    log = logging.getLogger("tritonnn")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.FileHandler(args.output / case.file.replace(".json", ".log"), "w"))
+    log.propagate = False
+    with torch.no_grad(), flags(case.dtype), cudnn_benchmark(True):
+        if args.child == "compile":
+            compile_only(case, device, args.peers[0])
+            return
+        result = ZooResult(case.task, case.dtype, case.batch_size, environment(device) | settings(device))
+        if args.layers:
+            result.layers = measure_layers(case, device, say)
+        else:
+            result.peers = measure_network(case, device, args.peers, say)
+    result.save(args.output / case.file)
+
+
+class Run:
+    """Hands the cases to processes, one at a time a GPU."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, console: Console) -> None:
+        self.args, self.folder, self.console = args, folder, console
+        self.start = time.perf_counter()
+        self.failed: list[str] = []
+        self.processes: set[subprocess.Popen] = set()
+        self.stopped = False
+        self.lock = threading.Lock()
+
+    def say(self, line: str) -> None:
+        with self.lock:
+            self.console.print(f"[{time.perf_counter() - self.start:5.0f} s] {line}", markup=False, highlight=False)
+
+    def run(self) -> int:
+        done = [case for case in self.args.cases if not self.args.again and (self.folder / case.file).exists()]
+        todo = [case for case in self.args.cases if case not in done]
+        self.say(f"{len(todo)} cases on {len(devices())} GPU{'s' * (len(devices()) > 1)}, {len(done)} done before")
+        try:
+            if self.args.ahead and not self.args.layers:
+                self._compile_ahead(todo)
+            self._measure(todo)
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        finally:
+            write(self.folder, self.args.cases, command_line())
+        return 1 if self.failed else 0
+
+    def _stop(self) -> None:
+        self.stopped = True
+        for process in list(self.processes):
+            process.terminate()
+
+    def _compile_ahead(self, todo: list[ZooCase]) -> None:
+        jobs = [
+            (case, peer) for case in todo for peer in self.args.peers if peer.startswith(("compile", "swap", "fus"))
+        ]
+        gpus = devices()
+
+        def job(index: int) -> None:
+            case, peer = jobs[index]
+            status = self._child(case, "compile", [peer], gpus[index % len(gpus)], {}, quiet=True)
+            self.say(f"compiled ahead: {case.name} {peer}{' failed' if status else ''}")
+
+        with ThreadPoolExecutor(self.args.ahead) as pool:
+            list(pool.map(job, range(len(jobs))))
+
+    def _measure(self, todo: list[ZooCase]) -> None:
+        cases: queue.SimpleQueue[ZooCase] = queue.SimpleQueue()
+        for case in todo:
+            cases.put(case)
+
+        def work(gpu: str) -> None:
+            while not self.stopped:
+                try:
+                    case = cases.get_nowait()
+                except queue.Empty:
+                    return
+                self._measure_one(case, gpu, len(todo) - cases.qsize(), len(todo))
+
+        threads = [threading.Thread(target=work, args=(gpu,), daemon=True) for gpu in devices()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)  # so that Ctrl-C is heard
+
+    def _measure_one(self, case: ZooCase, gpu: str, number: int, of: int) -> None:
+        self.say(f"{number} of {of}: {case.name} on GPU {gpu}")
+        with tempfile.TemporaryDirectory() as caches:
+            cold = {} if self.args.ahead else {name: f"{caches}/{name.lower()}" for name in CACHES}
+            status = self._child(case, "measure", self.args.peers, gpu, cold)
+        if status and not self.stopped:
+            self.failed.append(case.name)
+            self.say(f"{case.name}: failed, its process ended with {status}")
+        elif not status:
+            tables = rich_tables([ZooResult.load(self.folder / case.file)])
+            with self.lock:
+                for table in tables:
+                    self.console.print(table)
+
+    def _child(
+        self, case: ZooCase, what: str, peers: Sequence[str], gpu: str, environment: dict[str, str], quiet: bool = False
+    ) -> int:
+        options = ["--networks", case.task, "--batch-sizes", str(case.batch_size), "--dtypes", case.dtype]
+        options += ["--peers", *peers, "--output", str(self.folder), *["--layers"] * self.args.layers]
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--child", what, *options],
+            env=os.environ | environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self.processes.add(process)
+        last = ""
+        for line in process.stdout:
+            last = line.strip() or last
+            if not quiet and line.strip():
+                self.say(f"  {case.name}: {line.rstrip()[:300]}")
+        status = process.wait()
+        self.processes.discard(process)
+        if status and quiet and not self.stopped:
+            self.say(f"  {case.name}: {last[:300]}")
+        return status
+
+
+def devices() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU; one without a name where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]) or [""]
+
+
+def command_line() -> str:
+    return command(sys.argv[1:]).replace("compare.py", "zoo.py")
+
+
+def zoo(args: argparse.Namespace, console: Console) -> int:
+    """Returns the status to end with; what was measured is written in any case."""
+    if args.child:
+        child(args)
+        return 0
+    if not torch.cuda.is_available() and not args.report:
+        raise UserError("no CUDA GPU: times on anything else say nothing about the kernels")
+    if args.output is None and not torch.cuda.is_available():
+        raise UserError("--report without a GPU needs --output, the folder of a run")
+    folder = args.output or RESULTS / slug(torch.cuda.get_device_name()) / ("zoo-layers" if args.layers else "zoo")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {error}") from error
+    try:
+        status = 0 if args.report else Run(args, folder, console).run()
+    except KeyboardInterrupt:
+        print(f"interrupted: {folder} has the cases that were done; the same command goes on there", file=sys.stderr)
+        return INTERRUPTED
+    for table in rich_tables(write(folder, args.cases, command_line())):
+        console.print(table)
+    console.print(f"written: {folder}")
+    return status
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with user_errors_in_one_line():
+        status = zoo(parse(arguments), console)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

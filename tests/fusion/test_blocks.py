@@ -1,0 +1,170 @@
+"""tritonnn.fuse: what blocks of newer networks have besides convolutions: layer norms, layer scale, gates."""
+
+import copy
+
+import pytest
+import torch
+from helpers.compare import DEVICE, TOLERANCE, image
+from helpers.fused import Net
+from helpers.trained import trained
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tritonnn
+from tritonnn.layers.fused.gate import FusedGate
+from tritonnn.layers.fused.layer_norm import FusedLayerNorm
+from tritonnn.layers.fused.linear import FusedLinearOfImages
+from tritonnn.ops.gate import gate
+from tritonnn.ops.layer_norm import layer_norm
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+class ConvNeXtBlock(nn.Module):
+    """As torchvision has it; `norm2d`: the norm over the channels of an image, by permuting."""
+
+    def __init__(self, C: int = 8) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(C, C, 7, padding=3, groups=C), nn.LayerNorm(C, eps=1e-6)
+        self.wide, self.narrow = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        self.layer_scale = nn.Parameter(torch.randn(C, 1, 1))
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.randn(C)), nn.Parameter(torch.randn(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.layer_scale * self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+        y += x
+        y = F.layer_norm(y.permute(0, 2, 3, 1), (8,), self.norm_weight, self.norm_bias, 1e-6)
+        return y.permute(0, 3, 1, 2)
+
+
+class Gated(nn.Module):
+    """Squeeze-and-excitation as torchvision has it, the gates first, and as others do."""
+
+    def __init__(self, gates_first: bool = True) -> None:
+        super().__init__()
+        self.conv, self.squeeze, self.excite = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+        self.gates_first = gates_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.conv(x))
+        gates = torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
+        return gates * y if self.gates_first else y.mul(gates)
+
+
+def assert_right(network: nn.Module, model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        y, pytorch, exact = network(x), model(x), copy.deepcopy(model).double()(x.double())
+    assert (y.shape, y.stride(), y.dtype) == (pytorch.shape, pytorch.stride(), pytorch.dtype)
+    limit = max(2 * (pytorch - exact).abs().max(), 1e-7 * exact.abs().max())
+    assert (y - exact).abs().max() <= limit
+
+
+def layers(network: nn.Module, kind: type) -> list[nn.Module]:
+    return [module for module in network.modules() if type(module) is kind]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_block_of_convnext(dtype, channels_last):
+    model = trained(ConvNeXtBlock(), dtype)
+    x = image(2, 8, 6, 5, dtype=dtype, channels_last=channels_last)
+    network = tritonnn.fuse(model)
+    assert_right(network, model, x)
+    assert len(layers(network, FusedLayerNorm)) == 2 and len(layers(network, FusedLinearOfImages)) == 1
+    assert "1 linear + scale + residual" in str(network.report) and not network.report.fallbacks
+
+
+def test_a_block_of_convnext_under_autocast():
+    """The product with a float32 scale is float32, as PyTorch's."""
+    model, x = trained(ConvNeXtBlock(), torch.float32), image(2, 8, 6, 5)
+    network = tritonnn.fuse(model)
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        y, pytorch = network(x), model(x)
+    exact = copy.deepcopy(model).double()(x.double())
+    assert (y.dtype, y.stride()) == (pytorch.dtype, pytorch.stride())
+    assert (y - exact).abs().max() <= 1.5 * (pytorch - exact).abs().max()
+
+
+def test_the_scale_of_a_linear_layer_follows_the_switch_for_products(monkeypatch):
+    """Not that for convolutions, which may use TF32 where products may not."""
+    layer = layers(tritonnn.fuse(trained(ConvNeXtBlock(), torch.float32)), FusedLinearOfImages)[0]
+    seen = []
+    monkeypatch.setattr("tritonnn.layers.fused.linear.matmul_input_precision", lambda x, w: seen.append(x) or "ieee")
+    layer(image(2, 32, 3, 3, channels_last=True), image(2, 8, 3, 3, channels_last=True))
+    assert seen
+
+
+class Permutes(nn.Module):
+    """Linear layers whose result goes elsewhere too, or is permuted otherwise: they stay what they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return a.permute(0, 3, 1, 2).sum() + a + self.b(x).permute(0, 3, 2, 1).mean() + self.scale.sum()
+
+
+def test_other_permuted_linear_layers():
+    model, x = trained(Permutes(), torch.float64), image(2, 3, 3, 4, dtype=torch.float64)
+    network = tritonnn.fuse(model)
+    assert_right(network, model, x)
+    assert not layers(network, FusedLinearOfImages)
+
+
+@pytest.mark.parametrize("gates_first", [True, False])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_squeeze_and_excitation(dtype, channels_last, gates_first):
+    model = trained(Gated(gates_first), dtype)
+    x = image(2, 4, 7, 6, dtype=dtype, channels_last=channels_last)
+    network = tritonnn.fuse(model)
+    assert_right(network, model, x)
+    assert len(layers(network, FusedGate)) == 1 and not network.report.fallbacks
+
+
+def test_a_product_of_other_shapes_is_pytorchs():
+    model = trained(Net(lambda n, x: n.b(x).sigmoid() * n.a(x)), torch.float64)
+    network, x = tritonnn.fuse(model), image(2, 4, 3, 3, dtype=torch.float64)
+    assert_right(network, model, x)
+    [fallbacks] = network.report.fallbacks.values()
+    assert list(fallbacks) == ["no product of an image and gates of its type"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 96), (130, 33), (3, 1000), (2, 5000)], ids=str)
+def test_layer_norm(shape, dtype):
+    x = torch.randn(shape, device=DEVICE).to(dtype) * 3 + 100
+    weight, bias = (torch.randn(shape[1], device=DEVICE).to(dtype) for _ in range(2))
+    for parameters in ((weight, bias), (weight, None), (None, None)):
+        exact = F.layer_norm(x.double(), shape[1:], *[p if p is None else p.double() for p in parameters], 1e-5)
+        pytorch = F.layer_norm(x, shape[1:], *parameters, 1e-5)
+        y = layer_norm(x, *parameters, 1e-5)
+        error, limit = (y - exact).abs().max(), (pytorch - exact).abs().max()
+        assert y.dtype == dtype and error <= 2 * limit + TOLERANCE[dtype]
+
+
+def test_layer_norm_of_numbers_that_are_none():
+    x = torch.randn(3, 8, device=DEVICE)
+    x[0, 3], x[1, 2] = float("nan"), float("inf")
+    y, pytorch = layer_norm(x, None, None, 1e-5), F.layer_norm(x, (8,))
+    torch.testing.assert_close(y, pytorch, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 16, 4, 4), (1, 24, 1, 1), (2, 1, 8, 8), (2, 40, 9, 1)], ids=str)
+def test_gate(shape, dtype):
+    gates = image(*shape[:2], 1, 1, dtype=dtype)
+    for channels_last in (False, True):
+        x = image(*shape, dtype=dtype, channels_last=channels_last)
+        y = gate(x, gates)
+        assert torch.equal(y, x * gates) and y.stride() == x.stride()
+
+
+def test_layers_fall_back_where_no_kernel_takes_their_input():
+    norm = FusedLayerNorm((3, 4)).to(DEVICE)
+    x = torch.randn(2, 3, 4, device=DEVICE)
+    torch.testing.assert_close(norm(x), F.layer_norm(x, (3, 4)))
+    assert list(norm.fallbacks) == ["normalized_shape"]

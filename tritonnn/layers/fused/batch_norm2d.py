@@ -1,0 +1,48 @@
+"""Batch norm with the residual sum and the ReLU after it, for training."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...ops.batch_norm2d_relu import batch_norm2d_relu
+from ...runtime.memory_format import is_channels_last
+from ..batch_norm2d import TritonBatchNorm2d
+from ..layer import TritonLayer, is_empty
+
+
+class BatchNormReLU2d(TritonLayer, nn.Module):
+    """relu(norm(input) + residual), of a batch norm whose parameters and statistics it shares.
+
+    Shape: [N, C, H, W], that of the residual too. One kernel where `norm` is in training; else, and for what no kernel
+    takes, one operation after the other.
+    """
+
+    def __init__(self, norm: TritonBatchNorm2d) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        norm = self.norm
+        if not norm.training or is_empty(input):
+            return self._one_by_one(input, residual)
+        norm._check_input_dim(input)
+        reason = norm._reason_to_fall_back(input, from_batch=True)
+        if reason is None and input.dim() != 4:
+            reason = f"{input.dim()} dimensions"
+        if reason is None and residual is not None and not _are_alike(input, residual):
+            reason = "a residual of another shape, type, device or memory format"
+        if reason is not None:
+            return self._fall_back(reason, self._one_by_one, input, residual)
+        y, mean, var, _ = batch_norm2d_relu(input, residual, norm.weight, norm.bias, norm.eps)
+        if norm.track_running_stats:
+            norm._update_running_statistics(mean, var, input.numel() // input.shape[1])
+        return y
+
+    def _one_by_one(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        y = self.norm(input)
+        return F.relu(y if residual is None else y + residual)
+
+
+def _are_alike(x: torch.Tensor, residual: torch.Tensor) -> bool:
+    same = (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
+    return same and is_channels_last(residual) == is_channels_last(x)

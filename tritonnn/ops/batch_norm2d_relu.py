@@ -1,0 +1,112 @@
+"""Batch norm in training with what follows it in a residual block: y = relu(batch_norm(x) + residual); its gradients.
+
+x, residual: [N, C, H, W]. Normalising, adding and ReLU are one pass over memory, and the mask of ReLU needs none of its
+own backward: without a residual it is computed again from x, with one it is that of y, which the next layer keeps
+anyway, and the masked gradient is that of the residual. Values and gradients are those of three operations one after
+the other.
+"""
+
+import torch
+
+from ..runtime.memory_format import is_channels_last
+from ..runtime.operator import register, register_gradient
+from .batch_norm2d import batch_statistics, normalize
+from .batch_norm2d_backward import dense, run, statistics_dtype
+from .channel_sums import Mask
+
+
+def _backward_outputs(
+    g, x, y, weight, bias, mean, var, inverse, eps
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    C, parameter = x.shape[1], mean if weight is None else weight
+    grad_x = torch.empty_like(x, memory_format=_memory_format(x))
+    grad_residual = torch.empty_like(grad_x) if y is not None else x.new_empty(0)
+    return grad_x, parameter.new_empty(C), parameter.new_empty(C), grad_residual
+
+
+def _memory_format(x: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def _launch_backward(g, x, y, weight, bias, mean, var, inverse, eps) -> tuple[torch.Tensor, ...]:
+    *gradients, grad_residual = _backward_outputs(g, x, y, weight, bias, mean, var, inverse, eps)
+    x, g, y = dense(x, x), dense(g, x), None if y is None else dense(y, x)
+    weight, bias, mean, var, inverse = (
+        None if t is None else t.contiguous() for t in (weight, bias, mean, var, inverse)
+    )
+    mask = Mask(y, None if y is None else grad_residual, inverse, weight, bias)
+    run(g, x, weight, mean, var, eps, True, tuple(gradients), mask)
+    return *gradients, grad_residual
+
+
+def _formula(g, x, y, weight, bias, mean, var, inverse, eps) -> tuple[torch.Tensor | None, ...]:
+    if y is None:
+        shape = 1, -1, 1, 1
+        scale = inverse if weight is None else inverse * weight
+        y = (x.detach() - mean.view(shape)) * scale.detach().view(shape)
+        y = (y if bias is None else y + bias.detach().view(shape)).to(x.dtype)
+        masked = torch.ops.aten.threshold_backward(g, y, 0)
+        residual = None
+    else:
+        masked = residual = torch.ops.aten.threshold_backward(g, y, 0)
+    inverse = torch.rsqrt(var.to(statistics_dtype(x)) + eps)
+    weight = None if weight is None else weight.contiguous()
+    grads = torch.ops.aten.native_batch_norm_backward(
+        masked, x, weight, None, None, mean, inverse, True, eps, [True, True, True]
+    )
+    return *grads, residual
+
+
+batch_norm2d_relu_backward = register_gradient(
+    "batch_norm2d_relu_backward(Tensor g, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor inverse, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _backward_outputs,
+    _formula,
+)
+"""grad_x, grad_weight, grad_bias and, where y says that there was a residual, grad_residual."""
+
+
+def _outputs(x, residual, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    C, dtype = x.shape[1], statistics_dtype(x)
+    return torch.empty_like(x, memory_format=_memory_format(x)), *(x.new_empty(C, dtype=dtype) for _ in range(3))
+
+
+def _launch(x, residual, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    mean, var, inverse = batch_statistics(x, eps)
+    x = dense(x, x)
+    if residual is not None:
+        residual = dense(residual, x)
+    y = normalize(x, weight, bias, mean, inverse, eps, inverted=True, residual=residual, relu=True)
+    return y, mean, var, inverse
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, bias, ctx.eps = inputs
+    y, mean, var, inverse = output
+    ctx.mark_non_differentiable(mean, var, inverse)
+    ctx.save_for_backward(x, None if residual is None else y, weight, bias, mean, var, inverse)
+
+
+def _backward(ctx, grad_y, *_):
+    grads = batch_norm2d_relu_backward(grad_y, *ctx.saved_tensors, ctx.eps)
+    needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+    grad_x, grad_weight, grad_bias, grad_residual = grads
+    return (
+        grad_x if needs_x else None,
+        grad_residual if needs_residual else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        None,
+    )
+
+
+batch_norm2d_relu = register(
+    "batch_norm2d_relu(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _launch,
+    _outputs,
+    _setup_context,
+    _backward,
+)
+"""(y, mean, var, 1 / sqrt(var + eps)), the last three of the batch [C]; the residual has the shape and type of x."""

@@ -1,0 +1,234 @@
+"""Sums over the pixels of each channel: of g and, where there is an x, of g * (x - mean).
+
+g, x: [N, C, H, W], dense, with the same strides. With a `Mask`, g counts only where ReLU let something through. Each
+lane adds up a few values in float32; what many lanes contribute to is added up in float64, always in the same order.
+The sum of g is the gradient of a bias.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..device.arithmetic import accumulator, index_type, round_to
+from ..runtime.blocks import ceil_div, pixel_blocks
+from ..runtime.launch_plan import launch
+from ..runtime.memory_format import is_channels_last, pixel_strides
+from ..runtime.operator import register_gradient
+
+MOST_SPLITS = 1024
+
+
+@triton.jit
+def affine(
+    inverse_ptr, weight_ptr, bias_ptr, c, mask_c, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr
+):
+    """What `normalized` multiplies by and adds, [1, BLOCK_C] each, for the channels c; inverse: 1 / sqrt(var + eps)."""
+    scale = tl.load(inverse_ptr + c, mask=mask_c, other=0.0).to(ACC)
+    bias = tl.full(scale.shape, 0, ACC)
+    if HAS_WEIGHT:
+        scale = scale * tl.load(weight_ptr + c, mask=mask_c, other=0.0).to(ACC)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(ACC)
+    return scale[None, :], bias[None, :]
+
+
+@triton.jit
+def normalized(x, mean, scale, bias, DTYPE: tl.constexpr):
+    """What batch norm makes of x, rounded to DTYPE."""
+    return round_to((x - mean) * scale + bias, DTYPE)
+
+
+@triton.jit
+def passed_by_relu(g, y):
+    """The gradient g where ReLU let a y through, or its output is y; NaN passes."""
+    return tl.where(y <= 0, tl.zeros_like(g), g)
+
+
+@triton.jit
+def channel_sums_partial_kernel(
+    g_ptr,
+    x_ptr,
+    mean_ptr,
+    partial_ptr,
+    y_ptr,
+    masked_ptr,
+    inverse_ptr,
+    weight_ptr,
+    bias_ptr,
+    M,
+    C,
+    PIXELS,
+    stride_n,
+    stride_c,
+    stride_pixel,
+    SPLITS,
+    HAS_X: tl.constexpr,
+    BY_OUTPUT: tl.constexpr,
+    BY_INPUT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program owns STEPS blocks of the M = N * PIXELS pixels x BLOCK_C channels; partial is [1 or 2, C, SPLITS].
+
+    BY_OUTPUT: g is masked by ReLU's output y, and stored masked; BY_INPUT: by what was normalised, computed again.
+    """
+    pid = tl.program_id(0)
+    blocks_c = (C + BLOCK_C - 1) // BLOCK_C
+    split = pid // blocks_c
+    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
+    mask_c = c < C
+    sums = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
+    products = sums
+    if HAS_X:
+        mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
+    if BY_INPUT:
+        scale, bias = affine(inverse_ptr, weight_ptr, bias_ptr, c, mask_c, HAS_WEIGHT, HAS_BIAS, ACC)
+    for step in tl.range(STEPS, loop_unroll_factor=UNROLL):  # unrolled, loads do not wait for each other
+        offs_m = (split.to(INDEX) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        mask = (offs_m < M)[:, None] & mask_c[None, :]
+        offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
+        offs = offs[:, None] + (c * stride_c)[None, :]
+        g = tl.load(g_ptr + offs, mask=mask, other=0.0)
+        if HAS_X:
+            x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+        if BY_OUTPUT:
+            g = passed_by_relu(g, tl.load(y_ptr + offs, mask=mask, other=0.0).to(ACC))
+            tl.store(masked_ptr + offs, g, mask=mask)
+        if BY_INPUT:
+            g = passed_by_relu(g, normalized(x, mean, scale, bias, g.dtype).to(ACC))
+        g = g.to(ACC)
+        sums += g
+        if HAS_X:
+            products += tl.where(mask, g * (x - mean), 0)
+    tl.store(partial_ptr + c * SPLITS + split, tl.sum(sums.to(tl.float64), 0), mask=mask_c)
+    if HAS_X:
+        tl.store(partial_ptr + (C + c) * SPLITS + split, tl.sum(products.to(tl.float64), 0), mask=mask_c)
+
+
+@triton.jit
+def sum_of_splits(partial_ptr, c, SPLITS, BLOCK_SPLITS: tl.constexpr):
+    """The sum of partial[c], [SPLITS]."""
+    split = tl.arange(0, BLOCK_SPLITS)
+    return tl.sum(tl.load(partial_ptr + c * SPLITS + split, mask=split < SPLITS, other=0.0), 0)
+
+
+@triton.jit
+def store_sum(ptr, y):
+    """Stores a float64 y in the type of the pointer."""
+    DTYPE: tl.constexpr = ptr.dtype.element_ty
+    tl.store(ptr, y if DTYPE == tl.float64 else round_to(y.to(tl.float32), DTYPE))
+
+
+@triton.jit
+def channel_sums_combine_kernel(partial_ptr, y_ptr, SPLITS, BLOCK_SPLITS: tl.constexpr):
+    """One program owns a channel of y [C], the sums of partial [C, SPLITS]."""
+    c = tl.program_id(0).to(tl.int64)
+    store_sum(y_ptr + c, sum_of_splits(partial_ptr, c, SPLITS, BLOCK_SPLITS))
+
+
+class PartialSums(NamedTuple):
+    """partial [1 or 2, C, splits] in float64, and the constants of a kernel of C programs that adds them up."""
+
+    partial: torch.Tensor
+    splits: int
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_SPLITS": triton.next_power_of_2(self.splits)}
+
+
+def no_sums(C: int, device: torch.device) -> PartialSums:
+    """Of no pixels, for a kernel that combines sums only where they are wanted."""
+    return PartialSums(torch.empty(2, C, 1, dtype=torch.float64, device=device), 1)
+
+
+class Mask(NamedTuple):
+    """Of the gradient of relu(normalized(x)): by its output y and, masked, into `masked`, or by what was normalised.
+
+    y, masked: with the strides of g; inverse: 1 / sqrt(var + eps), weight, bias: [C].
+    """
+
+    y: torch.Tensor | None = None
+    masked: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The kernels' constexpr arguments."""
+        return {
+            "BY_INPUT": self.y is None and self.inverse is not None,
+            "HAS_WEIGHT": self.weight is not None,
+            "HAS_BIAS": self.bias is not None,
+        }
+
+
+NO_MASK = Mask()
+
+
+def partial_sums(
+    g: torch.Tensor,
+    channels_last: bool,
+    x: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    mask: Mask = NO_MASK,
+) -> PartialSums:
+    """Of a dense g [N, C, H, W], not empty, and an x with its strides; mean: [C]."""
+    N, C, H, W = g.shape
+    M = N * H * W
+    blocks = pixel_blocks(M, H * W, C, channels_last, g.device)
+    blocks_m, blocks_c = ceil_div(M, blocks.BLOCK_M), ceil_div(C, blocks.BLOCK_C)
+    steps = triton.next_power_of_2(ceil_div(blocks_m * blocks_c, MOST_SPLITS))  # about as many programs
+    splits = ceil_div(blocks_m, steps)
+    partial = torch.empty(1 if x is None else 2, C, splits, dtype=torch.float64, device=g.device)
+    launch(
+        channel_sums_partial_kernel,
+        (splits * blocks_c,),
+        g,
+        x,
+        mean,
+        partial,
+        *mask,
+        M,
+        C,
+        H * W,
+        *pixel_strides(g, channels_last),
+        splits,
+        HAS_X=x is not None,
+        BY_OUTPUT=mask.y is not None,
+        **mask.flags,
+        STEPS=steps,
+        UNROLL=min(steps, 4),
+        ACC=accumulator(g.dtype),
+        INDEX=index_type(M + steps * blocks.BLOCK_M),
+        **blocks._asdict(),
+    )
+    return PartialSums(partial, splits)
+
+
+def _output(g) -> torch.Tensor:
+    return g.new_empty(g.shape[1])
+
+
+def _launch(g) -> torch.Tensor:
+    y = _output(g)
+    channels_last = is_channels_last(g)
+    g = g.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if g.numel() == 0:
+        return y.zero_()
+    sums = partial_sums(g, channels_last)
+    launch(channel_sums_combine_kernel, (y.numel(),), sums.partial, y, sums.splits, **sums.blocks)
+    return y
+
+
+channel_sums = register_gradient("channel_sums(Tensor g) -> Tensor", _launch, _output, lambda g: g.sum((0, 2, 3)))
+"""The sums [C] of g [N, C, H, W], in its type."""

@@ -1,0 +1,31 @@
+"""Which layer's count of fallbacks an operator's backward adds to: the layer says so, right before it calls it."""
+
+import threading
+from collections import Counter
+from typing import Protocol
+
+import torch
+
+
+class _Local(threading.local):
+    counter: "Counter[str] | None" = None
+
+
+_LOCAL = _Local()
+
+
+class _Counting(Protocol):
+    @property
+    def fallbacks(self) -> "Counter[str]": ...
+
+
+def count_backward_in(layer: _Counting) -> None:
+    """The next operator that autograd records in this thread tells the layer what its backward leaves to PyTorch."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _LOCAL.counter = layer.fallbacks
+
+
+def counter_of_backward() -> "Counter[str] | None":
+    """For that operator; where nobody counts, None."""
+    counter, _LOCAL.counter = _LOCAL.counter, None
+    return counter
