@@ -480,6 +480,7 @@ class TritonEvaluation(Callback):
                     agreements,
                     errors,
                     comparison.unlike[name],
+                    comparison.logits,
                     self._reference,
                     self._exact,
                     self._resolution,
