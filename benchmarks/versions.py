@@ -46,7 +46,7 @@ THREADS = 4
 def capture(call: Callable[[], object]) -> Callable[[], None]:
     import torch
 
-    from tritonnn.tuning import compile_ahead
+    from tritonnn import compile_ahead
 
     compile_ahead.MOST_THREADS = THREADS
     compile_ahead.compile_ahead([call], lambda number: None)
@@ -145,7 +145,7 @@ def child(case: Case, pipe: multiprocessing.connection.Connection) -> None:
 def serve() -> None:
     """One version: {"prepare": cases} and {"time": case}, a line each, are answered by lines."""
     follow_parent()
-    import tritonnn.tuning.compile_ahead  # noqa: F401
+    import tritonnn.compile_ahead  # noqa: F401
 
     import lit_modules.resnet  # noqa: F401  # nothing of it touches the GPU, so children may be forked
     from tritonnn.runtime.capabilities import can_round_on_load
