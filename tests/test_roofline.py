@@ -79,6 +79,7 @@ def test_kernels_of_a_fused_network_and_the_layers_they_stand_for():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, x = Block().eval().to(device), torch.randn(2, 4, 8, 8, device=device)
     network = tritonnn.fuse(model)
+    assert len(network.report.stands_for) == 2  # the sum of two convolutions is one
     layers = [layer for names in network.report.stands_for.values() for layer in names]
     assert sorted(layers) == sorted(name for name, _ in model.named_modules() if name)  # each once
     told = []
