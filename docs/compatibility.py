@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 sys.path.insert(0, str(ROOT / "docs"))
 
+import versions  # noqa: E402
 from compatibility_table import SECTIONS, Row  # noqa: E402
 
 
@@ -35,15 +36,17 @@ def results_of(junit: Path) -> dict[str, Result]:
     for case in ElementTree.parse(junit).iter("testcase"):
         names = case.get("classname", "").split(".")  # folders, file, and the class where there is one
         file = next((name for name in names if name.startswith("test_")), "")
-        children = {child.tag: child for child in case}
-        if "failure" in children or "error" in children:
-            result = Result("failed")
-        elif "skipped" in children:
-            result = Result("skipped", children["skipped"].get("message", ""))
-        else:
-            result = Result("passed")
-        results[f"{file}::{case.get('name')}"] = result
+        results[f"{file}::{case.get('name')}"] = result_of(case)
     return results
+
+
+def result_of(case: ElementTree.Element) -> Result:
+    children = {child.tag: child for child in case}
+    if "failure" in children or "error" in children:
+        return Result("failed")
+    if "skipped" in children:
+        return Result("skipped", children["skipped"].get("message", ""))
+    return Result("passed")
 
 
 def belongs(case: str, test: str) -> bool:
@@ -98,9 +101,12 @@ def page(results: dict[str, Result], where: str) -> str:
         "",
         'What PyTorch\'s layers can do, and whether the Triton layers do the same. "yes" means with a Triton kernel,',
         '"falls back" means with PyTorch\'s own operation, which the swap\'s report counts, and "no" says what happens',
-        "instead. `python docs/compatibility.py` writes this page from the results of the tests that it names.",
+        "instead. `python docs/compatibility.py` writes this page from the results of the tests that it names, and",
+        "`python docs/versions.py` what it says of [versions](#versions) and [cards](#cards).",
         "",
         f"Run on: {where}.",
+        "",
+        *versions.section(),
     ]
     return "\n".join(head + lines) + "\n"
 

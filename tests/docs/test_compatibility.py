@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMAND = runpy.run_path(str(ROOT / "docs" / "compatibility.py"))
+VERSIONS = runpy.run_path(str(ROOT / "docs" / "versions.py"))
 ROWS = [row for rows in COMMAND["SECTIONS"].values() for row in rows]
 
 
@@ -25,7 +26,7 @@ def test_every_test_of_the_table_exists():
 
 
 def test_the_page_is_what_the_table_says():
-    page = COMMAND["PAGE"].read_text().splitlines()
+    page = VERSIONS["put"](COMMAND["PAGE"].read_text(), []).splitlines()  # which has tables of its own
     written = [line for line in page if line.startswith("| ") and not line.startswith("| feature ")]
     assert [re.sub(r"[^|]*\|$", "", line).strip() for line in written] == [COMMAND["cells"](row) for row in ROWS]
     assert all(re.search(r"\| \d+ (passed|(passed, \d+ )?skipped: .+) \|$", line) for line in written)

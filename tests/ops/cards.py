@@ -1,13 +1,17 @@
 """What dispatch would launch on cards that this machine need not have, compiled and compared with their limits.
 
-    python tests/ops/cards.py                        # all of it, some minutes: a line for each card
-    python tests/ops/cards.py --cards 8.6 --every 9  # one in nine of the kernels for one card
+    python tests/ops/cards.py                   # all of it, 20 minutes of a core: a line for each card
+    python tests/ops/cards.py --new --write     # compiles what cards.json does not have, and brings that up to date
+    python tests/ops/cards.py --every 30        # each kernel once, and one in thirty of all, as the suite does
 
 ResNet18, ResNet50 and MobileNetV2 at 224x224 and ResNet18 at 32x32, in batches of 1, 8, 64 and 1,024 images and four
-precisions, with what the other operations launch for them. Of launches that differ in sizes only, one is compiled.
+precisions, fused and swapped, with what the other operations launch for them. Launches that differ in sizes of images,
+channels and filters only are one of a kind, of which one is compiled. cards.json has the kinds that were, by card, and
+the bytes of shared memory of each.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -34,6 +38,7 @@ from tritonnn.ops import (  # noqa: E402
     batch_norm2d_relu,
     max_pool2d,
     max_pool2d_backward,
+    pooled_linear,
     relu,
     relu_backward,
 )
@@ -41,7 +46,8 @@ from tritonnn.ops.conv2d import dispatch  # noqa: E402
 from tritonnn.ops.conv2d.backward.input import run as run_input  # noqa: E402
 from tritonnn.ops.conv2d.backward.weight_dispatch import run_weight  # noqa: E402
 from tritonnn.ops.conv2d.epilogue import Epilogue  # noqa: E402
-from tritonnn.ops.conv2d.problem import Product  # noqa: E402
+from tritonnn.ops.conv2d.op import takes_shortcut  # noqa: E402
+from tritonnn.ops.conv2d.problem import Product, Shortcut  # noqa: E402
 from tritonnn.runtime import hardware  # noqa: E402
 from tritonnn.runtime.hardware import Gpu  # noqa: E402
 
@@ -94,44 +100,57 @@ class Pose:
         return 0
 
 
-class Launches:
-    """Compiles, in place of launching, what was not compiled before but for its sizes; one in `every` of that."""
+RECORD = Path(__file__).with_suffix(".json")
 
-    def __init__(self, every: int) -> None:
-        self.every, self.seen, self.compiled, self.failed = every, set(), [], []
+
+class Launches:
+    """Compiles in place of launching, one of a kind: each kernel, one in `every`; or, `new`, what is not `recorded`."""
+
+    def __init__(self, recorded: dict[str, int], every: int, new: bool) -> None:
+        self.recorded, self.every, self.new = recorded, every, new
+        self.memory: dict[str, tuple[int, str]] = {}
+        """By kind, the bytes of shared memory, and what kernel that is."""
+        self.compiled, self.failed, self.kernels = 0, [], set()
 
     def __call__(self, kernel: JITFunction, *args, grid: tuple[int, ...], warmup: bool, **constants):
         named = dict(zip(kernel.arg_names, args)) | constants
-        kind = (
-            kernel.__name__,
-            *(kind_of(name, value) for name, value in sorted(named.items(), key=lambda item: item[0])),
-        )
-        if kind in self.seen:
-            return
-        self.seen.add(kind)
-        if len(self.seen) % self.every:
+        described = kernel.__name__, *(kind_of(*item) for item in sorted(named.items(), key=lambda item: item[0]))
+        kind = hashlib.sha1(repr(described).encode()).hexdigest()[:10]
+        if kind in self.memory:
             return
         words = f"{kernel.__name__} {' '.join(f'{n}={v}' for n, v in named.items() if n.isupper() and type(v) is int)}"
+        self.memory[kind] = self.recorded.get(kind, 0), words
+        sampled = kernel.__name__ not in self.kernels or len(self.memory) % self.every == 0
+        if kind in self.recorded if self.new else not sampled:
+            return
+        self.kernels.add(kernel.__name__)
         try:
             compiled = RUN(kernel, *args, grid=grid, warmup=True, **constants)
-            self.compiled.append((compiled.metadata.shared, words))
+            self.compiled += 1
+            self.memory[kind] = compiled.metadata.shared, words
         except Exception as error:  # whatever the compiler says
             self.failed.append(f"{words}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
 
 
 RUN = JITFunction.run
-COUNTS = ("BLOCK", "TILE", "SPLITS", "SLICES", "X_SLOTS", "W_SLOTS", "STAGED", "IN_SLOT", "SWAP_AB", "HAS_", "num_")
-COUNTS += ("INPUT_PRECISION", "ROUND_X", "SPAN_TAPS", "CHANNELS_LAST", "RETURN_INDICES", "STRIDE")
-"""Arguments that decide how much memory a kernel takes, by how their names begin."""
+SIZES = {"N", "M", "H", "W", "P", "Q", "C", "K", "R", "S", "PIXELS", "SHORTCUT_C", "SLOPE"}
+SIZES |= {f"{name}_{axis}" for name in ("PADDING", "DILATION", "STRIDE", "SHORTCUT_STRIDE") for axis in "HW"}
+"""Constants of a kernel that are sizes of images, channels and filters: they decide how often it does what it does."""
+SIZES |= {"HAS_SCALE", "HAS_BIAS", "ACTIVATION"}
+"""And steps of the epilogue that take no shared memory: the first that is met, the fused one, stands for the others."""
 
 
 def kind_of(name: str, value: object) -> object:
-    """What of an argument decides how much memory a kernel takes: nothing of the sizes of images and channels."""
+    """Of an argument all but sizes: types, boxes, block sizes and every flag."""
     if isinstance(value, torch.Tensor):
         return name, str(value.dtype)
     if hasattr(value, "block_shape"):
         return name, str(value.base.dtype), tuple(value.block_shape)
-    return (name, str(value)) if name.startswith(COUNTS) else (name,)
+    if value is None or not name[0].isupper() and name not in ("num_warps", "num_stages"):
+        return name, value is None
+    if name == "GROUPS":
+        return name, value > 1
+    return (name,) if name in SIZES else (name, str(value))
 
 
 def convolutions() -> Iterator[tuple]:
@@ -162,32 +181,51 @@ def channels_last(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def convolve(shapes: list[tuple], precisions: dict[str, tuple]) -> None:
+    """Fused, with the epilogues of the networks; swapped, in both memory formats; with a shortcut of few pixels."""
     for c, h, w, k, (r, s), stride, padding, groups in shapes:
         for n in BATCHES:
             for dtype, input_precision, round_x in precisions.values():
                 p, q = (h + 2 * padding[0] - r) // stride[0] + 1, (w + 2 * padding[1] - s) // stride[1] + 1
                 x, y = channels_last(n, c, h, w, dtype=dtype), channels_last(n, k, p, q, dtype=dtype)
-                packed = torch.empty(k * (3 if input_precision == "tf32x3" else 1), r, s, c // groups, dtype=dtype)
-                floats = torch.empty(k)
-                for residual in (None, y):
-                    epilogue = Epilogue(floats, floats, residual, "relu", False, 0.0)
-                    window = tuple(stride), tuple(padding), (1, 1)
-                    product = Product(x, packed, y, True, *window, groups, input_precision, round_x, epilogue)
-                    dispatch.run(product, dispatch.default_choice(product))
+                parts = 3 if input_precision == "tf32x3" else 1
+                packed, floats = torch.empty(k * parts, r, s, c // groups, dtype=dtype), torch.empty(k)
+                window = tuple(stride), tuple(padding), (1, 1)
+                product = Product(x, packed, y, True, *window, groups, input_precision, round_x, Epilogue())
+                fused = [Epilogue(floats, floats, residual, "relu", False, 0.0) for residual in (None, y)]
+                nchw = torch.empty(n, c, h, w, dtype=dtype), torch.empty(n, k, p, q, dtype=dtype), False
+                cases = [product._replace(epilogue=epilogue) for epilogue in fused]
+                cases += [product, product._replace(x=nchw[0], y=nchw[1], channels_last_y=nchw[2])]
+                for case in cases:
+                    dispatch.run(case, dispatch.default_choice(case))
+                if groups == 1 and stride[0] == 1 and takes_shortcut(x, k, (r, s), p, q, c):
+                    before = channels_last(n, c, 2 * p, 2 * q, dtype=dtype)
+                    of_one_tap = torch.empty(k * parts, 1, 1, c, dtype=dtype)[-k:]
+                    second = before, of_one_tap, floats, floats, (2, 2), input_precision, round_x
+                    case = cases[0]._replace(shortcut=Shortcut(*second))
+                    dispatch.run(case, dispatch.default_choice(case))
 
 
 def operate(dtypes: tuple[torch.dtype, ...]) -> None:
-    """The other operations, on the images of the networks and on some in NCHW."""
+    """The other operations, on the images of the networks, in both memory formats."""
     for dtype in dtypes:
         for n in BATCHES:
-            for image in (channels_last(n, 64, 112, 112, dtype=dtype), torch.empty(n, 64, 56, 56, dtype=dtype)):
-                floats = torch.empty(64)
+            last = torch.empty(n, 512, 7, 7, dtype=dtype)
+            pooled_linear._launch(last, torch.empty(1000, 512, dtype=dtype), torch.empty(1000, dtype=dtype))
+            pooled_linear._launch(last, torch.empty(10, 512, dtype=dtype), None)
+            for image in (
+                channels_last(n, 64, 112, 112, dtype=dtype),
+                torch.empty(n, 64, 112, 112, dtype=dtype),
+                channels_last(n, 512, 7, 7, dtype=dtype),
+                torch.empty(n, 512, 7, 7, dtype=dtype),
+            ):
+                floats = torch.empty(image.shape[1])
                 relu._launch(image)
                 max_pool2d._launch(image, (3, 3), (2, 2), (1, 1), (1, 1), False, True)
                 max_pool2d._launch(image, (3, 3), (2, 2), (1, 1), (1, 1), False, False)
                 avg_pool2d._launch(image, (2, 2), (2, 2), (0, 0), False, True, None)
                 avg_pool2d._launch_adaptive(image, (1, 1))
                 batch_norm2d._launch_training(image, floats, floats, 1e-5)
+                batch_norm2d._launch_update(floats, floats, floats, floats, 0.1, 8)
                 batch_norm2d.normalize(image, floats, floats, floats, floats, 1e-5)
 
 
@@ -217,9 +255,9 @@ def differentiate(precisions: dict[str, tuple]) -> None:
                 batch_norm2d_relu._launch_backward(image, image, y, *[floats] * 5, 1e-5)
 
 
-def check(card: Card, every: int) -> dict:
-    """How many kernels were compiled, the most memory that one takes, and what does not fit or compile."""
-    launches = Launches(every)
+def check(card: Card, recorded: dict[str, int], every: int = 1, new: bool = False) -> dict:
+    """The kinds with their memory, how many were compiled, of which kernels, and what does not fit or compile."""
+    launches = Launches(recorded, every, new)
     driver.set_active(Pose(card.target))
     hardware.gpu = lambda device: card.gpu
     JITFunction.run = lambda kernel, *args, **options: launches(kernel, *args, **options)
@@ -229,29 +267,44 @@ def check(card: Card, every: int) -> dict:
     operate((torch.bfloat16, torch.float32))
     differentiate(precisions)
     limit = card.gpu.shared_memory
-    too_large = [f"{words}: {shared} bytes of {limit}" for shared, words in launches.compiled if shared > limit]
-    most = max((shared for shared, _ in launches.compiled), default=0)
-    kinds, compiled = len(launches.seen), len(launches.compiled)
-    return dict(kinds=kinds, compiled=compiled, most=most, limit=limit, too_large=too_large, failed=launches.failed)
+    too_large = [f"{words}: {shared} bytes of {limit}" for shared, words in launches.memory.values() if shared > limit]
+    memory = {kind: shared for kind, (shared, _) in launches.memory.items()}
+    wrong = dict(too_large=too_large, failed=launches.failed)
+    return dict(memory=memory, compiled=launches.compiled, limit=limit, kernels=sorted(launches.kernels), **wrong)
+
+
+def recorded() -> dict[str, dict[str, int]]:
+    """By card, the kinds that were compiled for it, and the bytes of shared memory of each."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", nargs="+", choices=CARDS, default=list(CARDS))
-    parser.add_argument("--every", type=int, default=1, help="compile one in so many kernels")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--new", action="store_true", help="leave out what cards.json has")
+    parser.add_argument(
+        "--every", type=int, default=1, help="compile each kernel once, and one in so many of the kinds"
+    )
+    parser.add_argument("--write", action="store_true", help="write cards.json")
+    parser.add_argument("--json", action="store_true", help="print all that was found, of one card")
     options = parser.parse_args()
     if options.json:
         (name,) = options.cards
-        json.dump(check(CARDS[name], options.every), sys.stdout)
+        json.dump(check(CARDS[name], recorded().get(name, {}), options.every, options.new), sys.stdout)
         return
     for name in options.cards:  # each in a process of its own, as Triton keeps the card that it saw first
-        of = run("tests/ops/cards.py", "--cards", name, "--every", str(options.every), "--json")
-        wrong = of["too_large"] + of["failed"]
-        memory = f"at most {of['most'] // 1024} of {of['limit'] // 1024} KB"
-        kernels = f"{of['compiled']} of {of['kinds']} kernels compiled"
-        print(f"{CARDS[name].name} ({name}): {kernels}, {memory}; {len(wrong)} wrong")
+        new = ["--new"] if options.new else []
+        of = run("tests/ops/cards.py", "--cards", name, "--every", str(options.every), "--json", *new)
+        wrong, memory = of["too_large"] + of["failed"], of["memory"]
+        most = f"at most {max(memory.values()) // 1024} of {of['limit'] // 1024} KB"
+        print(
+            f"{CARDS[name].name} ({name}): {len(memory)} kinds, {of['compiled']} compiled, {most}; {len(wrong)} wrong"
+        )
         print("".join(f"  {line}\n" for line in wrong), end="", flush=True)
+        if options.write and options.every == 1 and not wrong:
+            cards = recorded() | {name: memory}
+            rows = [f'"{card}": {json.dumps(dict(sorted(cards[card].items())))}' for card in CARDS if card in cards]
+            RECORD.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 if __name__ == "__main__":
