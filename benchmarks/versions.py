@@ -46,10 +46,9 @@ THREADS = 4
 def capture(call: Callable[[], object]) -> Callable[[], None]:
     import torch
 
-    from tritonnn.tuning import compile_ahead
+    from tritonnn.compile_ahead import compile_ahead
 
-    compile_ahead.MOST_THREADS = THREADS
-    compile_ahead.compile_ahead([call], lambda number: None)
+    compile_ahead([call], lambda number: None)
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -66,8 +65,10 @@ def prepare(dtype: str, n: int, what: str) -> Callable[[], object]:
 
     import tritonnn
     from lit_modules.resnet import ResNet18
+    from tritonnn import compile_ahead
     from tritonnn.runtime import capabilities, hardware
 
+    compile_ahead.MOST_THREADS = THREADS
     hardware.GLUON_VERSIONS = ("",)
     capabilities.ROUNDS_ON_LOAD = "rounded on load" in what
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
@@ -145,9 +146,8 @@ def child(case: Case, pipe: multiprocessing.connection.Connection) -> None:
 def serve() -> None:
     """One version: {"prepare": cases} and {"time": case}, a line each, are answered by lines."""
     follow_parent()
-    import tritonnn.tuning.compile_ahead  # noqa: F401
-
     import lit_modules.resnet  # noqa: F401  # nothing of it touches the GPU, so children may be forked
+    import tritonnn.compile_ahead  # noqa: F401
     from tritonnn.runtime.capabilities import can_round_on_load
 
     def receive(case: Case) -> dict:

@@ -13,6 +13,8 @@ from lit_modules.classifier import MeanLoss, accuracies
 from tritonnn.command.proof import FACTOR, STRICT_FACTOR, STRICT_FLOOR
 
 EXAMPLES = 100
+DIFFERENCE_FLOOR = 80
+"""Roundings by which two orders of the same sums may lie apart where PyTorch's own noise happens to be 0."""
 METRIC_RELATIVE, METRIC_ABSOLUTE = 1e-5, 1e-6
 """What a metric may differ by in strict precision, where a test set's float32 numbers are summed in another order."""
 
@@ -277,12 +279,13 @@ def judge_numbers(
 
     In strict precision (`exact`) an error may be three times PyTorch's, in the worse of its two memory formats, and a
     few roundings; in lower precision 1.1 times that, and PyTorch's own noise, by which its memory formats lie apart.
-    Without errors the same holds for the difference from PyTorch's output: it may be three times the noise and, in
-    lower precision, one rounding, which is `resolution`.
+    Without errors, or where PyTorch's is not finite, the difference from PyTorch's output may be three times the noise,
+    and 80 roundings, which are of the size `resolution`, or in lower precision one.
     """
-    if pytorch.error is None or other.error is None or yardstick.error is None:
+    errors = [side.error for side in (pytorch, yardstick, other)]
+    if None in errors or not all(map(math.isfinite, errors[:2])):
         what, reached, own = "differs from PyTorch's by", other.difference, yardstick.difference
-        limit = STRICT_FACTOR * own + (STRICT_FLOOR * resolution / 2**-23 if exact else resolution)
+        limit = STRICT_FACTOR * own + (DIFFERENCE_FLOOR * resolution if exact else resolution)
     else:
         what, reached, own = "has an error of", other.error, max(pytorch.error, yardstick.error)
         limit = STRICT_FACTOR * own + STRICT_FLOOR if exact else FACTOR * own + yardstick.difference

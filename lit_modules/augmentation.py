@@ -19,7 +19,7 @@ ERASING_TRIES = 10
 
 
 class Draws(NamedTuple):
-    """What happens to each of N images: integers [N], but `flip` [N] of bool."""
+    """What happens to each of N images, integers [N]; in memory one table [N, 7], of which a batch is one look-up."""
 
     down: Tensor
     right: Tensor
@@ -29,9 +29,9 @@ class Draws(NamedTuple):
     height: Tensor
     width: Tensor
 
-    def of(self, images: Tensor) -> "Draws":
-        """Those of the images with these indices."""
-        return Draws(*(column[images] for column in self))
+    @classmethod
+    def of(cls, table: Tensor) -> "Draws":
+        return cls(*table.unbind(1))
 
 
 class Augmentation(NamedTuple):
@@ -52,8 +52,8 @@ class Augmentation(NamedTuple):
     flip: bool = True
     erase: float = 0.0
 
-    def draw(self, count: int, size: int, epoch: int, seed: int, device: torch.device | str = "cpu") -> Draws:
-        """For `count` images [3, size, size] in this epoch; on one kind of device always the same."""
+    def draw(self, count: int, size: int, epoch: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+        """The table of draws for `count` images [3, size, size] in this epoch; always the same on a kind of device."""
         generator = torch.Generator(device).manual_seed(seed)
         first = torch.randint(2, (count,), generator=generator, device=device, dtype=torch.bool)
         flip = first ^ bool(epoch % 2) if self.flip else torch.zeros_like(first)
@@ -66,7 +66,7 @@ class Augmentation(NamedTuple):
         down, right = offsets.unbind()
         if not self.erase:
             nothing = torch.zeros_like(down)
-            return Draws(down, right, flip, nothing, nothing, nothing, nothing)
+            return torch.stack(Draws(down, right, flip, nothing, nothing, nothing, nothing), 1)
         area = size**2 * (ERASED_AREA[0] + uniform(count, ERASING_TRIES) * (ERASED_AREA[1] - ERASED_AREA[0]))
         low, high = (math.log(ratio) for ratio in ERASED_RATIO)
         ratio = (low + uniform(count, ERASING_TRIES) * (high - low)).exp()
@@ -76,13 +76,14 @@ class Augmentation(NamedTuple):
         erased = fits.any(1) & (uniform(count) < self.erase)
         height, width = (sizes.gather(1, chosen).squeeze(1) * erased for sizes in (height, width))
         top, left = ((uniform(count) * (size - extent + 1)).long() for extent in (height, width))
-        return Draws(down, right, flip, top, left, height, width)
+        return torch.stack(Draws(down, right, flip, top, left, height, width), 1)
 
-    def apply(self, images: Tensor, chosen: Tensor, draws: Draws) -> Tensor:
-        """Normalised float32 [B, 3, S, S] of the `chosen` [B] among uint8 images [N, 3, S, S]; `draws` are theirs."""
+    def apply(self, images: Tensor, chosen: Tensor, table: Tensor) -> Tensor:
+        """Normalised float32 [B, 3, S, S] of the `chosen` [B] of uint8 images [N, 3, S, S], by their draws [B, 7]."""
+        draws = Draws.of(table)
         size = images.shape[-1]
         pixels = torch.arange(size, device=images.device)
-        columns = torch.where(draws.flip[:, None], pixels.flip(0), pixels)
+        columns = torch.where(draws.flip[:, None] > 0, pixels.flip(0), pixels)
         source_rows = _reflected(pixels + draws.down[:, None], size)  # [B, S]
         source_columns = _reflected(columns + draws.right[:, None], size)
         channels = torch.arange(images.shape[1], device=images.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lit_modules.augmentation import Augmentation, Draws, normalise
+from lit_modules.augmentation import Augmentation, normalise
 
 
 class Batches:
@@ -63,7 +63,7 @@ class Batches:
                 continue
             if draws is None:
                 draws = self._draw(images.shape[-1])
-            yield self.augmentation.apply(images, chosen, draws.of(indices)), labels
+            yield self.augmentation.apply(images, chosen, draws[indices]), labels
 
     def _resident(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """All images, a batch's labels, which images of all are its, and their numbers."""
@@ -82,7 +82,7 @@ class Batches:
                 self._sent(indices),
             )
 
-    def _draw(self, size: int) -> Draws:
+    def _draw(self, size: int) -> Tensor:
         sampler = self.batch_sampler.sampler
         epoch = sampler.epoch if isinstance(sampler, DistributedSampler) else 0
         return self.augmentation.draw(len(self.dataset), size, epoch, self.seed, self.device)  # type: ignore[arg-type]

@@ -183,9 +183,9 @@ class ImageClassifier(LightningModule):
         loss, hits = self._step(images, labels)
         self._hits += hits
         self._seen += len(labels)
-        self.log("train/loss", loss.detach())
         every = self.trainer.log_every_n_steps
-        if every and (self.trainer.global_step + 1) % every == 0:  # a number waits for the GPU
+        if self.trainer.is_last_batch or every and (self.trainer.global_step + 1) % every == 0:
+            self.log("train/loss", loss.detach())
             self.log("train/lr", self.optimizers().param_groups[0]["lr"])
         return loss
 
@@ -203,7 +203,7 @@ class ImageClassifier(LightningModule):
                 self.log(name, share, sync_dist=True)
 
     def on_validation_start(self) -> None:
-        if self.trainer.training and self._graphed and distributed.is_initialized():
+        if self._graphed and distributed.is_available() and distributed.is_initialized():
             for buffer in self.network.buffers():  # each process has batch statistics of its own
                 if buffer.is_floating_point():
                     distributed.all_reduce(buffer, distributed.ReduceOp.AVG)

@@ -448,7 +448,7 @@ def _clocks(latency: LatencyResult) -> str:
             f"Medians of the wall clock on a CPU; {interpreter}"
             if latency.networks
             else "Medians of the wall clock on a CPU. Triton ran in its interpreter and was not timed: "
-            "`make dashboard` shows an evaluation on an H100."
+            "`make dashboard` shows an evaluation on a GPU."
         )
     device = " and ".join(latency.device_clocks)
     return (

@@ -34,5 +34,13 @@ def write_traces(folder: Path, calls: Mapping[str, Callable[[], object]]) -> lis
     return paths
 
 
+def remove_traces(folder: Path) -> None:
+    """What an earlier `write_traces` left in a folder; anything else there stays."""
+    for path in (folder / FOLDER).glob(f"*{SUFFIX}"):
+        path.unlink()
+    if (folder / FOLDER).is_dir() and not any((folder / FOLDER).iterdir()):
+        (folder / FOLDER).rmdir()
+
+
 def how_to_open_traces(folder: Path) -> str:
     return f"Traces:       open https://ui.perfetto.dev and drop a file of {shlex.quote(str(folder / FOLDER))} on it"

@@ -40,7 +40,7 @@ from lit_modules.measurement import measure
 from lit_modules.predictions import Inputs, Labels, Predictions, Uses, chosen, find_predictions
 from lit_modules.progress import Progress
 from lit_modules.side import STEPS, Call, Replayed, Side, in_format, modules_called, named_outputs, replay
-from lit_modules.traces import how_to_open_traces, write_traces
+from lit_modules.traces import how_to_open_traces, remove_traces, write_traces
 from lit_modules.trees import batch_size, mapped, named_tensors
 from lit_modules.verdict import judge_variant
 from tritonnn.latency import twin
@@ -480,6 +480,7 @@ class TritonEvaluation(Callback):
                     agreements,
                     errors,
                     comparison.unlike[name],
+                    comparison.logits,
                     self._reference,
                     self._exact,
                     self._resolution,
@@ -601,6 +602,7 @@ class TritonEvaluation(Callback):
 def _replace(new: Path, folder: Path) -> None:
     """Moves an evaluation's files to the folder, where those of an earlier one go first; anything else there stays."""
     dashboard.remove(folder)
+    remove_traces(folder)
     files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
     for file in sorted(files, key=lambda file: file.suffix == ".json"):  # last: where it stands, all does
         (folder / file).parent.mkdir(exist_ok=True)

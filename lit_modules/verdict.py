@@ -14,6 +14,7 @@ def judge_variant(
     agreements: Mapping[str, Agreement],
     errors: Mapping[str, Agreement],
     unlike: Mapping[str, int],
+    logits: str | None,
     reference: str | None,
     exact: bool,
     resolution: float,
@@ -29,6 +30,7 @@ def judge_variant(
         sides: with "pytorch", "yardstick" and the `reference`, if there is one.
         qualities, agreements, errors: of predictions, by side; empty where there are none.
         unlike: outputs of another shape than PyTorch's, with the number of batches.
+        logits: the output that is compared by its predictions; that it has another shape fails in any case.
         exact, resolution: of the precision in which the network runs.
     """
     verdicts = []
@@ -52,7 +54,7 @@ def judge_variant(
     metrics = _judge_metrics(name, sides, reference, strictly)
     if metrics is not None:
         verdicts.append(metrics)
-    if unlike and metrics is None:
+    if logits in unlike or (unlike and metrics is None):
         output, batches = next(iter(unlike.items()))
         verdicts.append(Verdict(False, f"{output} has another shape than PyTorch's in {batches} batches"))
     return Verdict(all(v.passed for v in verdicts), "; ".join(v.reason for v in verdicts if v.reason))

@@ -246,6 +246,18 @@ ready = Tiny(10)
         with pytest.raises(UserError, match=message):
             train.main([*BRIEF, f"--model={name}"])
 
+    def test_the_recipe_for_photographs(self):
+        for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
+            Path("pets", folder).mkdir(parents=True)
+        config = ["--config", str(ROOT / "configs" / "photos_224.yaml"), "--data.root=pets"]
+        model = train.command_line([*config, "--model=torchvision.models.shufflenet_v2_x0_5", *QUIET]).model
+        assert model.hparams.network == "torchvision.models.shufflenet_v2_x0_5"
+        assert model.network(torch.zeros(2, 3, 224, 224)).shape == (2, 2)
+
+    def test_is_evaluated_after_another_optimizer(self):
+        train.main([*BRIEF, "--optimizer=Adam", *EVALUATION, "--evaluation.latency=false"])
+        assert json.loads(Path("logs/digits/version_0/results.json").read_text())["proof"]["passed"]
+
     def test_another_optimizer_and_schedule(self):
         own = ["--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"]
         train.main([*BRIEF, *own, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"])

@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lit_modules.agreement import Agreement, AgreementMeter, Quality, QualityMeter, judge
+from lit_modules.agreement import (
+    Agreement,
+    AgreementMeter,
+    Numbers,
+    NumbersMeter,
+    Quality,
+    QualityMeter,
+    judge,
+    judge_metric,
+    judge_numbers,
+)
+from lit_modules.evaluation_result import SideResult
+from lit_modules.verdict import judge_variant
 
 QUALITY = Quality(0.9, 1.0, 0.1)
 
@@ -70,6 +82,56 @@ def test_losses_are_summed_in_float64_whatever_the_default_type():
     finally:
         torch.set_default_dtype(torch.float32)
     assert quality.loss == pytest.approx(cross_entropy(logits.double(), labels).item(), rel=1e-6)
+
+
+def numbers(error: float | None, difference: float = 0.0) -> Numbers:
+    return Numbers(100, difference, difference, None, error)
+
+
+@pytest.mark.parametrize(
+    ("pytorch", "other", "yardstick", "exact", "passed"),
+    [
+        pytest.param(numbers(1e-6), numbers(3.5e-6), numbers(1e-6), True, True, id="three times and some roundings"),
+        pytest.param(numbers(1e-6), numbers(4.5e-6), numbers(1e-6), True, False, id="more"),
+        pytest.param(numbers(1e-6), numbers(4.5e-6), numbers(2e-6), True, True, id="of the worse memory format"),
+        pytest.param(numbers(1e-2), numbers(1.15e-2), numbers(1e-2), False, False, id="lower precision"),
+        pytest.param(numbers(1e-2), numbers(1.15e-2), numbers(1e-2, 1e-3), False, True, id="within its noise"),
+        pytest.param(numbers(None), numbers(None, 5e-6), numbers(None, 0), True, True, id="no errors, some roundings"),
+        pytest.param(numbers(None), numbers(None, 5e-5), numbers(None, 1e-5), True, False, id="no errors, more"),
+        pytest.param(numbers(math.inf), numbers(math.inf, 0.5), numbers(math.inf), False, False, id="overflow"),
+        pytest.param(numbers(1e-6), numbers(math.inf, math.inf), numbers(1e-6), True, False, id="not finite"),
+    ],
+)
+def test_verdict_of_an_output(pytorch: Numbers, other: Numbers, yardstick: Numbers, exact: bool, passed: bool):
+    assert judge_numbers("y", pytorch, other, yardstick, exact, 2**-23 if exact else 2**-8).passed is passed
+
+
+@pytest.mark.parametrize(
+    ("other", "noise", "passed"),
+    [(0.500004, 0.0, True), (0.50002, 0.0, False), (0.50002, 1e-5, True), (math.nan, 1.0, False)],
+)
+def test_verdict_of_a_metric(other: float, noise: float, passed: bool):
+    assert judge_metric(0.5, other, noise) is passed
+
+
+def test_numbers_of_outputs():
+    meter = NumbersMeter()
+    meter.update(torch.tensor([3.0, 4.0, math.nan, math.inf]), torch.tensor([3.0, 4.5, math.nan, math.inf]))
+    assert meter.numbers(0.1) == Numbers(4, 0.1, 0.5, None, 0.1)
+    meter.update(torch.tensor([1.0]), torch.tensor([math.nan]))
+    assert meter.numbers().difference == math.inf
+    classes = NumbersMeter()
+    classes.update(torch.tensor([1, 2, 3]), torch.tensor([1, 0, 3]))
+    assert classes.numbers().differing == 1
+
+
+def test_logits_of_another_shape_fail_whatever_is_logged():
+    sides = {name: SideResult({"loss": 1.0}, {}) for name in ("pytorch", "yardstick", "all")}
+
+    def passes(unlike: dict[str, int], logits: str | None) -> bool:
+        return judge_variant("all", sides, {}, {}, {}, unlike, logits, None, True, 1e-7).passed
+
+    assert passes({}, "forward") and passes({"forward": 1}, None) and not passes({"forward": 1}, "forward")
 
 
 def test_nan_on_one_side_fails_in_any_precision():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_modules.augmentation import MEAN, STD, Augmentation, normalise
+from lit_modules.augmentation import MEAN, STD, Augmentation, Draws, normalise
 
 SIZE = 32
 TORCHVISION = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
@@ -28,9 +28,10 @@ def test_normalising_is_torchvisions():
 
 def test_each_image_is_cropped_and_mirrored_as_its_draws_say():
     source, augmentation = images(64), Augmentation(4)
-    draws = augmentation.draw(64, SIZE, 0, 0)
+    table = augmentation.draw(64, SIZE, 0, 0)
+    draws = Draws.of(table)
     padded = v2.functional.pad(source, [4], padding_mode="reflect")
-    batch = augmentation.apply(source, torch.arange(64), draws)
+    batch = augmentation.apply(source, torch.arange(64), table)
     for i, image in enumerate(batch):
         top, left = 4 + draws.down[i], 4 + draws.right[i]
         crop = padded[i, :, top : top + SIZE, left : left + SIZE]
@@ -42,7 +43,7 @@ def test_a_batch_is_of_the_images_that_are_chosen():
     source, augmentation = images(16), Augmentation(4, erase=0.5)
     draws, chosen = augmentation.draw(16, SIZE, 0, 0), torch.tensor([11, 3, 3])
     whole = augmentation.apply(source, torch.arange(16), draws)
-    assert torch.equal(augmentation.apply(source, chosen, draws.of(chosen)), whole[chosen])
+    assert torch.equal(augmentation.apply(source, chosen, draws[chosen]), whole[chosen])
 
 
 def test_a_seed_and_an_epoch_give_the_same_images_again_and_another_seed_or_epoch_others():
@@ -54,10 +55,10 @@ def test_a_seed_and_an_epoch_give_the_same_images_again_and_another_seed_or_epoc
 
 
 def test_every_image_is_mirrored_in_every_other_epoch():
-    flips = torch.stack([Augmentation(4).draw(1000, SIZE, epoch, 0).flip for epoch in range(4)])
-    assert torch.equal(flips[0], flips[2]) and torch.equal(flips[1], flips[3]) and torch.equal(flips[0], ~flips[1])
+    flips = torch.stack([Draws.of(Augmentation(4).draw(1000, SIZE, epoch, 0)).flip for epoch in range(4)])
+    assert torch.equal(flips[0], flips[2]) and torch.equal(flips[1], flips[3]) and torch.equal(flips[0], 1 - flips[1])
     assert 450 < flips[0].sum() < 550
-    assert not Augmentation(4, flip=False).draw(1000, SIZE, 0, 0).flip.any()
+    assert not Draws.of(Augmentation(4, flip=False).draw(1000, SIZE, 0, 0)).flip.any()
 
 
 def erased(batch: Tensor) -> list[tuple[int, int, int, int]]:
@@ -106,7 +107,7 @@ def test_a_share_of_the_images_is_erased():
 
 
 def test_crops_move_in_every_direction_alike():
-    draws = Augmentation(4).draw(9000, SIZE, 0, 0)
+    draws = Draws.of(Augmentation(4).draw(9000, SIZE, 0, 0))
     for offsets in (draws.down, draws.right):
         values, counts = offsets.unique(return_counts=True)
         assert values.tolist() == list(range(-4, 5)) and 880 < counts.min() and counts.max() < 1120

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tritonnn.ops import (
 )
 from tritonnn.ops import channel_sums as sums
 from tritonnn.ops.conv2d import op as forward
-from tritonnn.ops.conv2d.backward import input_tma, weight_tma
+from tritonnn.ops.conv2d.backward import choice, input_tma, weight_tma
 from tritonnn.ops.conv2d.backward import op as conv2d
 from tritonnn.ops.conv2d.backward.input import Taps
 from tritonnn.ops.window import output_size
@@ -213,12 +214,12 @@ def test_relu_keeps_the_gradient_of_nan():
 BY_TMA = {
     "rows follow each other": ((3, 64, 8, 16), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1),
     "several images a box": ((7, 64, 4, 4), (128, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1),
-    "sides of no power of 2": ((2, 64, 6, 12), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1),
-    "odd sides, dilated": ((5, 64, 7, 7), (64, 64, 3, 3), (1, 1), (2, 2), (2, 2), 1),
+    "parts of a row": ((2, 64, 3, 128), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "dilated": ((5, 64, 8, 8), (64, 64, 3, 3), (1, 1), (2, 2), (2, 2), 1),
     "strided": ((3, 64, 8, 16), (128, 64, 3, 3), (2, 2), (1, 1), (1, 1), 1),
-    "1x1": ((3, 128, 8, 8), (64, 128, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "1x1, any sides": ((3, 128, 7, 5), (64, 128, 1, 1), (1, 1), (0, 0), (1, 1), 1),
     "1x1, strided": ((3, 64, 8, 16), (128, 64, 1, 1), (2, 2), (0, 0), (1, 1), 1),
-    "5x4, strided, padding of a pair": ((2, 64, 12, 8), (64, 64, 5, 4), (2, 2), (2, 1), (1, 1), 1),
+    "5x4, strided, padding of a pair": ((3, 64, 16, 8), (64, 64, 5, 4), (2, 2), (2, 1), (1, 1), 1),
     "2x2, strided": ((2, 64, 8, 8), (64, 64, 2, 2), (2, 2), (0, 0), (1, 1), 1),
 }
 
@@ -397,9 +398,9 @@ def test_transforms_to_the_second_order(name):
 
 
 def test_a_swapped_network_runs_none_of_pytorchs_gradients():
-    model = network()
+    model = network().double()  # on a GPU some gradients of float32 are left to PyTorch
     tritonnn.swap(model, strict=True)
-    x = image(2, 3, 8, 8).requires_grad_()
+    x = image(2, 3, 8, 8, dtype=torch.float64).requires_grad_()
     loss = model(x).square().sum()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         loss.backward()
@@ -408,6 +409,40 @@ def test_a_swapped_network_runs_none_of_pytorchs_gradients():
     pytorchs |= {"aten::max_pool2d_with_indices_backward", "aten::avg_pool2d_backward", "aten::mm", "aten::div"}
     assert not ran & pytorchs
     assert not {key for key in ran if key.startswith("tritonnn::")}  # nobody watches: no dispatcher
+
+
+LEFT = {
+    "64 channels": ((8, 64, 32, 32), (64, 64, 3, 3), (1, 1), 1, torch.bfloat16, (None, None)),
+    "strided": ((8, 64, 32, 32), (128, 64, 3, 3), (2, 2), 1, torch.bfloat16, (None, None)),
+    "stem": ((8, 3, 32, 32), (64, 3, 3, 3), (1, 1), 1, torch.bfloat16, (None, None)),
+    "1x1 of any image": ((8, 64, 7, 7), (64, 64, 1, 1), (1, 1), 1, torch.float16, (None, None)),
+    "sides of no power of 2": (
+        *((8, 64, 14, 14), (64, 64, 3, 3), (1, 1), 1, torch.bfloat16),
+        (None, "gradient of the weight of this shape"),
+    ),
+    "float32": ((8, 64, 32, 32), (64, 64, 3, 3), (1, 1), 1, torch.float32, (None, "gradient of the weight in float32")),
+    "float32, strided": (
+        *((8, 64, 32, 32), (64, 64, 3, 3), (2, 2), 1, torch.float32),
+        ("gradient of a strided input in float32", "gradient of the weight in float32"),
+    ),
+    "depthwise": (
+        *((8, 64, 32, 32), (64, 1, 3, 3), (1, 1), 64, torch.bfloat16),
+        ("gradient of the input of groups", "gradient of the weight of groups"),
+    ),
+    "float64": ((8, 64, 14, 14), (64, 64, 3, 3), (2, 2), 1, torch.float64, (None, None)),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_is_left_to_pytorch_on_hopper(case, monkeypatch):
+    """By sizes and types alone: the tensors are fake, on a GPU that need not be there."""
+    x_shape, weight_shape, stride, groups, dtype, expected = LEFT[case]
+    monkeypatch.setattr(hardware, "gpu", lambda device: hardware.Gpu((9, 0), 132, 232448))
+    x, weight = (SimpleNamespace(is_cuda=True, device=None, dtype=dtype, shape=s) for s in (x_shape, weight_shape))
+    padding = ((weight_shape[2] - 1) // 2,) * 2
+    assert choice.reasons_for_pytorch(x, weight, stride, padding, (1, 1), groups) == expected
+    x.is_cuda = False
+    assert choice.reasons_for_pytorch(x, weight, stride, padding, (1, 1), groups) == (None, None)
 
 
 def test_what_backward_leaves_to_pytorch_is_counted(monkeypatch):

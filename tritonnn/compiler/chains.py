@@ -4,6 +4,7 @@ The graph has PyTorch's functions and methods as the model's code calls them, wi
 `meta["example_value"]` of each node has the shape, strides and type of its result.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from torch import fx
 
 from ..fusion.activations import PARAMETERS, activation_of
 from ..fusion.known_functions import argument, name_of
+from ..fusion.tracing import ends_in_place
 from ..layers.fused.activation import NO_ACTIVATION, Activation
 from ..layers.layer import FLOATING_POINT, pair, windows_fit
 from ..runtime.hardware import reason_against
@@ -75,6 +77,11 @@ class Chain:
         return operand(self.layer, 2, "bias")
 
     @property
+    def weights(self) -> list[fx.Node]:
+        """Weight and bias of the layer."""
+        return [node for node in (self.weight, self.bias) if node is not None]
+
+    @property
     def residual(self) -> fx.Node | None:
         """The other operand of the sum."""
         return None if self.add is None else _other(self.add, self.nodes[self.nodes.index(self.add) - 1])
@@ -125,11 +132,11 @@ def overwritten(node: fx.Node) -> tuple[fx.Node, ...] | None:
     if node.op in ("placeholder", "get_attr", "output") or not any(isinstance(value(x), torch.Tensor) for x in inputs):
         return ()
     name = name_of(node)
-    if name is None:
+    if name is None or isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return _by_schema(node)
     if node.kwargs.get("out") is not None or name == "setitem":
         return tuple(inputs)
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
+    in_place = ends_in_place(name) or name in IN_PLACE or (name.startswith("__i") and name.endswith("__"))
     if in_place or _has_flag(node):
         first = node.args[0] if node.args else node.kwargs.get("input")
         return (first,) if isinstance(first, fx.Node) else tuple(inputs)
@@ -144,10 +151,13 @@ def _by_schema(node: fx.Node) -> tuple[fx.Node, ...] | None:
 
 
 def _has_flag(node: fx.Node) -> bool:
-    """Whether `inplace` is set: by name, or as the last argument of an activation."""
-    if node.kwargs.get("inplace"):
-        return True
-    return base_name(node) in PARAMETERS and any(arg is True for arg in node.args[1:])
+    """Whether `inplace` is set."""
+    if node.op == "call_function":
+        try:
+            return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))
+        except (TypeError, ValueError):  # a built-in function
+            pass
+    return bool(node.kwargs.get("inplace"))
 
 
 def is_fresh(node: fx.Node) -> bool:
@@ -163,6 +173,8 @@ class Stages:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._stage: dict[fx.Node, int] = {}
+        self.changed: set[fx.Node] = set()
+        """Nodes whose memory may be overwritten after they were computed, by another name too."""
         self.pure: set[fx.Node] = set()
         """Nodes that overwrite nothing that another node sees."""
         stage = 0
@@ -173,6 +185,15 @@ class Stages:
                 self.pure.add(node)
             else:
                 stage += 1
+                for x in node.all_input_nodes if writes is None else writes:
+                    self._note_changed(x)
+
+    def _note_changed(self, x: fx.Node) -> None:
+        """x, and what it may be a view of."""
+        if x not in self.changed:
+            self.changed.add(x)
+            for source in [] if is_fresh(x) else x.all_input_nodes:
+                self._note_changed(source)
 
     def only_user(self, node: fx.Node) -> fx.Node | None:
         """The one node that uses the result, if it is pure and nothing is overwritten up to there."""
@@ -189,7 +210,7 @@ def find(graph: fx.Graph) -> list[Chain]:
     chains: list[Chain] = []
     for node in reversed(graph.nodes):
         chain = _begin(node)
-        if chain is None or node not in stages.pure:
+        if chain is None or node not in stages.pure or stages.changed.intersection(chain.weights):
             continue
 
         def follower(chain: Chain = chain, same_shape: bool = True) -> fx.Node | None:
@@ -200,13 +221,13 @@ def find(graph: fx.Graph) -> list[Chain]:
             return found if of.shape == y.shape or not same_shape else None
 
         found = follower()
-        if found and _folds(found, chain):
+        if found and _folds(found, chain) and not stages.changed.intersection(found.all_input_nodes[1:]):
             chain.norm = found
             found = follower()
         if chain.is_linear and _makes_images(permute := follower(same_shape=False), chain):
             chain.permute = permute
             found = follower()
-            if found and _scales_channels(found, chain):
+            if found and _scales_channels(found, chain) and _other(found, permute) not in stages.changed:
                 chain.scale = found
                 found = follower()
         if found and _adds(found, chain.tail):

@@ -1,7 +1,7 @@
 """Which private parts of Triton and PyTorch can be used: each is checked once, and unused if it has changed.
 
 The public way then gives the same numbers and takes longer; `notes` and the reports say so. The checks were written for
-triton 3.6 to 3.9 and torch 2.11 to 2.14.
+triton 3.6 to 3.9 and torch 2.11 to 2.15.
 """
 
 import dataclasses

@@ -2,13 +2,16 @@
 
 As in weight.py. The reduction runs over boxes of TILE_N images x TILE_P rows x TILE_Q columns of g, [pixels, K], and
 the boxes of x that lie under them, shifted by a tap, [pixels, C]. Both are read as they are, channels next to each
-other; what lies outside the image TMA fills with zeros. A box of g serves the TAPS that a program computes.
+other; what lies outside the image TMA fills with zeros. A box of g serves the TAPS that a program computes. Its pixels
+follow each other in memory, so that it is a matrix, which the tensor cores read from where TMA brought it; otherwise
+Triton would take it through registers, which the next step overwrites while products are still running.
 
 The work is UNITS = tiles * BOXES steps, one box of a tile each, tile after tile, and each program takes SHARE of them:
 all finish at the same time, whatever the number of tiles. So a program ends one tile and begins another; the sums of
 both go to a slot of their own, [programs, 2, tile], and those of a tile are added up in the order of its boxes.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,7 +52,7 @@ def conv2d_backward_weight_tma_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     TAPS: tl.constexpr,
-    FLAT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_P: tl.constexpr,
     TILE_Q: tl.constexpr,
@@ -58,8 +61,7 @@ def conv2d_backward_weight_tma_kernel(
 ):
     """One program owns SHARE <= BOXES units of tiles of BLOCK_M filters x BLOCK_N channels x TAPS (1 or 3) of a row.
 
-    partial is [programs, 2, TAPS, BLOCK_M, BLOCK_N]. FLAT: a box is BLOCK_K pixels of g that follow each other in
-    memory, a matrix, which the tensor cores read from where TMA brought it.
+    partial is [programs, SEGMENTS, TAPS, BLOCK_M, BLOCK_N]: with 2 SEGMENTS a program may see two tiles.
     """
     BLOCK_K: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_M: tl.constexpr = K // BLOCK_M
@@ -68,7 +70,7 @@ def conv2d_backward_weight_tma_kernel(
     pid = tl.program_id(0)
     first = pid * SHARE
     last = tl.minimum(first + SHARE, UNITS)
-    for segment in range(2):
+    for segment in range(SEGMENTS):
         tile = first // BOXES
         k = tile % BLOCKS_M * BLOCK_M
         c = tile // BLOCKS_M % BLOCKS_N * BLOCK_N
@@ -86,10 +88,7 @@ def conv2d_backward_weight_tma_kernel(
             q = box % tiles_q * TILE_Q
             p = box // tiles_q % tiles_p * TILE_P
             n = box // tiles_q // tiles_p * TILE_N
-            if FLAT:
-                g = g_desc.load([box * BLOCK_K, k]).T
-            else:
-                g = tl.reshape(g_desc.load([n, p, q, k]), (BLOCK_K, BLOCK_M)).T
+            g = g_desc.load([box * BLOCK_K, k]).T
             x = tl.reshape(load_box(x_desc, n, p, q, r, s, c, C, STRIDE), (BLOCK_K, BLOCK_N))
             acc0 = tl.dot(g, x, acc0)
             if TAPS == 3:
@@ -99,7 +98,7 @@ def conv2d_backward_weight_tma_kernel(
                 acc2 = tl.dot(g, x2, acc2)
         if begin < end:
             offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            partial_ptrs = partial_ptr + (pid * 2 + segment).to(tl.int64) * (TAPS * SIZE) + offs
+            partial_ptrs = partial_ptr + (pid * SEGMENTS + segment).to(tl.int64) * (TAPS * SIZE) + offs
             tl.store(partial_ptrs, acc0)
             if TAPS == 3:
                 tl.store(partial_ptrs + SIZE, acc1)
@@ -122,6 +121,7 @@ def conv2d_backward_weight_tma_combine_kernel(
     K: tl.constexpr,
     S: tl.constexpr,
     TAPS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
@@ -135,7 +135,9 @@ def conv2d_backward_weight_tma_combine_kernel(
     begin = tile * BOXES
     program = begin // SHARE + tl.arange(0, BLOCK_SEGMENTS)  # [BLOCK_SEGMENTS]
     taken = program * SHARE < begin + BOXES
-    slot = program * 2 + (program * SHARE < begin).to(tl.int32)  # a program that came from another tile: its second
+    slot = program * SEGMENTS + (program * SHARE < begin).to(
+        tl.int32
+    )  # a program that came from another tile: its second
     partial_ptrs = partial_ptr + slot.to(tl.int64)[:, None] * (TAPS * BLOCK_M * BLOCK_N) + offs[None, :]
     y = tl.sum(tl.load(partial_ptrs, mask=taken[:, None] & (offs >= 0)[None, :], other=0.0), 0)
     k = tile % (K // BLOCK_M) * BLOCK_M + offs // BLOCK_N % BLOCK_M
@@ -157,16 +159,30 @@ class Config(NamedTuple):
     pixels: int = STEP_PIXELS
 
 
-def fits(g: torch.Tensor, x: torch.Tensor, window: tuple, groups: int) -> bool:
-    """Whole lines of 128 bytes of channels; stride 1, or 2 over images of even sides."""
+def takes(g_shape: Sequence[int], x_shape: Sequence[int], filter_size: Sequence[int], window: tuple) -> bool:
+    """Whole lines of 128 bytes of channels; stride 1, or 2 over images of even sides; boxes of whole rows of g."""
     stride = tuple(window[0])
-    K, C = g.shape[1], x.shape[1]
+    _, K, P, Q = g_shape
+    _, C, H, W = x_shape
+    if C % 64 != 0 or K % 64 != 0:
+        return False
+    if _is_product_of_matrices(filter_size, window):
+        return True
+    even = H % 2 == 0 and W % 2 == 0
+    return box_of(P, Q, STEP_PIXELS) is not None and (stride == (1, 1) or (stride == (2, 2) and even))
+
+
+def fits(g: torch.Tensor, x: torch.Tensor, filter_size: Sequence[int], window: tuple, groups: int) -> bool:
+    """Whether the kernel runs here, for these images."""
     if triton.knobs.runtime.interpret or x.element_size() != 2 or groups > 1 or not hardware.gpu(x.device).is_hopper:
         return False
-    if C % 64 != 0 or K % 64 != 0 or not (is_aligned(x) and is_aligned(g)):
-        return False
-    even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
-    return stride == (1, 1) or (stride == (2, 2) and even)
+    return is_aligned(x) and is_aligned(g) and takes(g.shape, x.shape, filter_size, window)
+
+
+def _is_product_of_matrices(filter_size: Sequence[int], window: tuple) -> bool:
+    """Whether each pixel of y sees one of x, the same: then all pixels are one row."""
+    stride, padding, _ = map(tuple, window)
+    return tuple(filter_size) == (1, 1) and stride == (1, 1) and padding == (0, 0)
 
 
 def default_config(K: int, C: int, S: int) -> Config:
@@ -179,18 +195,23 @@ def default_config(K: int, C: int, S: int) -> Config:
     return Config(1, 128, 128, 4, 3, 2) if C % 128 == 0 else Config(1, 128, 64, 4, 4, 2)
 
 
-def box_of(P: int, Q: int, pixels: int) -> tuple[int, int, int]:
-    """(images, rows, columns), powers of 2: as many columns, then rows, as divide those of an image."""
+def box_of(P: int, Q: int, pixels: int) -> tuple[int, int, int] | None:
+    """(images, rows, columns) of whole rows or images of P x Q that follow each other in memory, or a part of a row.
+
+    None where no powers of 2 divide the sides so.
+    """
     tile_q = min(Q & -Q, pixels)
     tile_p = min(P & -P, pixels // tile_q)
-    return pixels // tile_q // tile_p, tile_p, tile_q
+    tile_n = pixels // tile_q // tile_p
+    follow = (tile_q == Q and (tile_p == P or tile_n == 1)) or (tile_p == 1 and tile_n == 1)
+    return (tile_n, tile_p, tile_q) if follow else None
 
 
 def share_of(boxes: int, tiles: int, programs: int) -> tuple[int, int]:
     """(boxes, units of a program): of so many programs, none of which sees more than two tiles.
 
-    Where it leaves few programs idle, each tile is divided alike, with boxes of zeros at its end: programs then read
-    the same boxes at the same time, from L2.
+    Where it leaves few programs idle, each tile is divided alike, with boxes of zeros at its end: programs then see one
+    tile, and read the same boxes at the same time, from L2.
     """
     splits = programs // tiles
     if splits * tiles >= ALIGNED * programs:
@@ -202,30 +223,31 @@ def share_of(boxes: int, tiles: int, programs: int) -> tuple[int, int]:
 def run(g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tuple, config: Config) -> None:
     """Fills grad_weight [K, C, R, S], any strides; g [N, K, P, Q] and x [N, C, H, W] are channels_last."""
     (stride, _), padding, dilation = window
+    R, S = grad_weight.shape[2:]
     N, K, P, Q = g.shape
     _, C, H, W = x.shape
-    R, S = grad_weight.shape[2:]
-    tile_n, tile_p, tile_q = box_of(P, Q, config.pixels)
-    flat = tile_q == Q and (tile_p == P or tile_n == 1)
-    if flat:
-        g_desc = TensorDescriptor.from_tensor(g.as_strided((N * P * Q, K), (K, 1)), [config.pixels, config.BLOCK_M])
+    g_desc = TensorDescriptor.from_tensor(g.as_strided((N * P * Q, K), (K, 1)), [config.pixels, config.BLOCK_M])
+    if _is_product_of_matrices((R, S), window):
+        N, P, Q, H, W = 1, 1, N * P * Q, 1, N * P * Q
+        box = 1, 1, config.pixels
     else:
-        g_rows = g.as_strided((N, P, Q, K), (P * Q * K, Q * K, K, 1))
-        g_desc = TensorDescriptor.from_tensor(g_rows, [tile_n, tile_p, tile_q, config.BLOCK_M])
+        box = box_of(P, Q, config.pixels)
+    tile_n, tile_p, tile_q = box
     if stride == 1:
-        x_rows, x_box = x.as_strided((N, H, W, C), (H * W * C, W * C, C, 1)), [tile_n, tile_p, tile_q, config.BLOCK_N]
+        x_rows, x_box = x.as_strided((N, H, W, C), (H * W * C, W * C, C, 1)), [*box, config.BLOCK_N]
     else:  # by parity
         strides = H * W * C, 2 * W * C, W * C, 2 * C, 1
         x_rows = x.as_strided((N, H // 2, 2, W // 2, 2 * C), strides)
         x_box = [tile_n, tile_p, 1, tile_q, config.BLOCK_N]
     x_desc = TensorDescriptor.from_tensor(x_rows, x_box)
-    tiles_p, tiles_q = P // tile_p, Q // tile_q
+    tiles_p, tiles_q = ceil_div(P, tile_p), ceil_div(Q, tile_q)
     tiles = K // config.BLOCK_M * (C // config.BLOCK_N) * (R * S // config.TAPS)
     boxes = ceil_div(N, tile_n) * tiles_p * tiles_q
     boxes, share = share_of(boxes, tiles, config.PROGRAMS * hardware.gpu(x.device).multiprocessors)
     units = tiles * boxes
     programs, size = ceil_div(units, share), config.TAPS * config.BLOCK_M * config.BLOCK_N
-    partial = torch.empty(programs, 2, size, dtype=torch.float32, device=x.device)
+    aligned = boxes % share == 0
+    partial = torch.empty(programs, 1 if aligned else 2, size, dtype=torch.float32, device=x.device)
     launch(
         conv2d_backward_weight_tma_kernel,
         (programs,),
@@ -244,7 +266,7 @@ def run(g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tup
         *padding,
         *dilation,
         TAPS=config.TAPS,
-        FLAT=flat,
+        SEGMENTS=partial.shape[1],
         TILE_N=tile_n,
         TILE_P=tile_p,
         TILE_Q=tile_q,
@@ -253,7 +275,7 @@ def run(g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tup
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    segments = triton.next_power_of_2(ceil_div(boxes, share) + 1)
+    segments = triton.next_power_of_2(boxes // share if aligned else ceil_div(boxes, share) + 1)
     block = max(2048 // segments, 32)
     launch(
         conv2d_backward_weight_tma_combine_kernel,
@@ -268,6 +290,7 @@ def run(g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tup
         K,
         S,
         TAPS=config.TAPS,
+        SEGMENTS=partial.shape[1],
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_SEGMENTS=segments,
