@@ -300,7 +300,8 @@ def test_nan_and_infinities(name):
 ON_A_GPU = {
     "tma_halo": (lambda: nn.Conv2d(64, 64, 3, padding=1), (256, 64, 32, 32)),
     "tma_halo, stride 2": (lambda: nn.Conv2d(64, 128, 3, 2, 1), (512, 64, 32, 32)),
-    "tma": (lambda: nn.Conv2d(128, 256, 1), (64, 128, 16, 16)),
+    "matmul": (lambda: nn.Conv2d(128, 256, 1), (64, 128, 16, 16)),
+    "tma": (lambda: nn.Conv2d(128, 256, 1, 2), (64, 128, 32, 32)),
     "few_channels": (lambda: nn.Conv2d(3, 64, 7, 2, 3), (16, 3, 112, 112)),
     "depthwise": (lambda: nn.Conv2d(64, 64, 3, padding=1, groups=64), (16, 64, 28, 28)),
     "in_registers": (lambda: nn.Conv2d(128, 128, 3, padding=1), (1, 128, 8, 8)),

@@ -20,6 +20,32 @@ def test_cuda_graph_on_a_cpu_runs_plainly():
     assert not len(fused.graphs)
 
 
+class Counting(nn.Module):
+    """Its results depend on an attribute that it changes: at every call, or at the first."""
+
+    def __init__(self, once: bool) -> None:
+        super().__init__()
+        self.layer, self.once, self.calls = nn.Conv2d(4, 4, 1), once, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.once and self.calls):
+            self.calls += 1
+        return self.layer(x) * self.calls
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a GPU")
+@pytest.mark.parametrize(("model", "attempts"), [(small(), 4), (Counting(once=True), 3), (Counting(once=False), 0)])
+def test_what_changes_its_own_attributes_is_not_captured(model, attempts, monkeypatch):
+    attempted = []
+    monkeypatch.setattr(cuda_graphs, "can_be_captured", lambda tensors: True)
+    monkeypatch.setattr(cuda_graphs.CudaGraphs, "_capture", lambda *args: attempted.append(args))
+    model = trained(model)
+    fused, x = tritonnn.fuse(model, cuda_graph=True), image(1, 4, 5, 5, dtype=torch.float64)
+    for _ in range(5):
+        torch.testing.assert_close(fused(x), model(x))
+    assert len(attempted) == attempts
+
+
 @pytest.mark.gpu
 class TestCudaGraph:
     @staticmethod
@@ -129,6 +155,29 @@ class TestCudaGraph:
             torch.testing.assert_close(graphed(x), eager(x))
         assert len(graphed.graphs) == 0 and len(graphed.graphs.refused) == 1
         torch.randn(1, device="cuda")
+
+    def test_a_counter_in_a_network_goes_on(self):
+        model = trained(Counting(once=False), torch.float32)
+        graphed, x = tritonnn.fuse(model, cuda_graph=True), image(2, 4, 8, 8)
+        for _ in range(6):
+            torch.testing.assert_close(graphed(x), model(x), rtol=1e-4, atol=1e-4)
+
+    def test_an_input_that_gets_another_shape(self):
+        class Resizing(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm = nn.BatchNorm2d(4)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y = self.norm(x)
+                x.resize_(3)
+                x.add_(1)
+                return y
+
+        model = trained(Resizing(), torch.float32)
+        graphed, x = tritonnn.fuse(model, cuda_graph=True), image(2, 4, 8, 8)
+        for _ in range(4):
+            torch.testing.assert_close(graphed(x.clone()), model(x.clone()))
 
     def test_weights_that_pytorch_does_not_count_as_changed(self):
         model = trained(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False)), torch.float32)

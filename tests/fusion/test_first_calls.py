@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import tritonnn
 from tritonnn.fusion import first_calls
+from tritonnn.fusion.fuse import FusedForward
 
 
 class Counts(nn.Module):
@@ -87,3 +88,14 @@ def test_nothing_is_compiled_but_ahead(tmp_path, monkeypatch, cuda_graph):
             y = network(x)
     assert ahead == [len(compiled)] and compiled
     assert (y - exact).abs().max() <= 2 * (expected - exact).abs().max()
+
+
+def test_a_call_that_runs_the_modules_own_code_is_not_gone_through_twice():
+    def own_code(x: Tensor, factor: float = 2.0) -> Tensor:
+        raise AssertionError("it was run")
+
+    forward = FusedForward(lambda x: x, own_code)
+    assert isinstance(forward, first_calls.RunsGraph)
+    x = torch.ones(2)
+    assert forward.runs_the_graph(x) and forward.runs_the_graph(x, 2.0) and not forward.runs_the_graph(x, 3.0)
+    assert not forward.fallbacks

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 import tritonnn
 
 
-def same_at_every_call(model: nn.Module, *args, channels_last: bool | None = None, **kwargs) -> tritonnn.FusedNetwork:
+def same_at_every_call(
+    model: nn.Module, *args, channels_last: bool | None = None, tolerance: float = 1e-10, **kwargs
+) -> tritonnn.FusedNetwork:
     """Values, layout and what becomes of the inputs; three calls with contiguous and channels_last images each."""
     model = trained(model)
     fused = tritonnn.fuse(model)
@@ -25,18 +27,18 @@ def same_at_every_call(model: nn.Module, *args, channels_last: bool | None = Non
             both = [x.clone(memory_format=torch.preserve_format) for _ in range(2)]
             with torch.no_grad():
                 expected, actual = (net(y, *args, **kwargs) for net, y in zip((model, fused), both))
-            assert_identical_layout(actual, expected)
-            torch.testing.assert_close(both[1], both[0], rtol=1e-10, atol=1e-10)
+            assert_identical_layout(actual, expected, tolerance)
+            torch.testing.assert_close(both[1], both[0], rtol=tolerance, atol=tolerance)
     return fused
 
 
-def assert_identical_layout(actual: object, expected: object) -> None:
+def assert_identical_layout(actual: object, expected: object, tolerance: float) -> None:
     if isinstance(expected, (tuple, list)):
         assert len(actual) == len(expected)
         for a, e in zip(actual, expected):
-            assert_identical_layout(a, e)
+            assert_identical_layout(a, e, tolerance)
         return
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, check_stride=True)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_stride=True)
 
 
 def tied(net: Net) -> Net:
@@ -82,7 +84,9 @@ def test_a_view_after_an_activation_in_place(activation):
 
     act, step = ACTIVATIONS[activation]
     layers = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), act, nn.Linear(64, 3)
-    fused = same_at_every_call(Classifier(*layers), channels_last=False)
+    # PyTorch's hardswish of float64 multiplies by a sixth in float32 on a GPU.
+    tolerance = 1e-6 if activation == "Hardswish" and DEVICE.type == "cuda" else 1e-10
+    fused = same_at_every_call(Classifier(*layers), channels_last=False, tolerance=tolerance)
     assert fused.report.fused == {"0": f"conv2d + batch_norm2d{step}", "3": "linear"}
 
 

@@ -14,6 +14,8 @@ from ..runtime.precision import CONVOLUTION, MATMUL
 from ..runtime.replay import current_device
 
 CAPTURE_AT_CALL = 2
+OWN_CODE = "tritonnn."
+MODULE_TABLES = {"_parameters", "_buffers", "_modules"}
 MAX_GRAPHS = 8
 MAX_COUNTED = 256
 
@@ -63,6 +65,8 @@ class CudaGraphs:
     def clear(self) -> None:
         self._calls: Counter[tuple] = Counter()
         self._captured: OrderedDict[tuple, _Captured] = OrderedDict()
+        self._unsettled: set[tuple] = set()
+        """Kinds of which the last call changed attributes of modules: no replay would."""
         self.refused.clear()
 
     def __len__(self) -> int:
@@ -87,9 +91,10 @@ class CudaGraphs:
             captured = None
         if captured is None:
             self._calls[key] += 1
-            if self._calls[key] < CAPTURE_AT_CALL or key in self.refused:
+            if self._calls[key] < CAPTURE_AT_CALL or key in self.refused or key in self._unsettled:
                 if len(self._calls) > MAX_COUNTED:
                     self._calls.clear()
+                    self._unsettled.clear()
                     self.refused.clear()
                 return self._eagerly(call, network, args, kwargs, key)
             captured = self._capture(call, network, leaves, spec, key)
@@ -105,14 +110,19 @@ class CudaGraphs:
         """The first call of a kind, and calls that are refused.
 
         A network that changes its own state is refused: warming up would change it more often, and a replay not at all.
+        Attributes may change in a first call, which makes a table, say: it is captured after a call that changes none.
         """
         if key in self.refused:
             return call(*args, **kwargs)
-        before = _state_of(network)
+        before, attributes = _state_of(network), _attributes_of(network)
         with launches_as_in_graphs():  # compiles what the graph will need, and nothing else
             output = call(*args, **kwargs)
         if _state_of(network) != before:
             self.refused[key] = "the network changes its parameters or buffers"
+        if _attributes_of(network) != attributes:
+            self._unsettled.add(key)
+        else:
+            self._unsettled.discard(key)
         return output
 
     def _replay(self, captured: _Captured, tensors: list[Tensor]) -> object:
@@ -141,8 +151,10 @@ class CudaGraphs:
                 with torch.cuda.stream(side), launches_as_in_graphs():
                     for _ in range(2):  # compiles, tunes, packs weights
                         call(*args, **kwargs)
+                        overwritten = versions != [x._version for x in inputs if isinstance(x, Tensor)]
+                        if overwritten:
+                            break
                 torch.cuda.current_stream().wait_stream(side)
-                overwritten = versions != [x._version for x in inputs if isinstance(x, Tensor)]
                 # Writes through `.data` count no version.
                 if overwritten or not all(_same(x, y) for x, y in zip(inputs, leaves) if isinstance(x, Tensor)):
                     self.refused[key] = "the network overwrites its inputs"
@@ -206,6 +218,25 @@ def _tensors(network: nn.Module) -> Iterator[tuple[tuple[dict, str], Tensor]]:
 
 def _state_of(network: nn.Module) -> list[tuple[int, int | None]]:
     return [(id(tensor), _version(tensor)) for _, tensor in _tensors(network)]
+
+
+def _attributes_of(network: nn.Module) -> dict[str, dict[str, object]]:
+    """Of the modules whose code is not ours, by name: numbers, strings and the like by value, all else by identity."""
+    return {
+        name: {key: _snapshot(value) for key, value in vars(module).items() if key not in MODULE_TABLES}
+        for name, module in network.named_modules()
+        if not type(module).__module__.startswith(OWN_CODE)
+    }
+
+
+def _snapshot(value: object) -> object:
+    if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
+        return type(value), value
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value), [_snapshot(v) for v in value]
+    if type(value) is dict:
+        return dict, [(_snapshot(k), _snapshot(v)) for k, v in value.items()]
+    return type(value), id(value)
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -16,6 +17,13 @@ from .tracing import ends_in_place, in_place, is_changed, is_layer
 
 MOST_KINDS = 64
 """Kinds of inputs that are remembered."""
+
+
+@runtime_checkable
+class RunsGraph(Protocol):
+    """A call that may run a module's own code instead of the traced graph."""
+
+    def runs_the_graph(self, *args) -> bool: ...
 
 
 class FirstCalls:
@@ -40,6 +48,8 @@ class FirstCalls:
         if kind in self._seen:
             return
         if not args[0].is_cuda or None in kind or not plain_eager() or is_capturing():
+            return
+        if isinstance(call, RunsGraph) and not call.runs_the_graph(*args):
             return
         first_of_all = not self._seen
         if len(self._seen) < MOST_KINDS:

@@ -39,6 +39,18 @@ class FusedForward:
         self._signature: inspect.Signature | None = None
 
     def __call__(self, *args, **kwargs) -> object:
+        required, other = self._bound(args, kwargs)
+        if other is not None:
+            self.fallbacks[f"called with another {other!r} than its default"] += 1
+            return self.unfused(*args, **kwargs)
+        return self.graph(**required)
+
+    def runs_the_graph(self, *args) -> bool:
+        """Whether a call with these arguments does, and not the module's own code."""
+        return self._bound(args, {})[1] is None
+
+    def _bound(self, args: tuple, kwargs: dict) -> tuple[dict[str, object], str | None]:
+        """The required arguments by name, and the name of an optional one that is not its default."""
         if self._signature is None:
             self._signature = inspect.signature(self.unfused)
         parameters = self._signature.parameters
@@ -47,11 +59,10 @@ class FusedForward:
             p = parameters[name]
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty:
                 if not _is_default(value, p):
-                    self.fallbacks[f"called with another {name!r} than its default"] += 1
-                    return self.unfused(*args, **kwargs)
+                    return {}, name
             else:
                 required[name] = value
-        return self.graph(**required)
+        return required, None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_signature": None}

@@ -5,7 +5,7 @@ import torch
 from ....runtime.memory_format import empty_image
 from ....runtime.operator import register_gradient
 from ....runtime.precision import (
-    convolution_input_precision,
+    convolution_input_gradient_precision,
     convolution_weight_gradient_precision,
     convolutions_in_tf32,
 )
@@ -21,7 +21,7 @@ def _launch_input(g, filters, size, channels_last, stride, padding, dilation, gr
     grad_x = _input_output(g, filters, size, channels_last)
     if grad_x.numel() > 0:
         pixels = g.numel() // g.shape[1]
-        precision = convolution_input_precision(grad_x, filters, pixels)
+        precision = convolution_input_gradient_precision(grad_x, filters, pixels)
         input.run(g, filters, grad_x, channels_last, (stride, padding, dilation), groups, precision)
     return grad_x
 
