@@ -212,22 +212,22 @@ def test_kernels_in_gluon_need_a_version_that_they_were_checked_with(monkeypatch
 
 
 GONE = {
-    "tma_halo": "from triton.experimental.gluon import language as gl\n"
+    ("tma_halo", "matmul"): "from triton.experimental.gluon import language as gl\n"
     "for name in ('barrier', 'thread_barrier'): vars(gl).pop(name, None)",
-    "in_registers": "from triton.experimental.gluon.language.nvidia import ampere; del ampere.mma_v2",
+    ("in_registers",): "from triton.experimental.gluon.language.nvidia import ampere; del ampere.mma_v2",
 }
-"""A form to what takes away a part of Gluon that it needs: the barrier, a product."""
+"""Forms to what takes away a part of Gluon that they need: the barrier, a product."""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
-@pytest.mark.parametrize("form", GONE)
-def test_without_a_part_of_gluon_the_other_forms_are_left(form):
+@pytest.mark.parametrize("forms", GONE, ids=" ".join)
+def test_without_a_part_of_gluon_the_other_forms_are_left(forms):
     """In a process of its own."""
     code = (
-        f"import os, sys; os.environ['TRITON_INTERPRET'] = '1'; import triton; {GONE[form]}\n"
+        f"import os, sys; os.environ['TRITON_INTERPRET'] = '1'; import triton; {GONE[forms]}\n"
         "import torch, tritonnn; from tritonnn.ops.conv2d.forms import FORMS\n"
         "print([form.name for form in FORMS], tritonnn.TritonConv2d(2, 3, 3)(torch.ones(1, 2, 4, 4)).shape)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    said = f"{[name for name in ORDER if name != form]} torch.Size([1, 3, 2, 2])\n"
+    said = f"{[name for name in ORDER if name not in forms]} torch.Size([1, 3, 2, 2])\n"
     assert run.stdout == said, run.stderr
