@@ -1,7 +1,10 @@
 """What dispatch would launch on other cards compiles for them and fits their memory; cards.py tells of all of it."""
 
 import pytest
+import triton
 from helpers.hopper import run
+
+from tritonnn.runtime.hardware import GLUON_VERSIONS
 
 CARDS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "gfx942"]
 EVERYWHERE = {
@@ -21,7 +24,8 @@ EVERYWHERE = {
 OF_TENSOR_CORES = {"conv2d_sliced_k_forward_kernel", "padded_rows_kernel"}
 OF_CARDS = {name: EVERYWHERE | OF_TENSOR_CORES for name in CARDS[:-1]} | {"gfx942": EVERYWHERE}
 OF_CARDS["10.0"] = OF_CARDS["12.0"] = OF_CARDS["8.0"] | {"conv2d_tma_forward_kernel"}
-OF_CARDS["9.0"] = OF_CARDS["10.0"] | {"conv2d_tma_halo_forward_kernel", "conv2d_in_registers_forward_kernel"}
+IN_GLUON = {"conv2d_tma_halo_forward_kernel", "conv2d_in_registers_forward_kernel"}
+OF_CARDS["9.0"] = OF_CARDS["10.0"] | (IN_GLUON if triton.__version__.startswith(GLUON_VERSIONS) else set())
 """The kernels by card: TMA from Hopper on; what needs wgmma, and what only Hopper has run, there alone."""
 
 
