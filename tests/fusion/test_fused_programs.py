@@ -225,6 +225,45 @@ def test_a_padded_copy_decides_how_the_result_lies_in_memory(mode, channels_last
             torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-3, check_stride=True)
 
 
+IN_PLACE = {
+    "function": lambda n, y: F.relu(y, inplace=True),
+    "module": lambda n, y: n.relu(y),
+    "method": lambda n, y: y.clamp_(0, 6),
+    "one after the other": lambda n, y: F.hardtanh_(y.relu_(), 0, 6),
+    "after a norm": lambda n, y: n.one(y).relu_(),
+    "after a convolution": lambda n, y: n.relu(n.to_one(y)),
+    "a sum": lambda n, y: y.relu().add_(y),
+}
+
+
+@pytest.mark.parametrize("operation", IN_PLACE)
+def test_what_is_in_place_keeps_its_strides(operation):
+    """Of one channel, which fits both memory formats: what is computed beside it would be contiguous."""
+
+    def code(net: Net, x: Tensor) -> Tensor:
+        y = x[:, :1].contiguous(memory_format=torch.channels_last) + x.mean((1, 2, 3), keepdim=True)
+        y = IN_PLACE[operation](net, y)
+        return torch.cat([y, y], 1)
+
+    same_at_every_call(Net(code, one=nn.BatchNorm2d(1), to_one=nn.Conv2d(1, 1, 1)))
+
+
+@pytest.mark.gpu
+def test_a_norm_of_one_channel_keeps_its_format_on_a_gpu():
+    """And decides by that how the images lie that are made of it."""
+
+    def code(net: Net, x: Tensor) -> Tensor:
+        y = net.to_one(x)
+        return torch.cat([net.one(y), y], 1) + y
+
+    model = trained(Net(code, one=nn.BatchNorm2d(1), to_one=nn.Conv2d(4, 1, 1)), torch.float32)
+    fused = tritonnn.fuse(model)
+    for channels_last in (False, True):
+        x = image(2, 4, 6, 6, channels_last=channels_last)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4, check_stride=True)
+
+
 def relu_of_the_input(net: Net, x: Tensor) -> Tensor:
     y = net.relu(x)
     x += 1
