@@ -112,8 +112,8 @@ class FusedNetwork(nn.Module):
         self.unfused = unfused
         self.report = report
         self._with_options = None if unfused is None else FusedForward(network, unfused.forward)
-        self.graphs = CudaGraphs(copy_output) if cuda_graph else None
         self._first_calls = FirstCalls(network)
+        self.graphs = CudaGraphs(copy_output, self._first_calls) if cuda_graph else None
         super().train(False)
 
     def forward(self, *args, **kwargs) -> object:
@@ -124,8 +124,8 @@ class FusedNetwork(nn.Module):
             call = self._with_options or self.network
             if torch.compiler.is_compiling():
                 return call(*args, **kwargs)
-            self._first_calls.before(call, self, args, kwargs, self.graphs is not None)
             if self.graphs is None:
+                self._first_calls.before(call, self, args, kwargs, in_graphs=False)
                 return call(*args, **kwargs)
             return self.graphs(call, self, args, kwargs)
 
