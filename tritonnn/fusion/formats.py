@@ -45,7 +45,7 @@ class Format:
 
     `pixel`: an image of one pixel, which decides nothing where it meets a larger one. `settled`: where it is contiguous
     if it fits both formats. `single`: it has one channel, None where that is not known. `part`: of a larger image, not
-    dense. `odd`: its dimensions may lie in another order than in both formats.
+    dense. `convolved`: made of a convolution's result. `odd`: its dimensions may lie in another order than in both.
     """
 
     sources: frozenset[fx.Node] = frozenset()
@@ -54,6 +54,7 @@ class Format:
     settled: int = NEVER
     single: bool | None = None
     part: bool = False
+    convolved: bool = False
     odd: bool = False
 
     @property
@@ -79,20 +80,20 @@ def keep_formats(traced: FunctionalGraph) -> None:
     _Formats(traced).run()
 
 
-def as_pytorch_puts_it(x: object, always: bool, settled: int, *sources: object) -> object:
+def as_pytorch_puts_it(x: object, always: bool, settled: int, convolved: bool, *sources: object) -> object:
     """The image x [(N,) C, H, W] in channels_last if `always` or one of the sources is, else contiguous.
 
     What fits both formats is contiguous where `settled` says so.
     """
     if isinstance(x, (tuple, list)):
-        return tuple(as_pytorch_puts_it(part, always, settled, *sources) for part in x)
+        return tuple(as_pytorch_puts_it(part, always, settled, convolved, *sources) for part in x)
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.dim() not in (3, 4):
         return x
     channels_last = always or any(isinstance(source, torch.Tensor) and is_channels_last(source) for source in sources)
     settles = settled == ALWAYS or (settled == ON_A_CPU and x.device.type == "cpu")
     if x.dim() == 3 or (settles and 1 in (x.shape[1], x.shape[2] * x.shape[3])):
         channels_last = False
-    if x.is_cuda and x.dtype == torch.float64:  # of which PyTorch's convolutions make contiguous images
+    if convolved and x.is_cuda and x.dtype == torch.float64:  # of which PyTorch's convolutions make contiguous images
         channels_last = False
     strides = _strides(x.shape, channels_last)
     if x.stride() == strides:
@@ -161,7 +162,8 @@ class _Formats:
                 with self.graph.inserting_after(node):
                     copy = self.graph.call_function(as_overwritten, (node, value.like))
             else:
-                arguments = (node, value.format.always, value.format.settled, *sorted(value.format.sources, key=str))
+                f = value.format
+                arguments = (node, f.always, f.settled, f.convolved, *sorted(f.sources, key=str))
                 with self.graph.inserting_after(node):
                     copy = self.graph.call_function(as_pytorch_puts_it, arguments)
             self.copies[node] = copy
@@ -211,7 +213,8 @@ class _Formats:
         one_tap = tuple(layer.kernel_size) == (1, 1) and layer.padding in ("valid", "same", 0, (0, 0))
         always = format.always or is_channels_last(layer.weight)
         single = layer.out_channels == 1
-        return _Value(False, Format(format.sources, always, pixel=format.pixel and one_tap, single=single))
+        pixel = format.pixel and one_tap
+        return _Value(False, Format(format.sources, always, pixel=pixel, single=single, convolved=True))
 
     @staticmethod
     def _resized(node: fx.Node, x: _Value, module: nn.Module | None) -> _Value | None:
@@ -261,7 +264,8 @@ class _Formats:
         settled = settled if any(format.part for format in formats) else max(settled, settles)
         singles = {format.single for format in formats}
         single = False if False in singles else None if None in singles else True
-        return _Value(False, replace(deciding[0], settled=settled, single=single, part=False))
+        convolved = any(format.convolved for format in formats)
+        return _Value(False, replace(deciding[0], settled=settled, single=single, part=False, convolved=convolved))
 
     def _concatenated(self, operands: list[fx.Node]) -> _Value | None:
         formats = [self.values[x].format for x in operands]
@@ -274,18 +278,24 @@ class _Formats:
         if len({format.settled for format in formats}) > 1 and formats[0].pixel:
             return None
         settled = all(format.settled and format.pixel for format in formats)
-        format = replace(formats[0], single=False, settled=NEVER, part=False)
+        convolved = any(format.convolved for format in formats)
+        format = replace(formats[0], single=False, settled=NEVER, part=False, convolved=convolved)
         return _Value(False, replace(format, sources=frozenset(), always=False) if settled else format)
 
     @staticmethod
     def _viewed(node: fx.Node, x: _Value, name: str) -> _Value:
         one = x.format is not None and x.format.single is True
-        part = x.format and replace(x.format, part=True, settled=x.format.settled if one else NEVER, single=one or None)
+        part = x.format and replace(
+            x.format,
+            part=x.format.part or not (one and _is_whole_channels(node, name)),
+            settled=x.format.settled if one else NEVER,
+            single=one or None,
+        )
         if name in PARTS:
             return replace(x, format=part, parts=name != "narrow")
         if name == "getitem" and x.parts:
             return replace(x, parts=False) if isinstance(node.args[1], int) else _Value(False, None)
-        if name == "getitem" and isinstance(node.args[1], tuple) and all(isinstance(i, slice) for i in node.args[1]):
+        if name == "getitem" and _is_slices(node.args[1]):
             return replace(x, format=part)
         converts = name in CONVERSIONS and not node.kwargs
         return x if converts else _Value(False, None)
@@ -307,6 +317,20 @@ def _reorders(node: fx.Node, traced: FunctionalGraph) -> bool:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return not all(isinstance(i, (slice, int)) or i is Ellipsis for i in index)
     return name_of(node) not in (*PARTS, *CONVERSIONS, "contiguous", "detach", "dropout", "flatten")
+
+
+def _is_slices(index: object) -> bool:
+    return isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
+
+
+def _is_whole_channels(node: fx.Node, name: str) -> bool:
+    """Whether a part of images is one of whole channels: dense, if there is but one channel."""
+    if name == "getitem":
+        if not _is_slices(node.args[1]):
+            return False
+        images, _, *pixels = [*node.args[1], *[slice(None)] * 4][:4]
+        return images.step in (None, 1) and all(pixel == slice(None) for pixel in pixels)
+    return argument(node, 1 if name == "narrow" else 2, "dim", 0) in (0, 1, -3, -4)
 
 
 def _settles(node: fx.Node, module: nn.Module | None, operands: list[fx.Node]) -> int:

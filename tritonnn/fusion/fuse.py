@@ -25,7 +25,7 @@ from .fused_graph import FusedGraph
 from .norm_act import split_norm_acts
 from .report import FusionReport, join
 from .rewrite import fuse_graph
-from .tracing import WRAPPERS, has_hooks, in_a_line, is_layer
+from .tracing import CALLS_OTHERWISE, WRAPPERS, calls_otherwise, has_hooks, in_a_line, is_layer
 
 
 class FusedForward:
@@ -184,7 +184,7 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
         raise RuntimeError(f"fuse wants a network in eval mode: call model.eval() first; training: {few(training)}")
     report, parts = FusionReport(), {}
     with torch.inference_mode(False), torch.no_grad():
-        network = copy.deepcopy(model)
+        network = copy.deepcopy(model, _computed_attributes(model))
         split_norm_acts(network)
         if is_layer(network):
             network = nn.Sequential(network)
@@ -196,10 +196,21 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     return fused
 
 
+def _computed_attributes(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Copies of results with a gradient among the attributes of modules, such as pruned weights, by their identity.
+
+    PyTorch's deepcopy refuses these; hooks compute them anew at each call.
+    """
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    return {id(t): t.detach().clone() for t in attributes if isinstance(t, torch.Tensor) and not t.is_leaf}
+
+
 def _graph_of(module: nn.Module, name: str, report: FusionReport, parts: dict[str, FusedGraph]) -> FusedGraph | None:
     """The module as a fused graph; None where it cannot be traced, and its parts, by name, have become graphs."""
     if has_hooks(module):
         reason = "it has hooks"
+    elif calls_otherwise(module) and not is_layer(module):
+        reason = CALLS_OTHERWISE
     elif isinstance(module, WRAPPERS):
         reason = f"it is a {type(module).__name__}"
     else:
