@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..layers.fused.base import FusedLayer
 from ..layers.fused.linear import FusedPooledLinear
 from ..layers.layer import TritonLayer
-from ..swap import few, kind_of, swap
+from ..swap import check_is_module, few, kind_of, swap
 from .cuda_graphs import CudaGraphs
 from .first_calls import FirstCalls
 from .functionalize import functionalize
@@ -173,8 +173,10 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
 
     Raises:
         RuntimeError: the model or a part of it is in training mode.
+        TypeError: it is no module.
         ValueError: it is a fused network already.
     """
+    check_is_module(model)
     if isinstance(model, FusedNetwork):
         raise ValueError("the network is fused already")
     while isinstance(model, WRAPPERS) and not has_hooks(model):
