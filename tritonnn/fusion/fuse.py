@@ -156,7 +156,8 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     Batch norms are folded into the convolutions before them, in float64: into float32 and float64 weights, rounded
     once; beside 16-bit weights, which stay as they are, the kernel scales the sums. Bias, residual sum and activation
     run in the kernel of the convolution or linear layer, whose images are channels_last; what leaves the network lies
-    in memory as the model's output would. Operand types follow autocast and PyTorch's TF32 switches at each call.
+    in memory as the model's output would, for images in one of both memory formats and parts of such. Operand types
+    follow autocast and PyTorch's TF32 switches at each call.
 
     Activations are ReLU, ReLU6, LeakyReLU, SiLU, Hardswish, Hardsigmoid, Sigmoid and both kinds of GELU, as modules,
     functions or methods, in place or not; others stay PyTorch's.
