@@ -4,16 +4,18 @@
     python docs/versions.py --times times.json
 
 The first version is that of this Python; of the others a folder is given that holds the package `triton`. Kernels in
-Gluon run with all of them. Each version has a process, which forks a child for each case. The children of a type of
-numbers compile and capture their graphs beside each other, and are then timed one at a time, the versions in turns.
-From Triton 3.7 on TF32 is also timed with x rounded by the descriptors that load it, and its convolutions alone beside
-PyTorch's.
+Gluon run with all of them. Each version has a process, whose children first compile each kernel once, beside each other
+(`--compile` ends there: Triton keeps kernels on disk). Then it forks a child for each case. Those of a type of numbers
+capture their graphs beside each other, and are timed one at a time, the versions in turns; where two versions differ by
+more than 2 %, twice as often. From Triton 3.7 on TF32 is also timed with x rounded by the descriptors that load it, and
+its convolutions alone beside PyTorch's.
 """
 
 import argparse
 import ctypes
 import datetime
 import functools
+import importlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -22,15 +24,15 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 Case = tuple[str, int, str]
-NETWORKS: list[Case] = [
-    (dtype, n, what) for dtype in ("bf16", "tf32", "fp32") for n in (1024, 128, 1) for what in ("fused", "swapped")
-]
+TYPES = ["bf16", "tf32", "fp32"]
+NETWORKS: list[Case] = [(dtype, n, what) for dtype in TYPES for n in (1024, 128, 1) for what in ("fused", "swapped")]
 LOADS: list[Case] = [
     ("tf32", 1024, "swapped, rounded on load"),
     ("tf32", 128, "swapped, rounded on load"),
@@ -39,18 +41,20 @@ LOADS: list[Case] = [
     ("tf32", 1024, "convolutions alone, rounded on load"),
 ]
 """Of versions whose descriptors can round."""
-THREADS = 4
-"""Compilers of a child."""
+Kernel = tuple[str, str, str]
+"""What a process needs to compile one: module, name and specialization."""
+COMPILERS = 12
+"""Of a version."""
 
 
 def capture(call: Callable[[], object]) -> Callable[[], None]:
     import torch
 
-    from tritonnn.compile_ahead import compile_ahead
+    from tritonnn.runtime.dependent_launch import launches_as_in_graphs
 
-    compile_ahead([call], lambda number: None)
-    for _ in range(3):
-        call()
+    with launches_as_in_graphs():
+        for _ in range(3):
+            call()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
@@ -59,16 +63,13 @@ def capture(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def prepare(dtype: str, n: int, what: str) -> Callable[[], object]:
-    """What is to be timed."""
+def network(dtype: str, n: int, what: str) -> tuple:
+    """PyTorch's, and images for it; the flags are set as `what` needs them."""
     import torch
 
-    import tritonnn
     from lit_modules.resnet import ResNet18
-    from tritonnn import compile_ahead
     from tritonnn.runtime import capabilities, hardware
 
-    compile_ahead.MOST_THREADS = THREADS
     hardware.GLUON_VERSIONS = ("",)
     capabilities.ROUNDS_ON_LOAD = "rounded on load" in what
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
@@ -77,21 +78,47 @@ def prepare(dtype: str, n: int, what: str) -> Callable[[], object]:
     torch.manual_seed(0)
     number = torch.bfloat16 if dtype == "bf16" else torch.float32
     model = ResNet18().cuda().eval().to(number).to(memory_format=torch.channels_last)
-    x = torch.randn(n, 3, 32, 32, device="cuda", dtype=number).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(n, 3, 32, 32, dtype=number).cuda().contiguous(memory_format=torch.channels_last)
+    return model, x
+
+
+def kernels(dtype: str, n: int, what: str) -> list[Kernel]:
+    """Those that a network launches in a CUDA graph."""
+    import tritonnn
+    from tritonnn.compile_ahead import kernels_of
+    from tritonnn.runtime.dependent_launch import launches_as_in_graphs
+
+    model, x = network(dtype, n, what)
     if what == "fused":
-        plain = tritonnn.fuse(model)
-        capture(lambda: plain(x))  # compiles ahead
+        model = tritonnn.fuse(model)
+    else:
+        tritonnn.swap(model)
+    with launches_as_in_graphs():
+        found = kernels_of(lambda: model(x), every_kernel=True)
+    return [(kernel.function.fn.__module__, kernel.function.fn.__name__, kernel.specialization) for kernel in found]
+
+
+def prepare(dtype: str, n: int, what: str) -> dict[str, Callable[[], object]]:
+    """What is to be timed: the whole, whose name is empty, and of the convolutions alone each."""
+    import torch
+
+    import tritonnn
+
+    model, x = network(dtype, n, what)
+    if what == "fused":
         fused = tritonnn.fuse(model, cuda_graph=True)
         for _ in range(3):
             fused(x)
-        return lambda: fused(x)
+        return {"": lambda: fused(x)}
     if what.startswith("swapped"):
         tritonnn.swap(model)
-        return capture(lambda: model(x))
-    inputs: dict[tuple, tuple] = {}
+        return {"": capture(lambda: model(x))}
+    inputs: dict[str, tuple[torch.nn.Conv2d, torch.Tensor]] = {}
 
     def note(module: torch.nn.Conv2d, args: tuple, y: torch.Tensor) -> None:
-        inputs.setdefault((args[0].shape, module.weight.shape, module.stride), (module, args[0].clone()))
+        c, h, w = args[0].shape[1:]
+        name = f", {c}x{h}x{w} to {'x'.join(map(str, y.shape[1:]))}, {module.kernel_size[0]}x{module.kernel_size[1]}"
+        inputs.setdefault(name, (module, args[0].clone()))
 
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and module.in_channels > 3:
@@ -101,7 +128,8 @@ def prepare(dtype: str, n: int, what: str) -> Callable[[], object]:
         module._forward_hooks.clear()
     if "PyTorch's" not in what:
         tritonnn.swap(model, layers="conv2d")
-    return capture(lambda: [module(x) for module, x in inputs.values()])
+    whole = capture(lambda: [module(x) for module, x in inputs.values()])
+    return {"": whole} | {name: capture(functools.partial(*one)) for name, one in inputs.items()}
 
 
 def clock(call: Callable[[], object]) -> float:
@@ -134,17 +162,62 @@ def child(case: Case, pipe: multiprocessing.connection.Connection) -> None:
 
     with torch.no_grad():
         try:
-            call = prepare(*case)
+            calls = prepare(*case)
         except Exception as error:  # of the compiler, or for want of memory
             pipe.send({"failed": f"{type(error).__name__}: {error}"[:300]})
             return
         pipe.send({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__.partition("+")[0]})
         while pipe.recv():
-            pipe.send({"us": clock(call)})
+            pipe.send({"us": {name: clock(call) for name, call in calls.items()}})
+
+
+def compiler(tasks: multiprocessing.Queue, done: multiprocessing.Queue) -> None:
+    """Notes the kernels of cases, and compiles kernels, until there is None."""
+    follow_parent()
+    import torch
+
+    for task in iter(tasks.get, None):
+        found: list[Kernel] | str = []
+        try:
+            if isinstance(task[1], int):
+                with torch.no_grad():
+                    found = kernels(*task)
+                torch.cuda.empty_cache()
+            else:
+                module, name, specialization = task
+                getattr(importlib.import_module(module), name).preload(specialization)
+        except Exception as error:  # of the compiler, or for want of memory; the timing meets it again
+            found = f"{' '.join(map(str, task[:2]))}: {type(error).__name__}: {error}"[:300]
+        done.put(found)
+
+
+def compile_kernels(cases: list[Case]) -> dict:
+    """Compiles what the cases launch, each kernel once, in processes beside each other."""
+    start, tasks, done = time.perf_counter(), multiprocessing.Queue(), multiprocessing.Queue()
+    workers = [multiprocessing.Process(target=compiler, args=(tasks, done), daemon=True) for _ in range(COMPILERS)]
+    for worker in workers:
+        worker.start()
+    open_tasks, seen, failed = len(cases), set(), []
+    for case in cases:
+        tasks.put(case)
+    while open_tasks:
+        found = done.get()
+        open_tasks -= 1
+        if isinstance(found, str):
+            failed.append(found)
+            continue
+        for kernel in found:
+            if kernel not in seen:
+                seen.add(kernel)
+                open_tasks += 1
+                tasks.put(kernel)
+    for worker in workers:
+        worker.kill()
+    return {"kernels": len(seen), "seconds": round(time.perf_counter() - start), "failed": failed}
 
 
 def serve() -> None:
-    """One version: {"prepare": cases} and {"time": case}, a line each, are answered by lines."""
+    """One version: {"compile": cases}, {"prepare": cases} and {"time": case}, a line each, are answered by lines."""
     follow_parent()
     import lit_modules.resnet  # noqa: F401  # nothing of it touches the GPU, so children may be forked
     import tritonnn.compile_ahead  # noqa: F401
@@ -159,7 +232,11 @@ def serve() -> None:
     pipes, children = {}, []
     for line in sys.stdin:
         order = json.loads(line)
-        if "prepare" in order:
+        if "compile" in order:
+            cases = [tuple(case) for case in order["compile"]]
+            print(json.dumps(compile_kernels([case for case in cases if can_round_on_load() or case not in LOADS])))
+            sys.stdout.flush()
+        elif "prepare" in order:
             for process in children:
                 process.kill()
                 process.join()
@@ -187,8 +264,9 @@ def ask(server: subprocess.Popen, **order: object) -> object:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="+", metavar="NAME[=FOLDER]")
-    parser.add_argument("--types", nargs="+", choices=("bf16", "tf32", "fp32"), default=["bf16", "tf32", "fp32"])
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
+    parser.add_argument("--compile", action="store_true", help="compile, and time nothing")
+    parser.add_argument("--output", type=Path, default=Path("times.json"))
     options = parser.parse_args()
     servers = {}
     for version in options.versions:
@@ -197,28 +275,35 @@ def main() -> None:
         command = [sys.executable, "-c", "from benchmarks.versions import serve; serve()"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         servers[name] = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, **pipes)
-    us: dict[str, dict[str, float]] = {}
-    told: dict = {}
-    for dtype in options.types:
-        cases = [case for case in NETWORKS + LOADS if case[0] == dtype]
+
+    def ask_all(**order: object) -> dict:
         with ThreadPoolExecutor() as pool:
-            begin = functools.partial(ask, prepare=cases)
-            answers = dict(zip(servers, pool.map(begin, servers.values())))
-        ready = {
-            name: [tuple(case) for case, answer in found if "failed" not in answer] for name, found in answers.items()
-        }
-        for name, found in answers.items():
-            for case, answer in found:
-                told.update(answer)
+            return dict(zip(servers, pool.map(functools.partial(ask, **order), servers.values())))
+
+    chosen = [case for case in NETWORKS + LOADS if case[0] in options.types]
+    for name, compiled in ask_all(compile=[case for case in chosen if "alone" not in case[2]]).items():
+        print(name, compiled, flush=True)
+    us: dict[str, dict[str, float]] = {}
+    for dtype in () if options.compile else options.types:
+        cases = [case for case in chosen if case[0] == dtype]
+        ready: dict[Case, list[str]] = {case: [] for case in cases}
+        told: dict = {}
+        for name, answers in ask_all(prepare=cases).items():
+            for case, answer in answers:
+                told |= answer
                 if "failed" in answer:
                     print(name, *case, answer["failed"], flush=True)
-        for turn in (1, -1):
+                else:
+                    ready[tuple(case)].append(name)
+        for turn in range(4):
             for case in cases:
-                for name in list(servers)[::turn]:
-                    if case in ready.get(name, ()):
-                        found = us.setdefault(" ".join(map(str, case)), {})
-                        sample = ask(servers[name], time=case).get("us", float("inf"))
-                        found[name] = min(sample, found.get(name, float("inf")))
+                key = " ".join(map(str, case))
+                if turn >= 2 and not differ(us.get(key, {})):
+                    continue
+                for name in ready[case][:: -1 if turn % 2 else 1]:
+                    for part, sample in ask(servers[name], time=case).get("us", {}).items():
+                        found = us.setdefault(key + part, {})
+                        found[name] = min(sample, found.get(name, sample))
         for case, found in us.items():
             if case.startswith(dtype):
                 print(case, found, flush=True)
@@ -228,6 +313,11 @@ def main() -> None:
     for server in servers.values():
         server.stdin.close()
         server.wait()
+
+
+def differ(us: dict[str, float]) -> bool:
+    """Whether times of versions do by more than 2 %."""
+    return len(us) > 1 and max(us.values()) > 1.02 * min(us.values())
 
 
 if __name__ == "__main__":
