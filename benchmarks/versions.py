@@ -5,10 +5,10 @@
 
 The first version is that of this Python; of the others a folder is given that holds the package `triton`. Kernels in
 Gluon run with all of them. Each version has a process, whose children first compile each kernel once, beside each other
-(`--compile` ends there: Triton keeps kernels on disk). Then it forks a child for each case. Those of a type of numbers
-capture their graphs beside each other, and are timed one at a time, the versions in turns; where two versions differ by
-more than 2 %, twice as often. From Triton 3.7 on TF32 is also timed with x rounded by the descriptors that load it, and
-its convolutions alone beside PyTorch's.
+(`--compile` ends there, `--compiled` begins after that: Triton keeps kernels on disk). Then it forks a child for each
+case. Those of a type of numbers capture their graphs beside each other, and are timed one at a time, the versions in
+turns; where two versions differ by more than 2 %, twice as often. From Triton 3.7 on TF32 is also timed with x rounded
+by the descriptors that load it, and its convolutions alone beside PyTorch's.
 """
 
 import argparse
@@ -43,8 +43,6 @@ LOADS: list[Case] = [
 """Of versions whose descriptors can round."""
 Kernel = tuple[str, str, str]
 """What a process needs to compile one: module, name and specialization."""
-COMPILERS = 12
-"""Of a version."""
 
 
 def capture(call: Callable[[], object]) -> Callable[[], None]:
@@ -191,10 +189,10 @@ def compiler(tasks: multiprocessing.Queue, done: multiprocessing.Queue) -> None:
         done.put(found)
 
 
-def compile_kernels(cases: list[Case]) -> dict:
+def compile_kernels(cases: list[Case], processes: int) -> dict:
     """Compiles what the cases launch, each kernel once, in processes beside each other."""
     start, tasks, done = time.perf_counter(), multiprocessing.Queue(), multiprocessing.Queue()
-    workers = [multiprocessing.Process(target=compiler, args=(tasks, done), daemon=True) for _ in range(COMPILERS)]
+    workers = [multiprocessing.Process(target=compiler, args=(tasks, done), daemon=True) for _ in range(processes)]
     for worker in workers:
         worker.start()
     open_tasks, seen, failed = len(cases), set(), []
@@ -234,8 +232,8 @@ def serve() -> None:
         order = json.loads(line)
         if "compile" in order:
             cases = [tuple(case) for case in order["compile"]]
-            print(json.dumps(compile_kernels([case for case in cases if can_round_on_load() or case not in LOADS])))
-            sys.stdout.flush()
+            cases = [case for case in cases if can_round_on_load() or case not in LOADS]
+            print(json.dumps(compile_kernels(cases, order["processes"])), flush=True)
         elif "prepare" in order:
             for process in children:
                 process.kill()
@@ -266,6 +264,8 @@ def main() -> None:
     parser.add_argument("versions", nargs="+", metavar="NAME[=FOLDER]")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
     parser.add_argument("--compile", action="store_true", help="compile, and time nothing")
+    parser.add_argument("--compiled", action="store_true", help="all is compiled")
+    parser.add_argument("--processes", type=int, default=12, help="that compile, of each version")
     parser.add_argument("--output", type=Path, default=Path("times.json"))
     options = parser.parse_args()
     servers = {}
@@ -281,8 +281,10 @@ def main() -> None:
             return dict(zip(servers, pool.map(functools.partial(ask, **order), servers.values())))
 
     chosen = [case for case in NETWORKS + LOADS if case[0] in options.types]
-    for name, compiled in ask_all(compile=[case for case in chosen if "alone" not in case[2]]).items():
-        print(name, compiled, flush=True)
+    if not options.compiled:
+        networks = [case for case in chosen if "alone" not in case[2]]
+        for name, compiled in ask_all(compile=networks, processes=options.processes).items():
+            print(name, compiled, flush=True)
     us: dict[str, dict[str, float]] = {}
     for dtype in () if options.compile else options.types:
         cases = [case for case in chosen if case[0] == dtype]
