@@ -39,6 +39,9 @@ LOADS: list[Case] = [
     ("tf32", 1024, "convolutions alone, PyTorch's"),
     ("tf32", 1024, "convolutions alone"),
     ("tf32", 1024, "convolutions alone, rounded on load"),
+    ("tf32", 64, "ResNet50's 1x1 convolutions alone, PyTorch's"),
+    ("tf32", 64, "ResNet50's 1x1 convolutions alone"),
+    ("tf32", 64, "ResNet50's 1x1 convolutions alone, rounded on load"),
 ]
 """Of versions whose descriptors can round."""
 Kernel = tuple[str, str, str]
@@ -64,42 +67,71 @@ def capture(call: Callable[[], object]) -> Callable[[], None]:
 def network(dtype: str, n: int, what: str) -> tuple:
     """PyTorch's, and images for it; the flags are set as `what` needs them."""
     import torch
+    import torchvision
 
     from lit_modules.resnet import ResNet18
+    from tritonnn.ops.conv2d import tables
     from tritonnn.runtime import capabilities, hardware
 
     hardware.GLUON_VERSIONS = ("",)
     capabilities.ROUNDS_ON_LOAD = "rounded on load" in what
+    tables.forget()  # choices depend on it
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     number = torch.bfloat16 if dtype == "bf16" else torch.float32
-    model = ResNet18().cuda().eval().to(number).to(memory_format=torch.channels_last)
-    x = torch.randn(n, 3, 32, 32, dtype=number).cuda().contiguous(memory_format=torch.channels_last)
+    model, side = (torchvision.models.resnet50(), 224) if "ResNet50" in what else (ResNet18(), 32)
+    model = model.cuda().eval().to(number).to(memory_format=torch.channels_last)
+    x = torch.randn(n, 3, side, side, dtype=number).cuda().contiguous(memory_format=torch.channels_last)
     return model, x
 
 
+def convolutions(model: Callable, x: object, what: str) -> dict[str, Callable[[], object]]:
+    """Calls of the network's convolutions, each once, by its sizes."""
+    import torch
+
+    import tritonnn
+
+    inputs: dict[str, tuple[torch.nn.Conv2d, torch.Tensor]] = {}
+
+    def note(module: torch.nn.Conv2d, args: tuple, y: torch.Tensor) -> None:
+        sizes, window = ["x".join(map(str, image.shape[1:])) for image in (args[0], y)], module.kernel_size
+        inputs.setdefault(f", {' to '.join(sizes)}, {window[0]}x{window[1]}", (module, args[0].clone()))
+
+    found = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d) and module.in_channels > 3]
+    if "1x1" in what:
+        found = [module for module in found if module.kernel_size == module.stride == (1, 1)]
+    hooks = [module.register_forward_hook(note) for module in found]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    if "PyTorch's" not in what:
+        tritonnn.swap(model, layers="conv2d")
+    return {name: functools.partial(*one) for name, one in inputs.items()}
+
+
 def kernels(dtype: str, n: int, what: str) -> list[Kernel]:
-    """Those that a network launches in a CUDA graph."""
+    """Those that are launched in CUDA graphs."""
     import tritonnn
     from tritonnn.compile_ahead import kernels_of
     from tritonnn.runtime.dependent_launch import launches_as_in_graphs
 
     model, x = network(dtype, n, what)
+    calls = [functools.partial(model, x)]
     if what == "fused":
-        model = tritonnn.fuse(model)
+        calls = [functools.partial(tritonnn.fuse(model), x)]
+    elif "alone" in what:
+        calls = list(convolutions(model, x, what).values())
     else:
         tritonnn.swap(model)
     with launches_as_in_graphs():
-        found = kernels_of(lambda: model(x), every_kernel=True)
+        found = [kernel for call in calls for kernel in kernels_of(call, every_kernel=True)]
     return [(kernel.function.fn.__module__, kernel.function.fn.__name__, kernel.specialization) for kernel in found]
 
 
 def prepare(dtype: str, n: int, what: str) -> dict[str, Callable[[], object]]:
     """What is to be timed: the whole, whose name is empty, and of the convolutions alone each."""
-    import torch
-
     import tritonnn
 
     model, x = network(dtype, n, what)
@@ -111,23 +143,10 @@ def prepare(dtype: str, n: int, what: str) -> dict[str, Callable[[], object]]:
     if what.startswith("swapped"):
         tritonnn.swap(model)
         return {"": capture(lambda: model(x))}
-    inputs: dict[str, tuple[torch.nn.Conv2d, torch.Tensor]] = {}
-
-    def note(module: torch.nn.Conv2d, args: tuple, y: torch.Tensor) -> None:
-        c, h, w = args[0].shape[1:]
-        name = f", {c}x{h}x{w} to {'x'.join(map(str, y.shape[1:]))}, {module.kernel_size[0]}x{module.kernel_size[1]}"
-        inputs.setdefault(name, (module, args[0].clone()))
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.in_channels > 3:
-            module.register_forward_hook(note)
-    model(x)
-    for module in model.modules():
-        module._forward_hooks.clear()
-    if "PyTorch's" not in what:
-        tritonnn.swap(model, layers="conv2d")
-    whole = capture(lambda: [module(x) for module, x in inputs.values()])
-    return {"": whole} | {name: capture(functools.partial(*one)) for name, one in inputs.items()}
+    calls = convolutions(model, x, what)
+    return {"": capture(lambda: [call() for call in calls.values()])} | {
+        name: capture(call) for name, call in calls.items()
+    }
 
 
 def clock(call: Callable[[], object]) -> float:
@@ -282,8 +301,8 @@ def main() -> None:
 
     chosen = [case for case in NETWORKS + LOADS if case[0] in options.types]
     if not options.compiled:
-        networks = [case for case in chosen if "alone" not in case[2]]
-        for name, compiled in ask_all(compile=networks, processes=options.processes).items():
+        ours = [case for case in chosen if "PyTorch's" not in case[2]]
+        for name, compiled in ask_all(compile=ours, processes=options.processes).items():
             print(name, compiled, flush=True)
     us: dict[str, dict[str, float]] = {}
     for dtype in () if options.compile else options.types:
