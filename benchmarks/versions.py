@@ -74,7 +74,7 @@ def network(dtype: str, n: int, what: str) -> tuple:
     from tritonnn.runtime import capabilities, hardware
 
     hardware.GLUON_VERSIONS = ("",)
-    capabilities.ROUNDS_ON_LOAD = "rounded on load" in what
+    capabilities.ROUNDS_ON_LOAD = ("",) if "rounded on load" in what else ()
     tables.forget()  # choices depend on it
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"

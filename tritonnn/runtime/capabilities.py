@@ -175,11 +175,8 @@ def any_autocast() -> bool:
     return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
 
-ROUNDS_ON_LOAD = False
-"""Whether descriptors are to round float32 to TF32 as they load, where they can, from triton 3.7 on.
-
-Off until a GPU has shown that they round to nearest: tests/ops/conv2d/test_rounding_on_load.py.
-"""
+ROUNDS_ON_LOAD: tuple[str, ...] = ()
+"""Versions of Triton whose descriptors were shown on a GPU to round float32 to TF32, to nearest, as they load."""
 
 
 @functools.lru_cache
@@ -190,7 +187,7 @@ def can_round_on_load() -> bool:
 
 def rounds_on_load() -> bool:
     """Whether x that is to be rounded to TF32 is so by the descriptors that load it, at no cost."""
-    return ROUNDS_ON_LOAD and can_round_on_load()
+    return triton.__version__.startswith(ROUNDS_ON_LOAD) and can_round_on_load()
 
 
 def rounding_on_load(round_x: bool) -> dict[str, bool]:
