@@ -197,7 +197,7 @@ def rounding_on_load(round_x: bool) -> dict[str, bool]:
 
 def options_of_launches() -> dict[str, bool]:
     """What every launch tells the compiler: from triton 3.9 on, to fuse products with sums, as before by itself."""
-    return {"enable_fp_fusion": True} if hasattr(triton.knobs.language, "fp_fusion_enabled") else {}
+    return {"enable_fp_fusion": True} if hasattr(getattr(triton.knobs, "language", None), "fp_fusion_enabled") else {}
 
 
 @functools.lru_cache
