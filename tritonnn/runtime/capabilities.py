@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 
 import torch
@@ -212,9 +213,12 @@ def check_interpreter() -> None:
         )
 
 
-def _version(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+def _version(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+LOADS_BEFORE_PRODUCTS = _version(triton.__version__) >= (3, 7)
+"""Whether LLVM has all operands of a step in registers before its first product, where there are no tensor cores."""
 
 
 def forget() -> None:
