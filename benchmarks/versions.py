@@ -33,11 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 Case = tuple[str, int, str]
 TYPES = ["bf16", "tf32", "fp32"]
 NETWORKS: list[Case] = [(dtype, n, what) for dtype in TYPES for n in (1024, 128, 1) for what in ("fused", "swapped")]
+CONVOLUTIONS: list[Case] = [("bf16", 1024, "convolutions alone"), ("tf32", 1024, "convolutions alone")]
 LOADS: list[Case] = [
     *(("tf32", n, f"{what}, rounded on load") for n in (1024, 128, 1) for what in ("fused", "swapped")),
-    ("tf32", 1024, "convolutions alone, PyTorch's"),
-    ("tf32", 1024, "convolutions alone"),
     ("tf32", 1024, "convolutions alone, rounded on load"),
+    ("tf32", 1024, "convolutions alone, PyTorch's"),
 ]
 """Of versions whose descriptors can round."""
 Kernel = tuple[str, str, str]
@@ -93,7 +93,7 @@ def convolutions(model: Callable, x: object, what: str) -> dict[str, Callable[[]
         sizes, window = ["x".join(map(str, image.shape[1:])) for image in (args[0], y)], module.kernel_size
         inputs.setdefault(f", {' to '.join(sizes)}, {window[0]}x{window[1]}", (module, args[0].clone()))
 
-    found = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d) and module.in_channels > 3]
+    found = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
     hooks = [module.register_forward_hook(note) for module in found]
     model(x)
     for hook in hooks:
@@ -289,7 +289,7 @@ def main() -> None:
         with ThreadPoolExecutor() as pool:
             return dict(zip(servers, pool.map(functools.partial(ask, **order), servers.values())))
 
-    chosen = [case for case in NETWORKS + LOADS if case[0] in options.types]
+    chosen = [case for case in NETWORKS + CONVOLUTIONS + LOADS if case[0] in options.types]
     if not options.compiled:
         ours = [case for case in chosen if "PyTorch's" not in case[2]]
         for name, compiled in ask_all(compile=ours, processes=options.processes).items():
