@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import triton
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -148,10 +149,20 @@ class TritonEvaluation(Callback):
         self._batch: Any = None
         self._progress: Progress | None = None
 
+    def check_device(self, device: torch.device) -> None:
+        """Raises MisconfigurationException where what is to be evaluated cannot run on the device."""
+        runs = device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret)
+        if not runs and (self.layers != ["none"] or self.fuse):
+            raise MisconfigurationException(
+                f"Triton's layers run on a GPU, or on a CPU in Triton's interpreter, and the Trainer runs on {device}: "
+                "leave the accelerator to it, or set TRITON_INTERPRET=1 before Python starts"
+            )
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = stage if stage in STEPS else None
         if self._stage is None:
             return
+        self.check_device(trainer.strategy.root_device)
         self._checkpoint = None
         self._made = None
         self._training = {module: module.training for module in pl_module.modules()}

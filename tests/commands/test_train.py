@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton
 import yaml
 from helpers.ctrl_c import heed_ctrl_c, interrupt
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -32,6 +33,8 @@ ROOT = Path(train.__file__).parent
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 DIGITS = ["--config", str(ROOT / "configs" / "digits.yaml"), "--evaluation=null", *QUIET]
 EVALUATION = ["--evaluation=TritonEvaluation", "--evaluation.layers=relu"]
+# Where there is a GPU, Triton's layers run nowhere else in this process.
+WHERE_TRITON_RUNS = ["--trainer.accelerator=auto", "--trainer.devices=1"]
 BRIEF = [*DIGITS, "--model.width=4", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
 
 
@@ -132,9 +135,7 @@ def test_each_run_has_a_number_for_its_checkpoints_and_its_logs():
             ],
             id="callbacks that write",
         ),
-        pytest.param(
-            ["--evaluation=TritonEvaluation", "--evaluation.layers=relu", "--evaluation.budget_s=0"], id="evaluation"
-        ),
+        pytest.param([*EVALUATION, "--evaluation.budget_s=0", *WHERE_TRITON_RUNS], id="evaluation"),
     ],
 )
 def test_a_dry_run_leaves_no_trace(options):
@@ -255,7 +256,7 @@ ready = Tiny(10)
         assert model.network(torch.zeros(2, 3, 224, 224)).shape == (2, 2)
 
     def test_is_evaluated_after_another_optimizer(self):
-        train.main([*BRIEF, "--optimizer=Adam", *EVALUATION, "--evaluation.latency=false"])
+        train.main([*BRIEF, "--optimizer=Adam", *EVALUATION, "--evaluation.latency=false", *WHERE_TRITON_RUNS])
         assert json.loads(Path("logs/digits/version_0/results.json").read_text())["proof"]["passed"]
 
     def test_another_optimizer_and_schedule(self):
@@ -377,6 +378,13 @@ def test_wrong_input_is_a_users_error_and_writes_nothing(args, message):
     with pytest.raises(UserError, match=message):
         train.main(args)
     assert contents() == before
+
+
+def test_a_cpu_without_the_interpreter_is_refused_before_the_training(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(UserError, match="the Trainer runs on cpu: leave the accelerator to it, or set TRITON"):
+        train.main([*BRIEF, *EVALUATION])
+    assert contents() == {}
 
 
 def test_wrong_option_ends_the_command_with_one_line():
