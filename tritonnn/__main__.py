@@ -13,6 +13,7 @@ from torch import nn
 
 import tritonnn
 
+from .command.compiling import compile_networks
 from .command.networks import CALIBRATION_IMAGES, UserError, build, calibrate, describe, random_images
 from .command.proof import prove
 from .command.report import proof_line, proof_table, time_table
@@ -109,7 +110,9 @@ def run(args: argparse.Namespace, console: Console) -> bool:
         swap_report = tritonnn.swap(networks["swapped"], args.layers)
         if args.fuse:
             networks["fused"] = tritonnn.fuse(model, cuda_graph=args.cuda_graph)
-        with console.status("compiling the kernels and proving them"):
+        if device.type == "cuda":
+            compile_networks(networks, images, args.cuda_graph)
+        with console.status("proving"):
             proof = prove(model, networks, images, strict=_is_strict(images))
 
         say(str(swap_report))

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from .ops.conv2d.forms import FORMS
 from .runtime.capabilities import knows
+from .runtime.dependent_launch import launches_as_in_graphs
 from .runtime.launch_plan import forget_plans
 
 PACKAGE = __name__.partition(".")[0]
@@ -60,6 +61,21 @@ def compile_ahead(
             advance(len(futures))
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, kernels that have not begun to compile are dropped
+
+
+def compile_swapped(call: Callable[[], object]) -> None:
+    """Compiles ahead what a call of a network with swapped layers needs, and what it needs in a CUDA graph.
+
+    On the current GPU, with a bar in a terminal. The call is gone through twice without launches, so the network is to
+    be a copy that nobody misses, if it keeps anything of what it computes.
+    """
+
+    def in_a_graph() -> None:
+        with launches_as_in_graphs():
+            call()
+
+    with progress_after() as advance:
+        compile_ahead([call, in_a_graph], advance, every_kernel=True)
 
 
 def kernels_of(call: Callable[[], object], every_kernel: bool = False) -> list[Kernel]:
