@@ -95,7 +95,6 @@ class TritonEvaluation(Callback):
     ) -> None:
         kinds = [layers] if isinstance(layers, str) else list(layers)
         check_layers(kinds)
-        self.latency = latency
         self.channels_last = channels_last
         if cuda_graph and not fuse:
             raise ValueError("cuda_graph is for the fused network: it needs fuse")
@@ -103,7 +102,7 @@ class TritonEvaluation(Callback):
         if every_n_epochs is not None and every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1 or None, got {every_n_epochs}")
         self.every_n_epochs = every_n_epochs
-        self.options = Options(kinds, fuse, cuda_graph, tune, inputs, labels, budget_s, time_interpreter)
+        self.options = Options(kinds, fuse, cuda_graph, tune, latency, inputs, labels, budget_s, time_interpreter)
         together = "all" if kinds in (["each"], ["none"]) else layers
         self.epochs: list[Epoch] = []
         self._curves = None
@@ -259,8 +258,8 @@ class TritonEvaluation(Callback):
         if trainer.progress_bar_callback:  # it stays above the tables
             trainer.progress_bar_callback.teardown(trainer, pl_module, self._stage)
         console = self._console
-        latency = run.times() if self.latency and run.has_calls else None
-        if self.latency and not run.has_calls:
+        latency = run.times() if self.options.latency and run.has_calls else None
+        if self.options.latency and not run.has_calls:
             console.print("There are no times: the step calls no network of the module.")
         self._progress.stop()
         self.result = EvaluationResult(

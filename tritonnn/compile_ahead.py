@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import NamedTuple
 
 import torch
@@ -63,19 +63,22 @@ def compile_ahead(
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, kernels that have not begun to compile are dropped
 
 
-def compile_swapped(call: Callable[[], object]) -> None:
-    """Compiles ahead what a call of a network with swapped layers needs, and what it needs in a CUDA graph.
+def compile_swapped(
+    call: Callable[[], object], advance: Callable[[int], None] | None = None, in_graphs: bool = True
+) -> None:
+    """Compiles ahead what a call of a network with swapped layers needs, and with `in_graphs` in a CUDA graph too.
 
-    On the current GPU, with a bar in a terminal. The call is gone through twice without launches, so the network is to
-    be a copy that nobody misses, if it keeps anything of what it computes.
+    On the current GPU; `advance` is as in `compile_ahead`, without it there is a bar in a terminal. The call is gone
+    through without launches, so the network is to be a copy that nobody misses, if it keeps anything of what it
+    computes.
     """
 
     def in_a_graph() -> None:
         with launches_as_in_graphs():
             call()
 
-    with progress_after() as advance:
-        compile_ahead([call, in_a_graph], advance, every_kernel=True)
+    with nullcontext(advance) if advance else progress_after() as tell:
+        compile_ahead([call, in_a_graph] if in_graphs else [call], tell, every_kernel=True)
 
 
 def kernels_of(call: Callable[[], object], every_kernel: bool = False) -> list[Kernel]:
