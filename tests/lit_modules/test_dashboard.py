@@ -98,7 +98,7 @@ class TestRuns:
         assert points(runs["fused"], dashboard.OF_LAYER) == list(enumerate(expected))
         assert points(runs["fused"], dashboard.UP_TO_LAYER)[-1] == (5, sum(of.values()))
         assert [kernel.layers for kernel in result.latency.kernels] == [[0, 1, 2], [3], [4, 5]]
-        assert points(runs["fused"], "5_kinds_ms/conv2d")[0][1] == convolution
+        assert points(runs["fused"], "5_kinds_ms/conv2d up to this layer") == [(0, convolution)]
 
     def test_layers_sort_in_network_order(self, runs, result):
         tags = sorted(tag for tag in scalars(runs["triton"]) if tag.startswith("6_layers_ms"))
@@ -116,7 +116,7 @@ class TestRuns:
     def test_curves_over_training(self, runs):
         for run in ("pytorch", "triton"):
             assert points(runs[run], "2_training/top1 after each epoch") == [(1, 0.625), (2, 0.75)]
-        assert points(runs["triton"], "2_training/ms a batch") == [(1, 1.0), (2, 1.0)]
+        assert points(runs["triton"], "2_training/wall-clock ms a batch") == [(1, 1.0), (2, 1.0)]
 
     def test_percentiles_are_a_margin(self, runs, result):
         tensor = runs["pytorch"].Tensors("custom_scalars__config__")[0].tensor_proto
@@ -284,7 +284,7 @@ class TestReport:
 def test_the_command_switches_smoothing_off(tmp_path):
     lines = dashboard.how_to_open(tmp_path / "a folder")
     assert f"tensorboard --logdir '{tmp_path}/a folder'" in lines
-    assert "http://localhost:6006/?smoothing=0#timeseries" in lines
+    assert f"http://localhost:6006/{dashboard.LOOK}" in lines
 
 
 def test_without_triton_there_is_one_run(tmp_path):
