@@ -130,9 +130,10 @@ class TritonEvaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = stage if stage in STEPS else None
+        if self._stage or self._curves:
+            self.check_device(trainer.strategy.root_device)
         if self._stage is None:
             return
-        self.check_device(trainer.strategy.root_device)
         self._checkpoint = None
         self._made = None
         self._training = {module: module.training for module in pl_module.modules()}
