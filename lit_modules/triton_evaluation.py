@@ -196,6 +196,8 @@ class TritonEvaluation(Callback):
         self._end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._curves:
+            self._curves.close()
         self._restore(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -18,6 +18,7 @@ import torch
 import triton
 import yaml
 from helpers.ctrl_c import heed_ctrl_c, interrupt
+from helpers.interpreter import needs_interpreter
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 from torch.nn.functional import cross_entropy
@@ -282,7 +283,8 @@ def test_a_callback_whose_default_is_no_plain_value():
 
 
 def test_what_is_said_about_the_interpreter_is_not_printed_into_a_config(monkeypatch, capsys):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # so that what the command sets is undone, too
+    monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     command_line.start_command()
@@ -459,6 +461,7 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_where():
     assert load_classifier(last)[0].hparams.width == 4
 
 
+@needs_interpreter
 def test_ctrl_c_in_the_test_says_what_is_kept():
     process = start(*BRIEF, *EVALUATION, "--trainer.limit_test_batches=1", "--data.batch_size=8")
     stderr = interrupt(process, once="Timing")
@@ -469,6 +472,7 @@ def test_ctrl_c_in_the_test_says_what_is_kept():
     assert not {path.name for path in Path("logs").rglob("*")} & {"results.json", "results.md", "pytorch", "triton"}
 
 
+@needs_interpreter
 def test_two_processes_train_and_count_every_test_image_once():
     generator = np.random.default_rng(0)
     for split, count in (("train", 16), ("test", 7)):  # 7 on two ranks: a padding sampler would count 8

@@ -19,8 +19,11 @@ from lit_modules.answer import answer
 from lit_modules.dashboard import __main__ as command
 from lit_modules.dashboard.figures import answer_figure, layers_figure, won_and_lost_figure
 from lit_modules.dashboard.style import DARK, LIGHT
+from lit_modules.environment import strict_float32
 from lit_modules.evaluation_result import Epoch, EvaluationResult
 from lit_modules.triton_evaluation import TritonEvaluation
+
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="what is measured is Triton's interpreter")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> EvaluationResult:
     evaluation = TritonEvaluation(
         "each", fuse=True, log_dir=tmp_path_factory.mktemp("evaluation"), budget_s=0.01, time_interpreter=True
     )
-    evaluation_trainer(evaluation).test(TinyClassifier(), loader(random_images(6)), verbose=False)
+    with strict_float32(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        evaluation_trainer(evaluation).test(TinyClassifier(), loader(random_images(6)), verbose=False)
     return evaluation.result
 
 
@@ -175,6 +179,7 @@ class TestFigures:
         assert {answer(result).headline, "\N{CHECK MARK} 6 of 6 predictions identical"} <= written
         assert {"2.0x faster", "4.0x faster"} <= written and not any("%" in text for text in written)
 
+    @in_the_interpreter
     def test_without_times_of_triton_there_is_the_proof(self, measured):
         latency = dataclasses.replace(measured.latency, networks={}, kernels=[])
         figure = answer_figure(dataclasses.replace(measured, latency=latency), LIGHT)
@@ -249,6 +254,7 @@ class TestReport:
         assert "2.0x faster" in page and "4.0x faster" in page
         assert not re.search(r"[-+]\d+(\.\d+)? ?%", page)
 
+    @in_the_interpreter
     def test_the_interpreters_times_are_no_factor(self, measured):
         table = report.layers_table(measured)
         assert "interpreter ms" in table.columns and "than PyTorch" not in table.columns
