@@ -191,7 +191,7 @@ class EvaluationRun:
         for other in self._sides.values():
             other.watch(called)
         self._fuse(called)
-        if self.module.device.type == "cuda" and self._variants:
+        if self.module.device.type == "cuda" and self._variants and self._calls:
             self._compile()
         if self.options.tune:
             self._tune()
