@@ -238,6 +238,33 @@ def test_replays_give_what_the_launcher_gives(name, replays):
         assert_identical(actual[i], expected[i])
 
 
+DIFFERENTIABLE = [name for name in CASES if not name.startswith("conv2d_fused")]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_by_plan_are_those_of_the_launchers(name, replays):
+    """The backward pass is a plan as a whole, for each choice of gradients that are needed."""
+    operator, make = CASES[name]
+
+    def gradients(args, needed):
+        leaves = [arg.clone().requires_grad_() for arg in args[:needed] if isinstance(arg, torch.Tensor)]
+        y = operator(*leaves, *args[len(leaves) :])
+        y = y[0] if isinstance(y, tuple) else y
+        return torch.autograd.grad(y, leaves, y.detach() * 2)
+
+    for needed in (1, 2):
+        inputs = [make() for _ in range(3)]
+        expected = []
+        for args in inputs:
+            forget_plans()
+            expected.append(gradients(args, needed))
+        before = len(replays)
+        actual = [gradients(args, needed) for args in inputs]
+        assert len(replays) - before == 2 * len(inputs)
+        for a, e in zip(actual, expected, strict=True):
+            assert_identical(a, e)
+
+
 def test_replays_of_a_copy_whose_pixels_overlap(replays, monkeypatch):
     config = FewChannelsConfig(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1)
     monkeypatch.setattr(conv2d, "choose", lambda product: Choice(config))
