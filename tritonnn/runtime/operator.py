@@ -8,7 +8,7 @@ import torch
 import triton
 
 from .capabilities import check_interpreter, transforms_are_active
-from .launch_plan import TENSORS, Plans, launch_key, plain_eager
+from .launch_plan import TENSORS, Plans, launch_key, plain_eager, requires_grad
 from .recording import CONSTANTS
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
@@ -153,7 +153,7 @@ def _shortest_way(
 
     def call(*args):
         if plain_eager():
-            if not (torch.is_grad_enabled() and _requires_grad(args)):
+            if not (torch.is_grad_enabled() and requires_grad(args)):
                 return run(*args)
             if all(type(arg) in KNOWN for arg in args):
                 return recorded(*args, *defaults[len(args) :])
@@ -163,11 +163,6 @@ def _shortest_way(
         return op(*args)
 
     return call
-
-
-def _requires_grad(args: tuple) -> bool:
-    """Whether a plain tensor among them does."""
-    return any(type(arg) in TENSORS and arg.requires_grad for arg in args)
 
 
 def _refuse_onnx() -> None:

@@ -131,15 +131,14 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tenso
     """
     if not (torch.compiler.is_compiling() or any_autocast()) or not isinstance(x, torch.Tensor):
         return x, *others
-    return tuple(t if t is None else t.to(autocast_type(t)) for t in (x, *others))
+    return tuple(t if t is None or (dtype := autocast_type(t)) == t.dtype else t.to(dtype) for t in (x, *others))
 
 
 def autocast_type(t: torch.Tensor) -> torch.dtype:
     """The type to which `autocast` converts a tensor."""
-    if t.device.type == "meta" or not torch.is_autocast_enabled(t.device.type):
-        return t.dtype
-    keeps = not t.is_floating_point() or t.dtype == torch.float64
-    return t.dtype if keeps else torch.get_autocast_dtype(t.device.type)
+    device, dtype = t.device.type, t.dtype
+    keeps = not dtype.is_floating_point or dtype == torch.float64 or device == "meta"
+    return dtype if keeps or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
 
 
 def convolution_state() -> tuple:
