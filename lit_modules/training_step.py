@@ -132,17 +132,23 @@ class GraphedStep:
         return loss.clone(), hits.clone()
 
     def _run(self, compute: Compute, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self._flat is None:
-            for parameter in self.parameters:
-                parameter.grad = None
-        else:
-            self._flat.zero_()
-            for parameter, view in zip(self.parameters, self._views):
-                parameter.grad = view
+        for parameter in self.parameters:
+            parameter.grad = None
         loss, hits = compute(images, labels)
         with torch.autocast(images.device.type, enabled=False):
             loss.backward()
+        if self._flat is not None:
+            self._gather()
         return loss.detach(), hits
+
+    def _gather(self) -> None:
+        """Moves the gradients to where they lie one after the other."""
+        found = [(view, p.grad) for view, p in zip(self._views, self.parameters) if p.grad is not None]
+        if len(found) < len(self._views):
+            self._flat.zero_()
+        torch._foreach_copy_(*zip(*found))
+        for parameter, view in zip(self.parameters, self._views):
+            parameter.grad = view
 
 
 def _one_after_the_other(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
