@@ -143,10 +143,11 @@ class GraphedStep:
 
     def _gather(self) -> None:
         """Moves the gradients to where they lie one after the other."""
-        found = [(view, p.grad) for view, p in zip(self._views, self.parameters) if p.grad is not None]
-        if len(found) < len(self._views):
+        gradients = [parameter.grad for parameter in self.parameters]
+        if any(gradient is None for gradient in gradients):
             self._flat.zero_()
-        torch._foreach_copy_(*zip(*found))
+        views = [view for view, gradient in zip(self._views, gradients) if gradient is not None]
+        torch._foreach_copy_(views, [gradient for gradient in gradients if gradient is not None])
         for parameter, view in zip(self.parameters, self._views):
             parameter.grad = view
 

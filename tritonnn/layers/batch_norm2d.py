@@ -66,14 +66,15 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
         return _normalize(self, input)[0]
 
     def _update_running_statistics(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
-        momentum = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        momentum, tracked = self.momentum, self.num_batches_tracked
+        if tracked is not None:
+            tracked.add_(1)
         if momentum is None:  # cumulative average
-            momentum = 1.0 / float(self.num_batches_tracked) if self.num_batches_tracked is not None else 0.0
-        if self.running_mean is not None:
-            batch_norm2d_update_(mean, var, self.running_mean, self.running_var, momentum, count)
-            torch.autograd.graph.increment_version((self.running_mean, self.running_var))
+            momentum = 1.0 / float(tracked) if tracked is not None else 0.0
+        running_mean, running_var = running_statistics(self)
+        if running_mean is not None:
+            batch_norm2d_update_(mean, var, running_mean, running_var, momentum, count)
+            torch.autograd.graph.increment_version((running_mean, running_var))
 
     def _reason_to_fall_back(self, x: torch.Tensor, from_batch: bool) -> str | None:
         tensors = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]

@@ -59,14 +59,6 @@ def launch_semaphores(device: torch.device, tiles: int) -> torch.Tensor:
     return counts
 
 
-def requires_grad(args: tuple) -> bool:
-    """Whether a plain tensor among these arguments does."""
-    for arg in args:
-        if type(arg) in TENSORS and arg.requires_grad:
-            return True
-    return False
-
-
 def launch_key(args: tuple) -> tuple[tuple, list[int]] | None:
     """The kind of these arguments, captured in a CUDA graph or not, and the addresses of the tensors among them.
 

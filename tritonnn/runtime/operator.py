@@ -8,12 +8,11 @@ import torch
 import triton
 
 from .capabilities import check_interpreter, transforms_are_active
-from .launch_plan import TENSORS, Plans, launch_key, plain_eager, requires_grad
+from .launch_plan import TENSORS, Plans, launch_key, plain_eager
 from .recording import CONSTANTS
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
 PLAIN = (*TENSORS, type(None))
-KNOWN = CONSTANTS.union(TENSORS)
 INTERPRETER = threading.RLock()  # Triton's interpreter replaces the functions of triton.language while a kernel runs
 
 
@@ -104,7 +103,7 @@ def _recorded(
         return outputs
 
     def backward_by_plan(ctx, *grads):
-        if all(grad is None for grad in grads):
+        if grads[0] is None and all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() or not plain_eager():
             return backward(ctx, *grads)
@@ -153,16 +152,29 @@ def _shortest_way(
 
     def call(*args):
         if plain_eager():
-            if not (torch.is_grad_enabled() and requires_grad(args)):
-                return run(*args)
-            if all(type(arg) in KNOWN for arg in args):
+            wanted = torch.is_grad_enabled() and _wants_gradient(args)
+            if wanted:
                 return recorded(*args, *defaults[len(args) :])
+            if wanted is not None:
+                return run(*args)
         elif transforms_are_active():
             return transformed(*args)
         _refuse_onnx()
         return op(*args)
 
     return call
+
+
+def _wants_gradient(args: tuple) -> bool | None:
+    """Whether a tensor among them requires a gradient; None where one is neither a plain tensor nor a constant."""
+    wanted = False
+    for arg in args:
+        cls = type(arg)
+        if cls in TENSORS:
+            wanted = wanted or arg.requires_grad
+        elif cls not in CONSTANTS:
+            return None
+    return wanted
 
 
 def _refuse_onnx() -> None:
