@@ -131,7 +131,12 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tenso
     """
     if not (torch.compiler.is_compiling() or any_autocast()) or not isinstance(x, torch.Tensor):
         return x, *others
-    return tuple(t if t is None or (dtype := autocast_type(t)) == t.dtype else t.to(dtype) for t in (x, *others))
+    return tuple([None if t is None else _as_autocast(t) for t in (x, *others)])
+
+
+def _as_autocast(t: torch.Tensor) -> torch.Tensor:
+    dtype = autocast_type(t)
+    return t if dtype == t.dtype else t.to(dtype)
 
 
 def autocast_type(t: torch.Tensor) -> torch.dtype:
