@@ -238,7 +238,8 @@ def test_replays_give_what_the_launcher_gives(name, replays):
         assert_identical(actual[i], expected[i])
 
 
-DIFFERENTIABLE = [name for name in CASES if not name.startswith("conv2d_fused")]
+DIFFERENTIABLE = ("conv2d, bias", "conv2d, groups", "linear", "relu", "max_pool2d, indices", "avg_pool2d")
+DIFFERENTIABLE += ("adaptive_avg_pool2d", "batch_norm2d", "batch_norm2d, training")
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -252,7 +253,7 @@ def test_gradients_by_plan_are_those_of_the_launchers(name, replays):
         y = y[0] if isinstance(y, tuple) else y
         return torch.autograd.grad(y, leaves, y.detach() * 2)
 
-    calls = [(make(), needed) for _ in range(3) for needed in (2, 1)]
+    calls = [(make(), needed) for _ in range(2) for needed in (2, 1)]
     expected = []
     for call in calls:
         forget_plans()
