@@ -108,7 +108,9 @@ class Plan:
         results = self.results
         if results is None:
             return None
-        return created[results] if type(results) is int else tuple(created[i] for i in results)
+        if type(results) is int:
+            return created[results]
+        return tuple([None if i is None else created[i] for i in results])
 
 
 def _launch_hooks() -> tuple | None:
