@@ -491,8 +491,9 @@ def test_two_processes_train_and_count_every_test_image_once():
     parallel = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
     evaluation = ["--evaluation.layers=relu", "--evaluation.budget_s=0", "--evaluation.time_interpreter=true"]
     process = start(*QUIET, *data, *parallel, *evaluation, "--model.width=4", "--model.lr=0.01")
-    _, stderr = process.communicate(timeout=240)
+    stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
+    assert stdout.count("Proving: ") == stdout.count("Timing each layer") == 1
 
     (best,) = Path("checkpoints/pets/version_0").glob("best*.ckpt")
     classifier, checkpoint = load_classifier(best)
