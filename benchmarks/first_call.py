@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
     for network in args.networks:
         with ThreadPoolExecutor(len(args.ways) if args.beside else 1) as pool:
             slices = [cores[i * share * args.beside :][:share] for i in range(len(args.ways))]
-            found += pool.map(lambda way, own: both(args, network, way, own), args.ways, slices)
+            found += pool.map(partial(both, args, network), args.ways, slices)
         if args.output:
             args.output.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "found": found}, indent=1) + "\n")
     return found

@@ -29,7 +29,7 @@ class Times(NamedTuple):
 
 
 def path_of(device: torch.device) -> Path:
-    """The file of a GPU: another one for each version of PyTorch, Triton and this package, its tuned tables included."""
+    """The file of a GPU: another one for each version of PyTorch, Triton and this package, with its tuned tables."""
     gpu = torch.cuda.get_device_name(device)
     return cache_folder() / "chains" / f"{_slug(gpu)}-{_digest(gpu)}.jsonl"
 
