@@ -27,41 +27,41 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+import tritonnn
+from tritonnn.command.networks import build, calibrate, random_images
+
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITONNN_CACHE_DIR")
 NETWORKS = ("resnet18", "resnet50", "efficientnet_b0", "convnext_tiny")
 LIMIT = {"bf16": 0.15, "default": 0.05}
 """The largest relative root-mean-square difference to PyTorch's eager network, of a right result."""
 
 
-def fused(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    import tritonnn
-
+def fused(model: nn.Module, x: Tensor) -> nn.Module:
     return tritonnn.fuse(model, cuda_graph=True)
 
 
-def swapped(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    import tritonnn
-
+def swapped(model: nn.Module, x: Tensor, ahead: bool) -> nn.Module:
     tritonnn.swap(model)
+    if ahead:
+        tritonnn.compile_swapped(model, x)
     return model
 
 
-def compiled(model: nn.Module, **options: str) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module, x: Tensor, **options: str) -> Callable[[Tensor], Tensor]:
     return torch.compile(model, dynamic=False, **options)
 
 
-WAYS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+WAYS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]] = {
     "fuse": fused,
-    "swap": swapped,
-    "backend": lambda model: compiled(model, backend="tritonnn"),
-    "compile": lambda model: compiled(model, mode="reduce-overhead"),
+    "swap": partial(swapped, ahead=True),
+    "swap-one-by-one": partial(swapped, ahead=False),
+    "backend": partial(compiled, backend="tritonnn"),
+    "compile": partial(compiled, mode="reduce-overhead"),
 }
 
 
 def child(network: str, way: str, dtype: str, batch: int) -> None:
     """Prints the seconds of the first call, of the second, and since the process began."""
-    from tritonnn.command.networks import build, calibrate, random_images
-
     model = build(f"torchvision:{network}").cuda()
     calibrate(model, random_images(model, 16, 224).cuda())
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
@@ -71,7 +71,7 @@ def child(network: str, way: str, dtype: str, batch: int) -> None:
         reference = model(x).float()
         torch.cuda.synchronize()
         ready, times = time.perf_counter(), []
-        call = WAYS[way](model)
+        call = WAYS[way](model, x)
         for _ in range(2):
             y = call(x).float()
             torch.cuda.synchronize()

@@ -43,6 +43,7 @@ from lit_modules.side import STEPS, Call, Replayed, Side, in_format, modules_cal
 from lit_modules.traces import how_to_open_traces, remove_traces, write_traces
 from lit_modules.trees import batch_size, mapped, named_tensors
 from lit_modules.verdict import judge_variant
+from tritonnn.compile_swapped import compile_swapped
 from tritonnn.latency import twin
 
 PIPED_WIDTH = 140
@@ -301,6 +302,7 @@ class TritonEvaluation(Callback):
                 outputs["pytorch"] = self._first_step(trainer, pl_module, batch, indices)
                 if rewind() and self._reference:
                     self._without_reference(f"the step draws random numbers, which are others in {self._reference}")
+                self._compile(trainer, pl_module)
             for name in [name for name in self._sides if name not in outputs]:
                 rewind()
                 if first:
@@ -431,6 +433,16 @@ class TritonEvaluation(Callback):
         if len(self._calls) == 1 and not self._calls[0].kwargs:
             return next(iter(parts.values()))
         return Replayed(parts, self._calls)
+
+    def _compile(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the swapped layers launch for the first batch, and where they are timed alone, beside each other."""
+        if pl_module.device.type != "cuda" or not self._calls or not self._variants:
+            return
+        self._progress.tell("compiling", "all layers", 0, len(self._sides))
+        variants = [[layers] if isinstance(layers, str) else layers for layers in self._variants.values()]
+        with trainer.precision_plugin.forward_context():
+            network, inputs = self._network(pl_module)
+            compile_swapped(network, *inputs, layers=sum(variants, []), in_graphs=self.latency, advance=lambda _: None)
 
     def _tune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         report = tritonnn.TuningReport()

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "roofline": {"clocks", "runtime"},
     "latency": BELOW_LAYERS | {"clocks", "layers", "swap", "roofline", "latency"},
     "compile_ahead": BELOW_LAYERS | {"compile_ahead"},
+    "compile_swapped": {"compile_ahead", "latency", "runtime", "swap"},
     "fusion": BELOW_LAYERS | {"compile_ahead", "layers", "swap", "fusion"},
     "compiler": BELOW_LAYERS | {"clocks", "compile_ahead", "layers", "fusion", "compiler"},
     "command": {"clocks", "swap", "latency", "command"},

@@ -47,7 +47,9 @@ def compile_ahead(
 
     def compile(kernel: Kernel) -> None:
         with torch.cuda.device(device), suppress(Exception):
-            kernel.function.preload(kernel.specialization)
+            compiled = kernel.function.preload(kernel.specialization)
+            if knows("launches"):
+                _ = compiled.run  # builds its launcher, with a C compiler, and loads it on the GPU
 
     pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS))
     try:
