@@ -1,6 +1,7 @@
 """`benchmarks/zoo.py`: all of it but the GPU."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,41 @@ def test_ahead_compiles_what_has_something_to_compile(tmp_path, children):
     compiled = sorted(children[:-1])
     assert compiled == [("compile", "resnet18", "compile-tritonnn"), ("compile", "resnet18", "fused-graph")]
     assert children[-1][0] == "measure"
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+name, folder = sys.argv[sys.argv.index("--networks") + 1], Path(sys.argv[sys.argv.index("--output") + 1])
+end, moments = time.time() + 1.5, []
+if name == "alexnet":
+    time.sleep(0.4)
+    print("ready to be timed", flush=True)
+    assert sys.stdin.readline()
+    end = time.time() + 0.4
+while time.time() < end:
+    time.sleep(0.005)
+    moments.append(time.time())
+print("timed", flush=True)
+(folder / f"{name}.txt").write_text(" ".join(map(str, moments)))
+"""
+
+
+def test_who_is_timed_has_the_gpu_alone(tmp_path, monkeypatch):
+    """Of two that run together, the other one is stopped meanwhile, and goes on afterwards."""
+    (script := tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.setattr(zoo, "SCRIPT", str(script))
+    monkeypatch.setattr(zoo, "devices", lambda: ["0"])
+    saved(tmp_path, made_up("alexnet", 2.0), made_up("vgg11", 2.0))
+    assert run(tmp_path, "alexnet", "vgg11", options=("--again", "--together", "2")) == 0
+    timed, other = ([*map(float, (tmp_path / f"{name}.txt").read_text().split())] for name in ("alexnet", "vgg11"))
+    assert not [moment for moment in other if timed[0] < moment < timed[-1]]
+    assert min(other) < timed[0] and max(other) > timed[-1]
+
+
+def test_within_ends_as_if_interrupted():
+    with pytest.raises(KeyboardInterrupt), zoo.interrupted_after(0.05):
+        time.sleep(5)
 
 
 @pytest.fixture
