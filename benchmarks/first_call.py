@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import tempfile
@@ -62,6 +63,10 @@ WAYS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]] = {
 
 def child(network: str, way: str, dtype: str, batch: int) -> None:
     """Prints the seconds of the first call, of the second, and since the process began."""
+    logged: list[str] = []
+    log = logging.getLogger("tritonnn.compile_ahead")
+    log.setLevel(logging.INFO)
+    log.addFilter(lambda record: logged.append(record.getMessage()))
     model = build(f"torchvision:{network}").cuda()
     calibrate(model, random_images(model, 16, 224).cuda())
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
@@ -80,7 +85,7 @@ def child(network: str, way: str, dtype: str, batch: int) -> None:
             error = ((y - reference).square().mean() / reference.square().mean()).sqrt().item()
             if not error < LIMIT[dtype]:
                 sys.exit(f"{network}, {way}: wrong, it differs from PyTorch's by {error:.2f}")
-    print(json.dumps({"first_s": times[0], "second_s": times[1], "error": error}))
+    print(json.dumps({"first_s": times[0], "second_s": times[1], "error": error, "log": logged}))
 
 
 def measured(args: argparse.Namespace, network: str, way: str, caches: str, cores: Sequence[int]) -> dict[str, object]:
@@ -115,7 +120,8 @@ def line(found: dict, name: str) -> str:
     if "failed" in times:
         return f"{found['network']} {found['way']} {name}: FAILED {times['failed']}"
     first, process = times["first_s"], times["process_s"]
-    return f"{found['network']} {found['way']} {name}: first result after {first:.1f} s, whole process {process:.1f} s"
+    seconds = f"first result after {first:.1f} s, second {times['second_s']:.1f} s, whole process {process:.1f} s"
+    return f"{found['network']} {found['way']} {name}: {'; '.join([seconds, *times['log']])}"
 
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:

@@ -1,5 +1,6 @@
 """Compiles kernels in parallel before their first launch: in threads, as most of compiling releases Python's lock."""
 
+import logging
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from .ops.conv2d.forms import FORMS
 from .runtime.capabilities import knows
 from .runtime.launch_plan import forget_plans
 
+LOG = logging.getLogger(__name__)
 PACKAGE = __name__.partition(".")[0]
 MOST_THREADS = 16
 _noting = threading.RLock()
@@ -51,15 +53,19 @@ def compile_ahead(
             if knows("launches"):
                 _ = compiled.run  # builds its launcher, with a C compiler, and loads it on the GPU
 
-    pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS))
+    pool, start = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS)), time.perf_counter()
     try:
         futures: dict[Kernel, Future] = {}
         for call in calls:
             for kernel in kernels_of(call, every_kernel):
                 if kernel not in futures:
                     futures[kernel] = pool.submit(compile, kernel)
+        found = time.perf_counter()
         for _ in as_completed(futures.values()):
             advance(len(futures))
+        LOG.info(
+            "%d kernels: %.1f s to find, %.1f s to compile", len(futures), found - start, time.perf_counter() - start
+        )
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, kernels that have not begun to compile are dropped
 
