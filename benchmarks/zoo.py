@@ -11,7 +11,7 @@ wrong use, 130 if it was interrupted.
 Where minutes count, all of it compiled by many processes, then measured by processes that get ready beside each other:
 
     python benchmarks/zoo.py --compile-only --ahead 24 --within 150
-    python benchmarks/zoo.py --together 16 --within 100
+    python benchmarks/zoo.py --only-compiled --together 16 --within 100
 """
 
 import sys
@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository's root
 
 import argparse
+import json
 import logging
 import os
 import queue
@@ -40,7 +41,17 @@ from rich.console import Console
 from benchmarks.cases import flags
 from benchmarks.compare import RESULTS, Parser, command, count, positive, settings, slug
 from benchmarks.networks import cudnn_benchmark
-from benchmarks.zoo_case import BUDGET_S, PEERS, ZooCase, ZooResult, compile_only, measure_layers, measure_network
+from benchmarks.peers import Call
+from benchmarks.zoo_case import (
+    BUDGET_S,
+    PEERS,
+    ZooCase,
+    ZooResult,
+    compile_only,
+    kernels_of,
+    measure_layers,
+    measure_network,
+)
 from benchmarks.zoo_report import rich_tables, write
 from lit_modules.command_line import UserError, user_errors_in_one_line
 from lit_modules.environment import environment
@@ -95,6 +106,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="processes that compile before anything is timed: faster, but no first calls are measured (default: 0)",
     )
     add("--compile-only", action="store_true", help="what --ahead compiles, and nothing is timed")
+    add("--only-compiled", action="store_true", help="leave out what --ahead has not compiled, for this folder")
     add(
         "--together",
         type=positive,
@@ -103,6 +115,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="cases that get ready beside each other on a GPU; they are timed one at a time, while the others are "
         "stopped. Faster, but first calls say nothing (default: 1)",
     )
+    add("--kernels", action="store_true", help="also which kernels a call of each peer launches, and their times")
     add("--budget", type=positive_seconds, metavar="SECONDS", default=BUDGET_S, help=f"a case (default: {BUDGET_S:g})")
     add("--within", type=positive_seconds, metavar="SECONDS", help="then it stops; the same command goes on")
     add("--again", action="store_true", help="measure also what the folder has")
@@ -150,12 +163,18 @@ def child(args: argparse.Namespace) -> None:
         if args.layers:
             result.layers = measure_layers(case, device, say)
         else:
-            result.peers = measure_network(case, device, args.peers, say, args.budget, partial(turn, device))
+            calls: dict[str, Call] = {}
+            result.peers = measure_network(case, device, args.peers, say, args.budget, partial(turn, device), calls)
     short = [name for name, peer in result.peers.items() if OUT_OF_MEMORY in peer.measured.note]
     if short and args.shared:
         sys.exit(f"{', '.join(short)}: no memory left beside the others")
     result.save(args.output / case.file)
     say(TIMED)
+    if args.kernels:
+        with torch.no_grad(), flags(case.dtype):
+            found = {name: kernels_of(call) for name, call in calls.items()}
+        (args.output / "kernels").mkdir(exist_ok=True)
+        (args.output / "kernels" / case.file).write_text(json.dumps(found))
 
 
 @contextmanager
@@ -185,14 +204,14 @@ class Run:
             self.console.print(f"[{time.perf_counter() - self.start:5.0f} s] {line}", markup=False, highlight=False)
 
     def run(self) -> int:
-        done = [case for case in self.args.cases if not self.args.again and (self.folder / case.file).exists()]
-        todo = [case for case in self.args.cases if case not in done]
-        self.say(f"{len(todo)} cases on {len(devices())} GPU{'s' * (len(devices()) > 1)}, {len(done)} done before")
+        todo = [case for case in self.args.cases if self._lacks(case, self.args.peers)]
+        done = len(self.args.cases) - len(todo)
+        self.say(f"{len(todo)} cases on {len(devices())} GPU{'s' * (len(devices()) > 1)}, {done} done before")
         try:
             if self.args.ahead and not self.args.layers:
                 self._compile_ahead(todo)
             if not self.args.compile_only:
-                self._measure(todo)
+                self._measure([case for case in todo if self._lacks(case, self._peers(case))])
         except KeyboardInterrupt:
             self._stop()
             raise
@@ -200,15 +219,30 @@ class Run:
             write(self.folder, self.args.cases, command_line())
         return 1 if self.failed else 0
 
+    def _lacks(self, case: ZooCase, peers: Sequence[str]) -> bool:
+        """Whether the folder has no result of the case with all these peers."""
+        path = self.folder / case.file
+        if self.args.again or not path.exists():
+            return True
+        return not self.args.layers and not set(peers) <= set(ZooResult.load(path).peers)
+
+    def _peers(self, case: ZooCase) -> list[str]:
+        """Those that are to be measured."""
+        ready = [peer for peer in self.args.peers if not _compiles(peer) or self._mark(case, peer).exists()]
+        return ready if self.args.only_compiled else list(self.args.peers)
+
+    def _mark(self, case: ZooCase, peer: str) -> Path:
+        """The file that says that a peer was compiled."""
+        return self.folder / "compiled" / case.file.replace(".json", f"-{peer}")
+
     def _stop(self) -> None:
         self.stopped = True
         for process in list(self.processes):
             process.kill()
 
     def _compile_ahead(self, todo: list[ZooCase]) -> None:
-        jobs = [
-            (case, peer) for case in todo for peer in self.args.peers if peer.startswith(("compile", "swap", "fus"))
-        ]
+        jobs = [(case, peer) for peer in self.args.peers if _compiles(peer) for case in todo]
+        jobs = [job for job in jobs if not self._mark(*job).exists()]
         gpus = devices()
 
         def job(index: int) -> None:
@@ -216,6 +250,9 @@ class Run:
                 return
             case, peer = jobs[index]
             status = self._child(case, "compile", [peer], gpus[index % len(gpus)], {}, quiet=True)
+            if not status:
+                self._mark(case, peer).parent.mkdir(exist_ok=True)
+                self._mark(case, peer).touch()
             self.say(f"compiled ahead: {case.name} {peer}{' failed' if status else ''}")
 
         with ThreadPoolExecutor(self.args.ahead) as pool:
@@ -251,7 +288,7 @@ class Run:
         with tempfile.TemporaryDirectory() as caches:
             warm = self.args.ahead or self.args.together > 1
             cold = {} if warm else {name: f"{caches}/{name.lower()}" for name in CACHES}
-            status = self._child(case, "measure", self.args.peers, gpu, cold)
+            status = self._child(case, "measure", self._peers(case), gpu, cold)
         if status and not self.stopped:
             self.failed.append(case.name)
             self.say(f"{case.name}: failed, its process ended with {status}")
@@ -266,6 +303,7 @@ class Run:
         options = ["--networks", case.task, "--batch-sizes", str(case.batch_size), "--dtypes", case.dtype]
         options += ["--peers", *peers, "--output", str(self.folder), *["--layers"] * self.args.layers]
         options += ["--budget", str(self.args.budget), *["--shared"] * (self.args.together > 1)]
+        options += ["--kernels"] * self.args.kernels
         process = subprocess.Popen(
             [sys.executable, SCRIPT, "--child", what, *options],
             env=os.environ | environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
@@ -310,6 +348,10 @@ class Run:
         finally:
             for other in others:
                 other.send_signal(signal.SIGCONT)
+
+
+def _compiles(peer: str) -> bool:
+    return peer.startswith(("compile", "swap", "fus"))
 
 
 def devices() -> list[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import peers
 from benchmarks.cases import DTYPES, Case
@@ -31,6 +33,7 @@ PYTORCH = ("eager", "graph", "compile-reduce-overhead", "compile-max-autotune")
 OURS = ("swapped-graph", "fused-graph", "compile-tritonnn")
 INCEPTION_SIZE, SIZE = 299, 224
 BUDGET_S, LAYER_BUDGET_S = 2.0, 0.05
+PROFILED_CALLS = 3
 CHOOSES_ALGORITHMS = ("eager", "graph", "swapped-graph")
 """Ways in which cuDNN times its algorithms while they get ready."""
 ERROR_OF_EAGER = 3.0
@@ -151,11 +154,16 @@ def measure_network(
     say: Say,
     budget_s: float = BUDGET_S,
     turn: Callable[[], AbstractContextManager] = nullcontext,
+    calls: dict[str, Call] | None = None,
 ) -> dict[str, Peer]:
-    """Every way to run the network: its first call, its error, and its time, taken in turns, within `turn()`."""
+    """Every way to run the network: its first call, its error, and its time, taken in turns, within `turn()`.
+
+    `calls` gets those that gave right results.
+    """
     setup = ZooSetup(case, device)
     limit = LIMITS[case.dtype]
-    measured, calls, first = {}, {}, {}
+    measured, first = {}, {}
+    calls = {} if calls is None else calls
 
     def check(y: Tensor) -> Measured:
         return checked(y, setup.reference, case.batch_size, limit)
@@ -186,6 +194,20 @@ def measure_network(
     with turn():
         time_right_ones(measured, calls, check, device, budget_s)
     return {name: Peer(found, first.get(name)) for name, found in measured.items()}
+
+
+def kernels_of(call: Call) -> list[tuple[str, float]]:
+    """The kernels of one call on the GPU, in the order in which they began, and their microseconds."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED_CALLS):
+            call()
+        torch.cuda.synchronize()
+    events = sorted(
+        (event for event in profiler.events() if event.device_type == DeviceType.CUDA),
+        key=lambda event: event.time_range.start,
+    )
+    last = events[len(events) - len(events) // PROFILED_CALLS :]
+    return [(event.name[:120], round(event.time_range.elapsed_us(), 2)) for event in last]
 
 
 def compile_only(case: ZooCase, device: torch.device, name: str) -> None:

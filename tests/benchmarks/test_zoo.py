@@ -31,6 +31,7 @@ def made_up(network: str, faster: float) -> ZooResult:
         "eager": peer(4.0),
         "graph": peer(2.0),
         "compile-reduce-overhead": peer(1.0, None),
+        "compile-max-autotune": peer(1.1),
         "fused-graph": peer(1.0 / faster),
         "compile-tritonnn": peer(0.8),
         "swapped-graph": Peer(Measured(FAILED, note="RuntimeError: out of memory")),
@@ -170,6 +171,29 @@ def test_who_is_timed_has_the_gpu_alone(tmp_path, monkeypatch):
 def test_within_ends_as_if_interrupted():
     with pytest.raises(KeyboardInterrupt), zoo.interrupted_after(0.05):
         time.sleep(5)
+
+
+def test_only_what_was_compiled_is_measured_and_more_of_it_later(tmp_path, children, monkeypatch):
+    """What fails to compile is left out; a case that lacks a peer is measured again once that was compiled."""
+    peers, measured, child = ("graph", "fused-graph", "compile-tritonnn"), [], zoo.Run._child
+    failing = ["compile-tritonnn"]
+
+    def noting(self, case, what, peers, *args, **kwargs):
+        status = child(self, case, what, peers, *args, **kwargs)
+        if what == "measure":
+            measured.append(sorted(peers))
+            result = made_up(case.task, 2.0)
+            result.peers = {name: result.peers[name] for name in peers}
+            saved(tmp_path, result)
+        return int(peers == failing) or status
+
+    monkeypatch.setattr(zoo.Run, "_child", noting)
+    options = "--ahead", "2", "--only-compiled", "--peers", *peers
+    for _ in range(2):
+        run(tmp_path, "resnet18", options=options)
+    failing.clear()
+    run(tmp_path, "resnet18", options=options)
+    assert measured == [["fused-graph", "graph"], ["compile-tritonnn", "fused-graph", "graph"]]
 
 
 @pytest.fixture
