@@ -48,6 +48,7 @@ def compile_ahead(
     device = torch.cuda.current_device()
 
     def compile(kernel: Kernel) -> None:
+        key.result()
         with torch.cuda.device(device), suppress(Exception):
             compiled = kernel.function.preload(kernel.specialization)
             if knows("launches"):
@@ -56,6 +57,7 @@ def compile_ahead(
     pool, start = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS)), time.perf_counter()
     try:
         futures: dict[Kernel, Future] = {}
+        key = pool.submit(_hash_of_triton)
         for call in calls:
             for kernel in kernels_of(call, every_kernel):
                 if kernel not in futures:
@@ -68,6 +70,13 @@ def compile_ahead(
         )
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, kernels that have not begun to compile are dropped
+
+
+def _hash_of_triton() -> None:
+    """Has Triton read all of its own files once, as its cache asks for; else each thread would, a second of work."""
+    known = getattr(triton.runtime.cache, "triton_key", None)
+    if callable(known):
+        known()
 
 
 def kernels_of(call: Callable[[], object], every_kernel: bool = False) -> list[Kernel]:
