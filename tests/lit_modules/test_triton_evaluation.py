@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from helpers.tiny_classifier import TinyClassifier, evaluation_trainer, loader, random_images
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -156,6 +157,21 @@ class TestProof:
         break_layer(monkeypatch, FusedPooledLinear, lambda y: -y)
         result = evaluate(tmp_path, layers="all", fuse=True)
         assert [variant.verdict.passed for variant in result.proof.variants] == [True, False] and not result.passed
+
+    @pytest.mark.gpu
+    def test_swapped_layers_are_compiled_before_they_run(self, tmp_path, monkeypatch):
+        """All of them, as in the proof and as they are timed alone, at once."""
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+        compiled, ahead, compile_swapped = [], [], triton_evaluation.compile_swapped
+        monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **of: compiled.append(of["src"].name))
+
+        def noting(*args, **kwargs):
+            compile_swapped(*args, **kwargs)
+            ahead.append(len(compiled))
+
+        monkeypatch.setattr(triton_evaluation, "compile_swapped", noting)
+        evaluate(tmp_path, layers="each", latency=True, budget_s=0.01)
+        assert ahead == [len(compiled)] and compiled
 
     @pytest.mark.gpu
     def test_the_fused_network_in_cuda_graphs(self, tmp_path):
