@@ -170,7 +170,7 @@ class TestProof:
             ahead.append(len(compiled))
 
         monkeypatch.setattr(triton_evaluation, "compile_swapped", noting)
-        evaluate(tmp_path, layers="each", latency=True, budget_s=0.01)
+        evaluate(tmp_path, data=random_images(8), layers="each", latency=True, budget_s=0.01)
         assert ahead == [len(compiled)] and compiled
 
     @pytest.mark.gpu
