@@ -49,7 +49,8 @@ def start(*args: str) -> subprocess.Popen:
     """train.py on CPUs, with kernels in Triton's interpreter."""
     command = [sys.executable, str(ROOT / "train.py"), *args]
     threads = {"OMP_NUM_THREADS": "1"}  # other tests run beside it, and threads that wait spin
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **threads}
+    on_cpus = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, **on_cpus, "PYTHONUNBUFFERED": "1", **threads}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=environment, preexec_fn=heed_ctrl_c, **pipes)
 
