@@ -22,7 +22,7 @@ MOST_PLANS = 4096
 """Kinds of arguments an operator remembers."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 UNSEEN = object()
-COMPILATION = triton.knobs.compilation
+COMPILATION = getattr(triton.knobs, "compilation", None)
 is_capturing = torch.cuda.is_current_stream_capturing
 OPTIONS = {} if triton.knobs.runtime.interpret else capabilities.options_of_launches()
 
