@@ -159,20 +159,30 @@ def fetch(
     w_ring,
     w_bars,
     slot,
-    pred,
+    step,
+    tile,
     n,
     m,
     k,
-    step,
     K,
+    tiles,
+    steps,
+    programs,
+    blocks_n,
+    blocks_of_image,
     CHANNELS_LAST_X: gl.constexpr,
     SPLIT: gl.constexpr,
     RESIDENT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
 ):
-    """Starts to load x, and the weight unless it is RESIDENT, for a step of the tile at (n, m, k)."""
+    """Starts to load x, and the weight unless it is RESIDENT, for a step of the tile at (n, m, k).
+
+    Returns the step after it, and its tile and place; divisions are for each tile only.
+    """
     PARTS: gl.constexpr = 2 if SPLIT else 1
-    c = step * BLOCK_K
+    c, pred = step * BLOCK_K, tile < tiles
     # Together, as the compiler has all warps wait between the two operations on one kind of barrier.
     mbarrier.expect(x_bars.index(slot), x_desc.block_type.nbytes, pred=pred)
     if not RESIDENT:
@@ -183,13 +193,6 @@ def fetch(
         load_box(x_desc, [n, c, m], x_bars.index(slot), x_ring.index(slot), pred=pred)
     if not RESIDENT:
         fetch_weight(weight_desc, w_ring, slot * PARTS, w_bars.index(slot), k, c, K, SPLIT, pred)
-
-
-@gluon.jit
-def next_step(
-    step, tile, n, m, k, steps, programs, blocks_n, blocks_of_image, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
-):
-    """The step after one, and its tile and place; divisions are for each tile only."""
     step += 1
     if step == steps:
         step = 0
@@ -290,7 +293,7 @@ def conv2d_matmul_forward_kernel(
     ahead_step, ahead_tile = first * 0, first  # what is fetched next
     ahead_n, ahead_m, ahead_k = place_of(first, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
     for i in gl.static_range(AHEAD):
-        fetch(
+        ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = fetch(
             x_desc,
             weight_desc,
             x_ring,
@@ -298,29 +301,23 @@ def conv2d_matmul_forward_kernel(
             w_ring,
             w_bars,
             i,
-            ahead_tile < tiles,
-            ahead_n,
-            ahead_m,
-            ahead_k,
-            ahead_step,
-            K,
-            CHANNELS_LAST_X,
-            SPLIT,
-            RESIDENT,
-            BLOCK_K,
-        )
-        ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = next_step(
             ahead_step,
             ahead_tile,
             ahead_n,
             ahead_m,
             ahead_k,
+            K,
+            tiles,
             steps,
             programs,
             blocks_n,
             blocks_of_image,
+            CHANNELS_LAST_X,
+            SPLIT,
+            RESIDENT,
             BLOCK_M,
             BLOCK_N,
+            BLOCK_K,
         )
     if RESIDENT:
         mbarrier.wait(w_bars.index(0), 0)
@@ -384,7 +381,7 @@ def conv2d_matmul_forward_kernel(
                 else:
                     acc, rounded = warpgroup_mma_wait(0, deps=[acc, rounded])
             barrier()  # for all warps
-            fetch(
+            ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = fetch(
                 x_desc,
                 weight_desc,
                 x_ring,
@@ -392,29 +389,23 @@ def conv2d_matmul_forward_kernel(
                 w_ring,
                 w_bars,
                 (count + AHEAD) % X_SLOTS,
-                ahead_tile < tiles,
-                ahead_n,
-                ahead_m,
-                ahead_k,
-                ahead_step,
-                K,
-                CHANNELS_LAST_X,
-                SPLIT,
-                RESIDENT,
-                BLOCK_K,
-            )
-            ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = next_step(
                 ahead_step,
                 ahead_tile,
                 ahead_n,
                 ahead_m,
                 ahead_k,
+                K,
+                tiles,
                 steps,
                 programs,
                 blocks_n,
                 blocks_of_image,
+                CHANNELS_LAST_X,
+                SPLIT,
+                RESIDENT,
                 BLOCK_M,
                 BLOCK_N,
+                BLOCK_K,
             )
             count += 1
         if DEPENDENT:
