@@ -14,8 +14,8 @@ import tritonnn
 from tritonnn.layers.fused.gate import FusedGate
 from tritonnn.layers.fused.layer_norm import FusedLayerNorm
 from tritonnn.layers.fused.linear import FusedLinearOfImages
-from tritonnn.ops.gate import gate
 from tritonnn.ops.layer_norm import layer_norm
+from tritonnn.ops.scaled_image import scaled_image
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -159,8 +159,22 @@ def test_gate(shape, dtype):
     gates = image(*shape[:2], 1, 1, dtype=dtype)
     for channels_last in (False, True):
         x = image(*shape, dtype=dtype, channels_last=channels_last)
-        y = gate(x, gates)
+        y = scaled_image(x, gates, None, "none")
         assert torch.equal(y, x * gates) and y.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+def test_scaled_and_shifted_channels(channels_last, dtype):
+    x, scale, shift = image(3, 24, 5, 7, dtype=dtype, channels_last=channels_last), image(24), image(24)
+    scale, shift = (t.to(torch.float64) if dtype == torch.float64 else t for t in (scale, shift))
+    for part in (x, x[:, 8:16]) if channels_last else (x,):
+        factors = [t[: part.shape[1], None, None] for t in (scale, shift)]
+        y, exact = scaled_image(part, *[t.flatten() for t in factors], "relu"), part.double() * factors[0] + factors[1]
+        assert y.shape == part.shape and y.is_contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        torch.testing.assert_close(y, exact.relu().to(dtype))
 
 
 def test_layers_fall_back_where_no_kernel_takes_their_input():

@@ -38,6 +38,19 @@ def pixel_strides(y: torch.Tensor, channels_last: bool) -> tuple[int, int, int]:
     return (C * H * W, 1, C) if channels_last else (C * H * W, H * W, 1)
 
 
+def pixel_stride(x: torch.Tensor) -> int | None:
+    """Elements from a pixel of x [N, C, H, W] to the next where x is a channels_last image, or some of its channels.
+
+    None otherwise.
+    """
+    N, C, H, W = x.shape
+    stride_n, stride_c, stride_h, stride_w = x.stride()
+    steps = [(s, pixels) for size, s, pixels in ((W, stride_w, 1), (H, stride_h, W), (N, stride_n, H * W)) if size > 1]
+    step = steps[0][0] // steps[0][1] if steps else C
+    follow = all(s == step * pixels for s, pixels in steps)
+    return step if follow and step >= C and (C == 1 or stride_c == 1) else None
+
+
 def dense_like(x: torch.Tensor) -> torch.Tensor:
     """Uninitialised, with the strides of x where x is dense, also where a size is 0 or 1."""
     for memory_format in (torch.contiguous_format, torch.channels_last):

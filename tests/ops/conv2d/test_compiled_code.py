@@ -61,6 +61,12 @@ HALO_BY_2 = HALO | dict(C=64, K=128, N=None, TILE_N=1, TILE_P=8, TILE_Q=16, BLOC
 HALO_BY_2 |= dict(X_SLOTS=3, W_SLOTS=7, STAGED=True, IN_SLOT=True, num_warps=8)
 MATMUL = EPILOGUE | dict(INPUT_PRECISION="ieee", ROUND_X=False, CHANNELS_LAST_X=True, CHANNELS_LAST_Y=True, FLUSH=0)
 MATMUL |= dict(HAS_RESIDUAL=True, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, X_SLOTS=3, RESIDENT=0, num_warps=8)
+MATMUL |= dict(X_SCALE="none", HAS_X_SHIFT=False, X_ACTIVATION="none", x_scale_ptr=None, x_shift_ptr=None)
+MATMUL_GATED = MATMUL | dict(X_SCALE="gates", BLOCK_M=64, num_warps=4)
+del MATMUL_GATED["x_scale_ptr"]
+MATMUL_OF_NORM = MATMUL_GATED | dict(X_SCALE="channels", HAS_X_SHIFT=True, X_ACTIVATION="relu")
+MATMUL_OF_NORM["types"] = dict(x_scale_ptr="*fp32", x_shift_ptr="*fp32")
+del MATMUL_OF_NORM["x_shift_ptr"]
 MATMUL_SPLIT = dict(INPUT_PRECISION="tf32x3", FLUSH=8, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4)
 MATMUL_NCHW = dict(CHANNELS_LAST_X=False, CHANNELS_LAST_Y=False)
 DIRECT = FILTER | EPILOGUE | dict(GROUP_C=8, GROUP_K=8, STRIP=7, BLOCK_M=128, BLOCK_N=8, num_warps=4)
@@ -88,7 +94,9 @@ GRADIENT_OF_INPUT |= dict(
     descriptors=dict(g_desc=[1, 8, 16, 64], weight_desc=[128, 64], grad_x_desc=[1, 8, 1, 16, 128]), num_stages=3
 )
 BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
-GATE = dict(DEPENDENT=True, LANES=8, BLOCK=512, odd=("VECTORS", "RUN", "PER_IMAGE"))
+GATE = dict(GATES=True, HAS_SHIFT=False, shift_ptr=None, ACTIVATION="none", DEPENDENT=True, LANES=8, BLOCK=512)
+GATE |= dict(odd=("VECTORS", "RUN", "STEP", "PER_IMAGE"))
+GATE_KERNEL = "ops.scaled_image:scaled_image_forward_kernel"
 LAST, FIRST = "channels_last", "contiguous"
 
 KERNEL_OF = {
@@ -303,6 +311,8 @@ KERNELS = {
     ),
     "conv2d, matrix product, float32": (KERNEL_OF["matmul"], "fp32", LAST, MATMUL | MATMUL_SPLIT),
     "conv2d, matrix product, float32, NCHW": (KERNEL_OF["matmul"], "fp32", FIRST, MATMUL | MATMUL_SPLIT | MATMUL_NCHW),
+    "conv2d, matrix product, gates": (KERNEL_OF["matmul"], "bf16", LAST, MATMUL_GATED),
+    "conv2d, matrix product, batch norm before": (KERNEL_OF["matmul"], "bf16", LAST, MATMUL_OF_NORM),
     "conv2d, direct, contiguous": (KERNEL_OF["direct"], "fp32", FIRST, DIRECT),
     "conv2d, depthwise": (
         KERNEL_OF["depthwise"],
@@ -397,8 +407,8 @@ KERNELS = {
         dict(HAS_WEIGHT=True, HAS_BIAS=True, DEPENDENT=True, BLOCK_M=32, BLOCK_C=128),
     ),
     # Sizes in vectors of eight are no multiples of 16.
-    "gate": ("ops.gate:gate_forward_kernel", "bf16", LAST, GATE | dict(CHANNELS_LAST=True)),
-    "gate, contiguous": ("ops.gate:gate_forward_kernel", "bf16", FIRST, GATE | dict(CHANNELS_LAST=False)),
+    "scaled_image": (GATE_KERNEL, "bf16", LAST, GATE | dict(CHANNELS_LAST=True)),
+    "scaled_image, contiguous": (GATE_KERNEL, "bf16", FIRST, GATE | dict(CHANNELS_LAST=False)),
 }
 OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
@@ -406,7 +416,8 @@ ON_TENSOR_CORES += ["gradient of the weight", "gradient of the weight, tiles of 
 BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
 COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[2:]]
 COMPUTED_OPERANDS += ["conv2d, matrix product, float32", "conv2d, matrix product, float32, NCHW"]
-"""Kernels that round or split x in registers, from which, or from one place of shared memory, tensor cores read it."""
+COMPUTED_OPERANDS += ["conv2d, matrix product, gates", "conv2d, matrix product, batch norm before"]
+"""Kernels that compute x in registers, from which, or from one place of shared memory, tensor cores read it."""
 WITH_HALO = [name for name in KERNELS if "halo" in name]
 PRODUCTS = [name for name in KERNELS if "matrix product" in name]
 RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
@@ -415,7 +426,7 @@ BY_TMA = BY_TAPS + WITH_HALO + PRODUCTS + GRADIENTS_BY_TMA
 FEW_PIXELS = ["conv2d, sliced-K", *RESIDENT_KERNELS]
 ROUNDS = [
     *[name for name in WITH_HALO if "rounded" in name],
-    *PRODUCTS[2:],
+    *[name for name in PRODUCTS if "32" in name],
     "conv2d, TF32",
     "conv2d, float32",
     "conv2d, in registers, float32",

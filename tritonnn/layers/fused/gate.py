@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ...ops.gate import gate
+from ...ops.scaled_image import scaled_image
 from ..layer import TritonLayer, reason_to_fall_back
 
 
@@ -14,7 +14,8 @@ class FusedGate(TritonLayer, nn.Module):
         reason = _reason_to_fall_back(a, b)
         if reason is not None:
             return self._fall_back(reason, lambda: a * b)
-        return gate(b, a) if _are_gates(a, b) else gate(a, b)
+        x, gates = (b, a) if _are_gates(a, b) else (a, b)
+        return scaled_image(x, gates, None, "none")
 
 
 def _reason_to_fall_back(a: object, b: object) -> str | None:

@@ -13,6 +13,7 @@ from ...runtime.blocks import ceil_div
 from ...runtime.memory_format import is_aligned
 from ..window import output_size
 from .epilogue import Epilogue
+from .prologue import Prologue
 
 if TYPE_CHECKING:
     from .forms.form import Config
@@ -37,7 +38,7 @@ class Product(NamedTuple):
     """x [N, C, H, W], the weight as `pack_weight` gives it, y [N, K, P, Q] to be filled, and how.
 
     y is dense, in channels_last or not; a residual has its strides. In TF32 x has been rounded, unless `round_x` asks
-    for that on the way. Only forms that say so take a shortcut.
+    for that on the way. Only forms that say so take a shortcut or a prologue.
     """
 
     x: torch.Tensor
@@ -52,6 +53,7 @@ class Product(NamedTuple):
     round_x: bool
     epilogue: Epilogue
     shortcut: Shortcut | None = None
+    prologue: Prologue | None = None
 
     @property
     def pixels(self) -> int:

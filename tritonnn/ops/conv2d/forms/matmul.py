@@ -2,6 +2,8 @@
 
     y[n, m, k] = activation(bias[k] + residual[n, m, k] + scale[k] * sum over c of x[n, m, c] * weight[k, c])
 
+With a prologue x stands for activation(scale[n, c] * x[n, m, c] + shift[c]), which is computed in registers: gates of
+squeeze-and-excitation, or a batch norm before the product.
 m numbers the pixels of an image; images in channels_last, and the rows of a linear layer, are one long image. x and y
 are each in channels_last or not: in NCHW a tile of x is [channels, pixels] and is turned round as it enters registers.
 What lies beyond the last pixel or channel TMA reads as zeros and does not write, so that no size has to divide another.
@@ -25,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ....device.activation import activate
 from ....device.arithmetic import FLUSH_STEPS, add, round_to_tf32, split_to_tf32
 from ....device.dependent_launch import wait_for_predecessor
 from ....device.epilogue import finish
@@ -34,7 +37,9 @@ from ....runtime.blocks import ceil_div, power_of_2
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
+from ....runtime.memory_format import pixel_stride
 from ..problem import Choice, Problem, Product
+from ..prologue import NO_PROLOGUE
 from .form import Config, Form
 from .tma_halo.kernel import start_successor_if
 
@@ -213,7 +218,38 @@ def load_pixels(
     return x
 
 
-@gluon.jit(do_not_specialize=["tiles", "blocks_n", "blocks_of_image", "steps", "K"])
+@gluon.jit
+def load_factors(
+    scale_ptr,
+    shift_ptr,
+    n,
+    step,
+    C,
+    pred,
+    X_SCALE: gl.constexpr,
+    HAS_X_SHIFT: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """The prologue's scale and shift [1, BLOCK_K] of a step's channels of image n, zeros beyond the last."""
+    c = step * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
+    mask = (c < C) & pred
+    first = n.to(gl.int64) * C if X_SCALE == "gates" else 0
+    scale = gl.load(scale_ptr + first + c, mask=mask, other=0.0).to(gl.float32)
+    shift = gl.load(shift_ptr + c, mask=mask, other=0.0).to(gl.float32) if HAS_X_SHIFT else scale
+    return gl.expand_dims(scale, 0), gl.expand_dims(shift, 0)
+
+
+@gluon.jit
+def prepare(x, scale, shift, HAS_X_SHIFT: gl.constexpr, X_ACTIVATION: gl.constexpr, DTYPE: gl.constexpr):
+    """activation(scale * x + shift), rounded to the type of x as if it had been stored in between."""
+    y = x.to(gl.float32) * scale
+    if HAS_X_SHIFT:
+        y += shift
+    return activate(y, X_ACTIVATION, 0.0).to(DTYPE)
+
+
+@gluon.jit(do_not_specialize=["tiles", "blocks_n", "blocks_of_image", "steps", "K", "C"])
 def conv2d_matmul_forward_kernel(
     x_desc,
     weight_desc,
@@ -226,6 +262,12 @@ def conv2d_matmul_forward_kernel(
     blocks_of_image,
     steps,
     K,
+    C,
+    x_scale_ptr,
+    x_shift_ptr,
+    X_SCALE: gl.constexpr,
+    HAS_X_SHIFT: gl.constexpr,
+    X_ACTIVATION: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
@@ -247,15 +289,16 @@ def conv2d_matmul_forward_kernel(
 ):
     """A program owns every num_programs-th tile of BLOCK_M pixels x BLOCK_N channels.
 
-    acc [pixels, channels] = x @ weight.T. Both are read from shared memory or, where x is to be rounded to TF32, split
-    for float32 ("tf32x3") or turned round, x from registers. In "tf32x3" weight_desc has K rows below what the rounding
-    of the weight left, and the sums of FLUSH steps, where there are more (else 0), are added up apart, so that few
-    float32 additions follow each other. RESIDENT, the number of steps or 0: the weight is loaded once; the programs are
-    a multiple of the blocks of channels, so that each keeps to one. Descriptors are [images, pixels, channels] in
-    channels_last, else [images, channels, pixels].
+    acc [pixels, channels] = x @ weight.T. Both are read from shared memory or, where x has a prologue or is to be
+    rounded to TF32, split for float32 ("tf32x3") or turned round, x from registers. In "tf32x3" weight_desc has K rows
+    below what the rounding of the weight left, and the sums of FLUSH steps, where there are more (else 0), are added up
+    apart, so that few float32 additions follow each other. RESIDENT, the number of steps or 0: the weight is loaded
+    once; the programs are a multiple of the blocks of channels, so that each keeps to one. Descriptors are [images,
+    pixels, channels] in channels_last, else [images, channels, pixels]. The prologue's factors are by channels or, if
+    X_SCALE is "gates", by images and channels.
     """
     SPLIT: gl.constexpr = INPUT_PRECISION == "tf32x3"
-    IN_REGISTERS: gl.constexpr = SPLIT or ROUND_X or not CHANNELS_LAST_X
+    IN_REGISTERS: gl.constexpr = SPLIT or ROUND_X or not CHANNELS_LAST_X or X_SCALE != "none"
     PARTS: gl.constexpr = 2 if SPLIT else 1
     DTYPE: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = DTYPE.primitive_bitwidth
@@ -324,6 +367,12 @@ def conv2d_matmul_forward_kernel(
     if IN_REGISTERS:
         mbarrier.wait(x_bars.index(0), 0)
         x = load_pixels(x_ring, 0, CHANNELS_LAST_X, BLOCK_M, BLOCK_K, OPERAND)
+        if X_SCALE != "none":
+            n, m, k = place_of(first, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
+            factor, shift = load_factors(
+                x_scale_ptr, x_shift_ptr, n, 0, C, True, X_SCALE, HAS_X_SHIFT, BLOCK_K, OPERAND
+            )
+            x = prepare(x, factor, shift, HAS_X_SHIFT, X_ACTIVATION, DTYPE)
 
     count = first * 0  # steps that this program has begun
     stored = first * 0
@@ -369,8 +418,27 @@ def conv2d_matmul_forward_kernel(
                 # Meanwhile the next step's x comes into registers; this step's are kept until its products are done.
                 has_next = (step + 1 < steps) | (tile + programs < tiles)
                 slot_next = (count + 1) % X_SLOTS
+                if X_SCALE != "none":
+                    step_next, n_next = step + 1, n
+                    if step_next == steps:
+                        step_next = 0
+                        n_next = (tile + programs) // blocks_n // blocks_of_image
+                    factor, shift = load_factors(
+                        x_scale_ptr,
+                        x_shift_ptr,
+                        n_next,
+                        step_next,
+                        C,
+                        has_next,
+                        X_SCALE,
+                        HAS_X_SHIFT,
+                        BLOCK_K,
+                        OPERAND,
+                    )
                 mbarrier.wait(x_bars.index(slot_next), (count + 1) // X_SLOTS & 1, pred=has_next)
                 x = load_pixels(x_ring, slot_next, CHANNELS_LAST_X, BLOCK_M, BLOCK_K, OPERAND)
+                if X_SCALE != "none":
+                    x = prepare(x, factor, shift, HAS_X_SHIFT, X_ACTIVATION, DTYPE)
                 if SPLIT:
                     products, high, low = warpgroup_mma_wait(0, deps=[products, high, low])
                     part = add(part, products)
@@ -447,6 +515,7 @@ class MatmulForm(Form):
 
     config = MatmulConfig
     kernels = (conv2d_matmul_forward_kernel,)
+    takes_prologue = True
     most_candidates = 10
     most_beside_others = 10
 
@@ -457,9 +526,11 @@ class MatmulForm(Form):
         if window != (1, 1, 1, 0, 0, 1) or x.dtype not in OPERANDS or not product.on_tensor_cores:
             return False
         (C, H, W), K = x.shape[1:], y.shape[1]
-        if x.data_ptr() % 16 != 0 or not product.epilogue.has_aligned_residual or not _is_dense(x):
+        if x.data_ptr() % 16 != 0 or not product.epilogue.has_aligned_residual:
             return False
-        rows_x = C if x.stride(1) == 1 else H * W
+        if pixel_stride(x) is None and (not x.is_contiguous() or product.prologue is not None):
+            return False
+        rows_x = pixel_stride(x) or H * W
         rows_y = K if product.channels_last_y else H * W
         return (
             C >= LEAST_CHANNELS
@@ -480,9 +551,10 @@ class MatmulForm(Form):
         if not self.fits(product):
             return None
         x, (N, K, P, Q) = product.x, product.y.shape
-        last_x, split = x.stride(1) == 1, product.input_precision == "tf32x3"
-        kinds = kinds_of(x.element_size(), last_x, split, product.round_x)
-        images, pixels = (1, N * P * Q) if last_x and product.channels_last_y else (N, P * Q)
+        last_x, split = pixel_stride(x) is not None, product.input_precision == "tf32x3"
+        in_registers = product.round_x or not last_x or product.prologue is not None
+        kinds = kinds_of(x.element_size(), in_registers, split)
+        images, pixels = (1, N * P * Q) if is_flat(product) else (N, P * Q)
         gpu = hardware.gpu(x.device)
         found = ranked(kinds, images, pixels, x.shape[1], K, x.element_size(), split, gpu)
         if not found or 2 * tiles_of(found[0], images, pixels, K) < gpu.multiprocessors:
@@ -491,7 +563,7 @@ class MatmulForm(Form):
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
         split, size = problem.input_precision == "tf32x3", problem.dtype.itemsize
-        kinds = kinds_of(size, problem.channels_last_x, split, problem.round_x)
+        kinds = kinds_of(size, problem.round_x or not problem.channels_last_x, split)
         flat, (p, q) = problem.channels_last_x and problem.channels_last_y, problem.output
         images, pixels = (1, problem.pixels) if flat else (problem.n, p * q)
         yield from map(Choice, ranked(kinds, images, pixels, problem.c, problem.k, size, split, gpu))
@@ -500,8 +572,7 @@ class MatmulForm(Form):
         x, weight, y, epilogue = product.x, product.packed, product.y, product.epilogue
         C, K = x.shape[1], y.shape[1]
         split = product.input_precision == "tf32x3"
-        last_x, last_y = x.stride(1) == 1, product.channels_last_y
-        flat = last_x and last_y
+        last_x, last_y, flat = pixel_stride(x) is not None, product.channels_last_y, is_flat(product)
         block_m, block_n, block_k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
         x_rows, x_box = _image(x, last_x, flat), [1, block_m, block_k] if last_x else [1, block_k, block_m]
         y_rows, y_box = _image(y, last_y, flat), [1, block_m, block_n] if last_y else [1, block_n, block_m]
@@ -530,6 +601,10 @@ class MatmulForm(Form):
             blocks_of_image,
             steps,
             K,
+            C,
+            None if product.prologue is None else product.prologue.scale,
+            None if product.prologue is None else product.prologue.shift,
+            **(NO_PROLOGUE if product.prologue is None else product.prologue.flags),
             **epilogue.flags,
             **dependent_launch(x),
             INPUT_PRECISION=product.input_precision,
@@ -542,10 +617,17 @@ class MatmulForm(Form):
         )
 
 
-def kinds_of(element_size: int, channels_last_x: bool, split: bool, round_x: bool) -> list[Kind]:
+def kinds_of(element_size: int, in_registers: bool, split: bool) -> list[Kind]:
+    """`in_registers`: x is turned round, rounded or otherwise computed there."""
     if split:
         return SPLIT
-    return FROM_REGISTERS if round_x or not channels_last_x else FROM_SHARED_MEMORY[element_size]
+    return FROM_REGISTERS if in_registers else FROM_SHARED_MEMORY[element_size]
+
+
+def is_flat(product: Product) -> bool:
+    """Whether all images are one long one: their pixels follow each other, and none has factors of its own."""
+    gates = product.prologue is not None and product.prologue.has_gates
+    return pixel_stride(product.x) is not None and product.channels_last_y and not gates
 
 
 def tiles_of(tile: Kind | MatmulConfig, images: int, pixels: int, k: int) -> int:
@@ -584,19 +666,15 @@ def shared_memory(config: MatmulConfig, element_size: int, steps: int, split: bo
     return config.PROGRAMS * (element_size * (lines * config.BLOCK_K + tile) + BARRIERS)
 
 
-def _is_dense(x: torch.Tensor) -> bool:
-    """Whether x is dense in channels_last or NCHW."""
-    return x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
-
-
 def _image(x: torch.Tensor, channels_last: bool, flat: bool) -> torch.Tensor:
     """x [N, C, H, W] as [images, pixels, channels] or [images, channels, pixels], flat: as one image."""
     N, C, H, W = x.shape
+    if not channels_last:
+        return x.as_strided((N, C, H * W), (C * H * W, H * W, 1))
+    step = pixel_stride(x)
     if flat:
-        return x.as_strided((1, N * H * W, C), (N * H * W * C, C, 1))
-    if channels_last:
-        return x.as_strided((N, H * W, C), (H * W * C, C, 1))
-    return x.as_strided((N, C, H * W), (H * W * C, H * W, 1))
+        return x.as_strided((1, N * H * W, C), (N * H * W * step, step, 1))
+    return x.as_strided((N, H * W, C), (H * W * step, step, 1))
 
 
 @functools.lru_cache
