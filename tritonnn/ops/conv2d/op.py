@@ -141,6 +141,8 @@ def _launch_scaled(x, x_scale, x_shift, x_activation, *arguments) -> torch.Tenso
     if y.numel() == 0:
         return y
     packed, scale, bias, residual, activation, slope, _, *window, groups, input_precision, round_y = arguments
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
     epilogue = Epilogue(scale, bias, residual, activation, round_y, slope)
     round_x = input_precision == "tf32"
     product = Product(x, packed, y, True, *window, groups, input_precision, round_x, epilogue)
@@ -163,8 +165,6 @@ conv2d_scaled = register(
     _scaled_output,
 )
 """`conv2d_fused` of `scaled_image(x, x_scale, x_shift, x_activation)`, which is not stored where a kernel can do that.
-
-The residual is dense in channels_last.
 """
 
 
