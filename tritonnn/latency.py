@@ -227,7 +227,7 @@ def _record_kernels(network: nn.Module, *inputs: Tensor) -> list[tuple[nn.Module
         if not inside:  # and not a part of another
             weight = getattr(layer, "weight", None)
             of_weight = "linear" if weight is not None and weight.dim() == 2 else "conv2d"
-            kind = kind_of(layer) or getattr(layer, "kind", of_weight)
+            kind = kind_of(layer) or ("batch_norm2d" if isinstance(layer, FusedNorm) else of_weight)
             operands = [x for x in args if isinstance(x, Tensor)]
             calls.append(
                 (layer, [LayerCall(name, kind, tuple(x.shape), x.stride(), x.dtype, x.device) for x in operands])

@@ -52,7 +52,6 @@ class FusedNorm(TritonLayer, nn.Module):
     """
 
     operands = 1
-    kind = "batch_norm2d"
 
     def __init__(self, norm: nn.BatchNorm2d, activation: Activation) -> None:
         super().__init__()
@@ -92,8 +91,8 @@ class FusedNorm(TritonLayer, nn.Module):
 
     def _with_pytorch(self, x: torch.Tensor) -> torch.Tensor:
         nn.BatchNorm2d._check_input_dim(self, x)
-        statistics = torch.zeros_like(self.scale), torch.ones_like(self.scale)
-        return activate(F.batch_norm(x, *statistics, self.scale, self.shift, eps=0.0), *self.activation)
+        zeros = torch.zeros_like(self.scale)
+        return activate(F.batch_norm(x, zeros, zeros, self.scale, self.shift, eps=1.0), *self.activation)
 
 
 class FusedScaledConv2d(TritonLayer, nn.Module):
