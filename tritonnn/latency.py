@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .clocks import Clock, Timing, alternate, captured, event_clock, mend_generator, repeated, repeats_for, wall_clock
 from .layers.fused.base import FusedLayer
+from .layers.fused.concatenation import FusedConcatenation
 from .layers.fused.conv2d import FusedSum
 from .layers.fused.scaled import FusedNorm, FusedScaledConv2d
 from .roofline import Work, arithmetic_of, work_of
@@ -236,7 +237,8 @@ def _record_kernels(network: nn.Module, *inputs: Tensor) -> list[tuple[nn.Module
 
     handles = []
     for name, module in network.named_modules():
-        if isinstance(module, FusedLayer | FusedNorm | FusedScaledConv2d | FusedSum) or kind_of(module) is not None:
+        kernels = FusedLayer | FusedNorm | FusedScaledConv2d | FusedSum | FusedConcatenation
+        if isinstance(module, kernels) or kind_of(module) is not None:
             handles.append(module.register_forward_pre_hook(partial(enter, name=name)))
             handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
     try:
@@ -253,6 +255,11 @@ def _work_of_kernel(layer: nn.Module, operands: tuple[Tensor, ...]) -> Work:
         factors = layer.first.factors(*operands[: layer.first.operands])
         x = operands[0] if isinstance(factors, str) else factors[0]
         return work_of(layer.last, (x, *(t for t in operands if t is not x)), y)
+    if isinstance(layer, FusedConcatenation):
+        works = [
+            work_of(part, (x,), part(x)) for part, x in zip(layer.layers, operands[-len(layer.layers) :], strict=True)
+        ]
+        return Work(sum(work.flop for work in works), sum(work.bytes for work in works))
     if not isinstance(layer, FusedSum):
         return work_of(layer, operands, y)
     last, other = (work_of(part, (x,), y) for part, x in zip((layer.last, layer.other), operands, strict=True))

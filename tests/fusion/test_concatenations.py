@@ -8,9 +8,11 @@ import torch
 from helpers.compare import DEVICE, image
 from helpers.trained import trained
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import tritonnn
 from tritonnn.layers.fused.concatenation import FusedAppend, FusedConcatenation
+from tritonnn.layers.fused.conv2d import FusedConv2d
 from tritonnn.ops.append_channels import append_channels
 
 
@@ -108,6 +110,62 @@ CASES = {
 """The code, and how many concatenations go on from another."""
 
 
+def fire(n: Dense, x: Tensor) -> Tensor:
+    x = n.convs[0](x)
+    return torch.cat([n.a(x).relu(), n.b(x).relu()], 1)
+
+
+def with_a_pool(n: Dense, x: Tensor) -> Tensor:
+    y = n.convs[0](x)
+    return torch.cat([n.a(y), F.max_pool2d(x, 3, 1, 1), n.b(y).sigmoid()], 1) * 2
+
+
+def read_twice(n: Dense, x: Tensor) -> Tensor:
+    y = n.a(n.convs[0](x))
+    return torch.cat([y, y, n.b(n.convs[0](x))], 1)
+
+
+def input_overwritten(n: Dense, x: Tensor) -> Tensor:
+    y = n.convs[0](x)
+    z = n.a(y)
+    y.mul_(2)
+    return torch.cat([z, n.b(y)], 1)
+
+
+def residual(n: Dense, x: Tensor) -> Tensor:
+    y = n.convs[0](x)
+    z = n.a(y)
+    return torch.cat([z, n.a(y * 2) + z], 1)
+
+
+FILLED = {"two": (fire, 2), "a pool between": (with_a_pool, 2), "one twice": (read_twice, 1)}
+FILLED |= {"an input is overwritten": (input_overwritten, 1), "a residual": (residual, 0)}
+"""The code, and how many convolutions fill a part of the concatenation."""
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("case", FILLED)
+def test_convolutions_fill_a_concatenation(case, channels_last):
+    code, filled = FILLED[case]
+    model = trained(Dense(code), torch.float64)
+    network = tritonnn.fuse(model)
+    for shape in ((2, 4, 5, 6), (1, 4, 3, 1), (4, 5, 6)):
+        layout = {"channels_last": channels_last} if len(shape) == 4 else {}
+        x = image(*shape, dtype=torch.float64, **layout)
+        with torch.no_grad():
+            try:
+                expected = model(x.clone())
+            except RuntimeError:
+                with pytest.raises(RuntimeError):
+                    network(x.clone())
+                continue
+            y = network(x.clone())
+        torch.testing.assert_close(y, expected)
+        assert y.stride() == expected.stride()
+    layers = [layer for m in network.modules() if isinstance(m, FusedConcatenation) for layer in m.layers]
+    assert sum(isinstance(layer, FusedConv2d) for layer in layers) == filled
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("case", CASES)
 def test_rows_of_concatenations(case, channels_last):
@@ -126,12 +184,12 @@ def test_rows_of_concatenations(case, channels_last):
 
 def test_no_room_is_no_error():
     x = image(2, 8, 3, 4, channels_last=True)
-    y = FusedAppend()(x, x)
+    y = FusedAppend([None])(x, x)
     assert torch.equal(y, torch.cat([x, x], 1))
-    wide = FusedConcatenation(8)(x)
-    both = FusedAppend()(wide, x)
+    wide = FusedConcatenation([None], 8)(x)
+    both = FusedAppend([None])(wide, x)
     assert torch.equal(both, y) and torch.equal(wide, x) and both.data_ptr() == wide.data_ptr()
-    more = FusedAppend()
+    more = FusedAppend([None])
     assert torch.equal(more(both, x), torch.cat([x, x, x], 1)) and list(more.fallbacks) == ["there is no room"]
 
 

@@ -99,7 +99,7 @@ FUSED = [
         id="overwritten, its shape read",
     ),
     pytest.param(input_overwritten, [f"{CONV} + relu"], id="the model overwrites its input"),
-    pytest.param(list_of_results, [CONV, CONV], id="list"),
+    pytest.param(list_of_results, [CONV, CONV, "concatenation"], id="list"),
     pytest.param(lambda n, x: n.a(x).view(x.shape[0], -1), [CONV], id="view of an image"),
     pytest.param(
         lambda n, x: F.adaptive_avg_pool2d(F.max_pool2d(F.avg_pool2d(n.a(x), 2, padding=1), 2, 1), 1),
@@ -656,7 +656,7 @@ Inception = sys.modules["torchvision.models.googlenet"].Inception  # the name is
 NETWORKS = [
     pytest.param(small_resnet, 18, 4, id="resnet"),
     pytest.param(lambda: models.MobileNetV2(4, width_mult=0.1), 53, 11, id="mobilenet_v2"),
-    pytest.param(lambda: models.ShuffleNetV2([1, 1, 1], [4, 8, 16, 32, 32], 4), 18, 0, id="shufflenet"),
+    pytest.param(lambda: models.ShuffleNetV2([1, 1, 1], [4, 8, 16, 32, 32], 4), 21, 0, id="shufflenet"),
     pytest.param(lambda: models.DenseNet(4, (1, 2), 8, 2, num_classes=4), 15, 0, id="densenet"),
     pytest.param(lambda: models.vgg.make_layers([4, "M", 8, "M"], batch_norm=True), 2, 0, id="vgg"),
     pytest.param(

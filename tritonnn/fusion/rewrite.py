@@ -15,7 +15,7 @@ from ..layers.fused.linear import FusedLinear, FusedLinearOfImages, FusedPooledL
 from ..layers.layer import FLOATING_POINT, pair
 from ..swap import kind_of, swap
 from .as_convolutions import is_of_linear
-from .concatenations import grow_concatenations
+from .concatenations import fuse_concatenations
 from .formats import as_pytorch_puts_it, keep_formats
 from .functionalize import FunctionalGraph
 from .fused_graph import FusedGraph
@@ -98,7 +98,7 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
         report.fused[join(name, target)] = what
         report.modules[join(name, target)] = modules[target]
     scale_as_they_read(traced, modules, name, report)
-    grow_concatenations(traced, modules, name, report)
+    fuse_concatenations(traced, modules, name, report)
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
             report.stayed[join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"

@@ -33,9 +33,15 @@ def empty_image(shape: tuple[int, int, int, int], like: torch.Tensor, channels_l
 
 
 def pixel_strides(y: torch.Tensor, channels_last: bool) -> tuple[int, int, int]:
-    """(image, channel, pixel) strides of a dense [N, C, H, W] tensor, its H*W pixels taken as one dimension."""
+    """(image, channel, pixel) strides of a dense [N, C, H, W] tensor, its H*W pixels taken as one dimension.
+
+    Or of some channels of one in channels_last.
+    """
     _, C, H, W = y.shape
-    return (C * H * W, 1, C) if channels_last else (C * H * W, H * W, 1)
+    if not channels_last:
+        return C * H * W, H * W, 1
+    step = pixel_stride(y) or C
+    return step * H * W, 1, step
 
 
 def pixel_stride(x: torch.Tensor) -> int | None:

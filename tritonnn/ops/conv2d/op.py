@@ -131,6 +131,28 @@ residual has the shape and type of y; activation and slope as in `Epilogue`. `ro
 """
 
 
+def _launch_into(wide, first, x, packed, scale, bias, activation, slope, kernel_size, *window_and_precision) -> None:
+    *window, groups, input_precision, rounded_x, round_y = window_and_precision
+    K = packed.shape[0] // (3 if input_precision == "tf32x3" else 1)
+    y = wide[:, first : first + K]
+    if y.numel() == 0:
+        return
+    round_x = input_precision == "tf32" and not rounded_x
+    epilogue = Epilogue(scale, bias, None, activation, round_y, slope)
+    product = Product(x, packed, y, True, *window, groups, input_precision, round_x, epilogue)
+    run(product, choose(product))
+
+
+conv2d_into = register(
+    "conv2d_into(Tensor(a!) wide, int first, Tensor x, Tensor packed_weight, Tensor? scale, Tensor? bias, "
+    "str activation, float slope, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "str input_precision, bool rounded_x, bool round_y) -> ()",
+    _launch_into,
+    lambda *arguments: None,
+)
+"""wide[:, first : first + K] = `conv2d_fused` of x without a residual; `wide` is channels_last, dense."""
+
+
 def _scaled_output(x, x_scale, x_shift, x_activation, *arguments) -> torch.Tensor:
     *others, input_precision, round_y = arguments
     return _fused_output(x, *others, input_precision, False, round_y)

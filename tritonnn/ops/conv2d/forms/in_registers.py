@@ -403,7 +403,7 @@ class InRegistersForm(Form):
 
     def fits(self, product: Product) -> bool:
         x, y, shortcut = product.x, product.y, product.shortcut
-        if product.groups > 1 or not product.channels_last_y or x.dtype not in OPERANDS:
+        if product.groups > 1 or not product.channels_last_y or not product.fills_image or x.dtype not in OPERANDS:
             return False
         images = [(x, product.input_precision)] + ([(shortcut.x, shortcut.input_precision)] if shortcut else [])
         if not all(is_aligned(image) and on_tensor_cores(image, precision) for image, precision in images):

@@ -528,6 +528,8 @@ class MatmulForm(Form):
         (C, H, W), K = x.shape[1:], y.shape[1]
         if x.data_ptr() % 16 != 0 or not product.epilogue.has_aligned_residual:
             return False
+        if not product.has_aligned_y:
+            return False
         if pixel_stride(x) is None and (not x.is_contiguous() or product.prologue is not None):
             return False
         rows_x = pixel_stride(x) or H * W

@@ -29,6 +29,7 @@ from ....runtime.capabilities import rounding_on_load, rounds_on_load
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
+from ....runtime.memory_format import pixel_stride
 from ..problem import Choice, Problem, Product
 from .form import Config, Form, by_waves
 
@@ -226,7 +227,7 @@ class TmaForm(Form):
         if not hardware.gpu(x.device).has_tma:
             return False
         C, size = x.shape[1], x.element_size()
-        if product.y.shape[1] * size % 16 != 0:
+        if product.y.shape[1] * size % 16 != 0 or not product.has_aligned_y:
             return False
         if _has_one_tap(product):
             return C * size % 16 == 0 and C >= LEAST_CHANNELS
@@ -360,8 +361,8 @@ def block_k_of(c: int, element_size: int) -> int:
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
     """x [N, C, H, W], channels_last, as [N, H, W, C] with the strides of these sizes, even where one is 1."""
-    N, C, H, W = x.shape
-    return x.as_strided((N, H, W, C), (H * W * C, W * C, C, 1))
+    (N, C, H, W), step = x.shape, pixel_stride(x) or x.shape[1]
+    return x.as_strided((N, H, W, C), (H * W * step, W * step, step, 1))
 
 
 @functools.lru_cache
