@@ -1,5 +1,7 @@
 """Where PyTorch puts the output: contiguous (NCHW) or channels_last (NHWC)."""
 
+import math
+
 import torch
 
 
@@ -55,6 +57,17 @@ def pixel_stride(x: torch.Tensor) -> int | None:
     step = steps[0][0] // steps[0][1] if steps else C
     follow = all(s == step * pixels for s, pixels in steps)
     return step if follow and step >= C and (C == 1 or stride_c == 1) else None
+
+
+def stride_unit(element_size: int, *strides: int) -> int:
+    """Elements, at most 16 bytes of them, that strides are multiples of; 1 where Triton finds that out for itself.
+
+    It asks of each argument only whether it is a multiple of 16. A kernel that gets strides in units, and multiplies
+    them by a constant, loads 16 bytes of channels at a time also where there are 24 or 72 of them.
+    """
+    if all(stride % 16 == 0 for stride in strides):
+        return 1
+    return math.gcd(*strides, max(16 // element_size, 1))
 
 
 def dense_like(x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATI
 EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, ACTIVATION="relu", SLOPE=0.01, ROUND_Y=False)
 EPILOGUE |= dict(DEPENDENT=True, scale_ptr=None, bias_ptr=None, residual_ptr=None)
 POINTERS = FILTER | EPILOGUE | dict(ROUND_X=False, GROUPS=1, FLUSH=8, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
+POINTERS |= dict(X_UNIT=1, Y_UNIT=1)
 POINTERS |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
 # ResNet18's first layer. Its rows' columns are elements; sizes that Triton knows nothing of are named.
 FEW_CHANNELS = POINTERS | dict(
@@ -69,8 +70,10 @@ MATMUL_OF_NORM["types"] = dict(x_scale_ptr="*fp32", x_shift_ptr="*fp32")
 del MATMUL_OF_NORM["x_shift_ptr"]
 MATMUL_SPLIT = dict(INPUT_PRECISION="tf32x3", FLUSH=8, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4)
 MATMUL_NCHW = dict(CHANNELS_LAST_X=False, CHANNELS_LAST_Y=False)
+IN_UNITS = dict(odd=("K", "weight_stride_tap", *(f"{t}_stride_{d}" for t in "xy" for d in ("n", "h", "w", "pixel"))))
+"""Sizes that are known to be multiples of 8 by how the kernel computes them."""
 DIRECT = FILTER | EPILOGUE | dict(GROUP_C=8, GROUP_K=8, STRIP=7, BLOCK_M=128, BLOCK_N=8, num_warps=4)
-DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, num_warps=4)
+DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, UNIT=1, num_warps=4)
 MAX_POOL = FILTER | dict(
     DEPENDENT=True,
     RETURN_INDICES=False,
@@ -319,6 +322,18 @@ KERNELS = {
         "bf16",
         LAST,
         DEPTHWISE | dict(BLOCK_M=16, BLOCK_C=64),
+    ),
+    "conv2d, depthwise, 72 channels": (
+        KERNEL_OF["depthwise"],
+        "bf16",
+        LAST,
+        DEPTHWISE | IN_UNITS | dict(UNIT=8, BLOCK_M=16, BLOCK_C=64),
+    ),
+    "conv2d, 24 channels": (
+        KERNEL_OF["pointers"],
+        "bf16",
+        LAST,
+        POINTERS | IN_UNITS | dict(C=24, K=24, X_UNIT=8, Y_UNIT=8, BLOCK_N=32, BLOCK_K=32),
     ),
     "conv2d, depthwise, contiguous": (
         KERNEL_OF["depthwise"],
