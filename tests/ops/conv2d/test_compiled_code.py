@@ -214,6 +214,7 @@ KERNELS = {
         RESIDENT | RESIDENT_TF32X3,
     ),
     "conv2d, TMA": (KERNEL_OF["tma"], "bf16", LAST, TMA),
+    "conv2d, TMA, 96 channels": (KERNEL_OF["tma"], "bf16", LAST, TMA | dict(C=96)),
     "conv2d, TMA, TF32": (
         KERNEL_OF["tma"],
         "fp32",
@@ -429,7 +430,7 @@ OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
 ON_TENSOR_CORES += ["gradient of the weight", "gradient of the weight, tiles of several taps"]
 BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
-COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[2:]]
+COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[3:]]
 COMPUTED_OPERANDS += ["conv2d, matrix product, float32", "conv2d, matrix product, float32, NCHW"]
 COMPUTED_OPERANDS += ["conv2d, matrix product, gates", "conv2d, matrix product, batch norm before"]
 """Kernels that compute x in registers, from which, or from one place of shared memory, tensor cores read it."""
@@ -447,7 +448,7 @@ ROUNDS = [
     "conv2d, in registers, float32",
     "conv2d, few channels, float32",
     "padded rows",
-    *BY_TAPS[2:],
+    *BY_TAPS[3:],
 ]
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last", "padded rows"]
 GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous"]
