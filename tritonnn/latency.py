@@ -17,7 +17,7 @@ from .clocks import Clock, Timing, alternate, captured, event_clock, mend_genera
 from .layers.fused.base import FusedLayer
 from .layers.fused.concatenation import FusedConcatenation
 from .layers.fused.conv2d import FusedSum
-from .layers.fused.scaled import FusedNorm, FusedScaledConv2d
+from .layers.fused.scaled import FusedExcitation, FusedNorm, FusedScaledConv2d
 from .roofline import Work, arithmetic_of, work_of
 from .swap import kind_of, swap
 
@@ -237,7 +237,7 @@ def _record_kernels(network: nn.Module, *inputs: Tensor) -> list[tuple[nn.Module
 
     handles = []
     for name, module in network.named_modules():
-        kernels = FusedLayer | FusedNorm | FusedScaledConv2d | FusedSum | FusedConcatenation
+        kernels = FusedLayer | FusedNorm | FusedScaledConv2d | FusedSum | FusedConcatenation | FusedExcitation
         if isinstance(module, kernels) or kind_of(module) is not None:
             handles.append(module.register_forward_pre_hook(partial(enter, name=name)))
             handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
@@ -255,6 +255,10 @@ def _work_of_kernel(layer: nn.Module, operands: tuple[Tensor, ...]) -> Work:
         factors = layer.first.factors(*operands[: layer.first.operands])
         x = operands[0] if isinstance(factors, str) else factors[0]
         return work_of(layer.last, (x, *(t for t in operands if t is not x)), y)
+    if isinstance(layer, FusedExcitation):
+        inner = layer.first(*operands)
+        first, second = work_of(layer.first, operands, inner), work_of(layer.last, (inner,), y)
+        return Work(first.flop + second.flop, first.bytes + second.bytes - 2 * inner.nbytes)
     if isinstance(layer, FusedConcatenation):
         works = [
             work_of(part, (x,), part(x)) for part, x in zip(layer.layers, operands[-len(layer.layers) :], strict=True)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import tritonnn
 from tritonnn.layers.fused.layer_norm import FusedLayerNorm
 from tritonnn.layers.fused.linear import FusedLinearOfImages
-from tritonnn.layers.fused.scaled import FusedGate, FusedNorm, FusedScaledConv2d
+from tritonnn.layers.fused.scaled import FusedExcitation, FusedGate, FusedNorm, FusedScaledConv2d
+from tritonnn.ops.excitation import excitation
 from tritonnn.ops.layer_norm import layer_norm
 from tritonnn.ops.scaled_image import scaled_image
 
@@ -243,6 +244,34 @@ def test_gate(shape, dtype):
         x = image(*shape, dtype=dtype, channels_last=channels_last)
         y = scaled_image(x, gates, None, "none")
         assert torch.equal(y, x * gates) and y.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 8, 2, 8), (3, 37, 5, 19), (2, 300, 70, 290), (5, 1, 1, 1)], ids=str)
+def test_excitation(sizes, dtype):
+    n, c, s, k = sizes
+    x, first, last = image(n, c, 1, 1, dtype=dtype), image(s, c, dtype=dtype) / c**0.5, image(k, s, dtype=dtype)
+    double = torch.float64 if dtype == torch.float64 else torch.float32
+    bias1, bias2 = image(s, dtype=double), image(k, dtype=double)
+    for biases in ((bias1, bias2), (None, bias2), (None, None)):
+        added = [0 if b is None else b.double() for b in biases]
+        inner = F.silu(x.double().flatten(1) @ first.double().T + added[0]).to(dtype).double()
+        exact = (inner @ last.double().T + added[1]).sigmoid()
+        y = excitation(x, first, biases[0], last, biases[1], "silu", 0.0, "sigmoid", 0.0)
+        assert y.shape == (n, k, 1, 1) and y.dtype == dtype
+        assert (y.flatten(1) - exact).abs().max() <= {torch.bfloat16: 2**-8}.get(dtype, TOLERANCE[dtype])
+
+
+def test_products_of_squeeze_and_excitation_are_one():
+    model = trained(Scaled(lambda n, y: n.gates(y) * y), torch.float32)
+    network = tritonnn.fuse(model)
+    assert_right(network, model, image(3, 4, 6, 5))
+    assert (
+        len(layers(network, FusedExcitation)) == 1
+        and network.report.fused["excite"] == "conv2d + relu + conv2d + sigmoid"
+    )
+    model = trained(Scaled(lambda n, y: n.excite(n.squeeze(y).relu()).sigmoid() * y), torch.float32)
+    assert not layers(tritonnn.fuse(model), FusedExcitation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -24,7 +24,7 @@ from .norms_and_gates import rewrite_norms_and_gates
 from .report import FusionReport, join
 from .rest import drop_signs_of_zeros, rewrite_rest
 from .round_ahead import round_ahead
-from .scaled import fuse_norms, only_user, scale_as_they_read
+from .scaled import fuse_excitations, fuse_norms, only_user, scale_as_they_read
 from .tracing import in_place, is_changed, why_changed
 
 # Functions that only look at tensors.
@@ -98,6 +98,7 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
         report.fused[join(name, target)] = what
         report.modules[join(name, target)] = modules[target]
     scale_as_they_read(traced, modules, name, report)
+    fuse_excitations(traced, modules, name, report)
     fuse_concatenations(traced, modules, name, report)
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:

@@ -3,8 +3,9 @@
 from torch import fx, nn
 
 from ..layers.fused.conv2d import FusedConv2d
-from ..layers.fused.scaled import FusedGate, FusedNorm, FusedScaledConv2d
+from ..layers.fused.scaled import FusedExcitation, FusedGate, FusedNorm, FusedScaledConv2d
 from ..swap import kind_of
+from .formats import makes_pixels
 from .functionalize import FunctionalGraph
 from .known_functions import unused_name
 from .report import FusionReport, join
@@ -54,6 +55,34 @@ def scale_as_they_read(traced: FunctionalGraph, modules: dict[str, nn.Module], n
         before, after = join(name, node.target), join(name, reader.target)
         report.fused[after] = f"{report.fused.pop(before)} + {report.fused[after]}"
         report.stands_for[after] = report.stands_for.pop(before, []) + report.stands_for[after]
+
+
+def fuse_excitations(traced: FunctionalGraph, modules: dict[str, nn.Module], name: str, report: FusionReport) -> None:
+    """Two convolutions of one tap that read the mean of each channel become one node."""
+    for node in list(traced.graph.nodes):
+        first, reader = _of_one_tap(node, modules), only_user(node, traced)
+        second = None if reader is None else _of_one_tap(reader, modules)
+        if first is None or second is None or not _makes_pixels(node.args[0], modules):
+            continue
+        modules[reader.target] = FusedExcitation(first, second)
+        reader.args = node.args
+        traced.graph.erase_node(node)
+        before, after = join(name, node.target), join(name, reader.target)
+        report.fused[after] = f"{report.fused.pop(before)} + {report.fused[after]}"
+        report.stands_for[after] = report.stands_for.pop(before) + report.stands_for[after]
+
+
+def _of_one_tap(node: fx.Node, modules: dict[str, nn.Module]) -> FusedConv2d | None:
+    """The convolution without residual that a node calls, if it has one tap and no stride."""
+    layer = modules.get(node.target) if node.op == "call_module" else None
+    plain = type(layer) is FusedConv2d and layer.is_shortcut and layer.stride == (1, 1) and layer.sums is None
+    return layer if plain else None
+
+
+def _makes_pixels(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether it makes images of one pixel."""
+    pool = modules.get(node.target) if node.op == "call_module" else None
+    return makes_pixels(node, pool)
 
 
 def only_user(node: fx.Node, traced: FunctionalGraph) -> fx.Node | None:

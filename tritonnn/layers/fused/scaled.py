@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...ops.conv2d.op import conv2d_scaled
+from ...ops.excitation import excitation, takes
 from ...ops.scaled_image import scaled_image
 from ...runtime.memory_format import pixel_stride
 from ...runtime.precision import autocast
@@ -137,3 +138,30 @@ class FusedScaledConv2d(TritonLayer, nn.Module):
             return "autocast"
         last = self.last
         return last._reason_to_fall_back(x) or last._reason_to_add_apart(x, (len(x), *last.output_shape(x)), residual)
+
+
+class FusedExcitation(TritonLayer, nn.Module):
+    """last(first(x)) of two FusedConv2d of one tap: one kernel for few images [N, C, 1, 1], and else two."""
+
+    def __init__(self, first: FusedConv2d, last: FusedConv2d) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+        self.eval()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if is_recorded() or not self._in_one_kernel(input):
+            return self.last(self.first(input))
+        first, last = self.first, self.last
+        weights = first.weight.flatten(1), first.bias, last.weight.flatten(1), last.bias
+        return excitation(input, *weights, *first.activation, *last.activation)
+
+    def _in_one_kernel(self, x: torch.Tensor) -> bool:
+        if reason_to_fall_back_image(x, self.first.weight) is not None or x.dim() != 4 or x.shape[2:] != (1, 1):
+            return False
+        layers = self.first, self.last
+        types = {autocast(x)[0].dtype, x.dtype, *(layer.weight.dtype for layer in layers)}
+        if len(types) > 1 or any(layer.scale is not None for layer in layers):
+            return False
+        if x.shape[1] != self.first.weight.shape[1] or not x.is_contiguous():
+            return False
+        return takes(*x.shape[:2], self.first.weight.shape[0], self.last.weight.shape[0])
