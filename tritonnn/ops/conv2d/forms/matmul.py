@@ -78,7 +78,8 @@ class MatmulConfig(Config):
 class Kind(NamedTuple):
     """A tile, and what it was measured to take: microseconds of a step of 128 bytes of channels, and of all else.
 
-    As many of them as run on a multiprocessor at a time, together; see `microseconds`.
+    As many of them as run on a multiprocessor at a time, together; `alone`: the part of this that one of them takes
+    where the others have ended. See `microseconds`.
     """
 
     block_m: int
@@ -89,6 +90,7 @@ class Kind(NamedTuple):
     programs: int
     step_us: float
     tile_us: float
+    alone: float = 1.0
 
     def config(self, block_k: int) -> MatmulConfig:
         return MatmulConfig(
@@ -646,8 +648,14 @@ def ranked(
     steps = ceil_div(c, block_k)
 
     def microseconds(kind: Kind) -> float:
-        """As many rounds as it takes for all tiles to have run, each of so many steps and the rest."""
-        rounds = ceil_div(tiles_of(kind, images, pixels, k), kind.programs * gpu.multiprocessors)
+        """As many rounds as it takes for all tiles to have run, each of so many steps and the rest.
+
+        In the last round some multiprocessors have fewer programs, and these are faster.
+        """
+        tiles = tiles_of(kind, images, pixels, k)
+        rounds, last = divmod(tiles, kind.programs * gpu.multiprocessors)
+        if last:
+            rounds += max(ceil_div(last, gpu.multiprocessors) / kind.programs, kind.alone)
         return rounds * (steps * kind.step_us * block_k * element_size / 128 + kind.tile_us)
 
     def suits(kind: Kind) -> bool:
