@@ -360,6 +360,9 @@ def config_of(
     """Of 128 threads; each takes `vector` bytes of channels in channels_last, else as many columns."""
     strips, elements = n * ceil_div(p, strip) * q, 128 * vector // element_size
     block_c = power_of_2(k, 1, 128 // element_size) if channels_last_y else 1
+    half = block_c // 2
+    if block_c * element_size == 128 and 5 * ceil_div(k, half) * half <= 4 * ceil_div(k, block_c) * block_c:
+        block_c = half  # which leaves far fewer lanes without a channel
     block_m = power_of_2(strips, 1, elements // block_c if channels_last_y else 128)
     return DepthwiseConfig(UNROLLED=True, STRIP=strip, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4)
 

@@ -106,14 +106,17 @@ class Kind(NamedTuple):
 
 FROM_SHARED_MEMORY = {
     2: [
-        Kind(128, 64, 4, False, 4, 2, 0.33, 1.3),
-        Kind(128, 64, 4, True, 4, 2, 0.36, 0.85),
-        Kind(128, 256, 3, False, 8, 1, 0.62, 2.5),
-        Kind(128, 256, 3, True, 8, 1, 1.36, 0.7),
-        Kind(128, 128, 4, False, 8, 1, 0.44, 1.3),
-        Kind(128, 128, 3, True, 8, 2, 0.96, 1.3),
-        Kind(64, 128, 3, False, 4, 2, 0.43, 1.4),
-        Kind(128, 32, 3, False, 4, 3, 0.44, 1.3),
+        Kind(128, 64, 4, False, 4, 2, 0.41, 1.5, 0.75),
+        Kind(128, 64, 4, True, 4, 2, 0.36, 1.2, 0.5),
+        Kind(128, 64, 2, False, 4, 3, 0.91, 2.0, 0.56),
+        Kind(128, 256, 3, False, 8, 1, 0.67, 2.2),
+        Kind(128, 256, 3, True, 8, 1, 1.0, 1.5),
+        Kind(128, 128, 4, False, 8, 1, 0.45, 1.4),
+        Kind(128, 128, 3, True, 8, 2, 0.88, 1.9, 0.5),
+        Kind(64, 128, 3, False, 4, 2, 0.47, 1.6, 0.63),
+        Kind(128, 32, 3, False, 4, 3, 0.51, 1.3, 0.56),
+        Kind(64, 32, 4, False, 4, 4, 0.59, 1.3, 0.41),
+        Kind(64, 32, 8, False, 4, 2, 0.44, 1.3, 0.5),
     ],
     4: [
         Kind(128, 64, 3, False, 4, 2, 0.4, 1.7),
@@ -137,8 +140,9 @@ SPLIT = [
 ]
 """Where x is split for strict float32.
 
-All as a model of the sweep of 142 layers of 64 images, H200 (benchmarks/results): its choices take 4 % longer than the
-best of 22 kinds in bfloat16, 1 % in float32.
+All as a model of the sweep of 142 layers of 64 images, H200 (benchmarks/results): its choices take 2 % longer than the
+best of 22 kinds in bfloat16, 1 % in float32. The last kind of 16-bit numbers, for a long reduction of few rows, was not
+in it.
 """
 
 
@@ -551,8 +555,12 @@ class MatmulForm(Form):
         return lines and tile and not choice.copies_x and memory <= hardware.gpu(product.x.device).shared_memory
 
     def default(self, product: Product) -> Choice | None:
-        """None where tiles are few: the form TMA, which is not persistent, then starts earlier."""
-        if not self.fits(product):
+        """None where tiles are few: the form TMA, which is not persistent, then starts earlier.
+
+        And where pixels have few bytes, in and out, of which TMA brings one pixel after the other: 32 to 16 channels of
+        112x112 in bfloat16 21.6 us by pointers, here 38 (H200).
+        """
+        if not self.fits(product) or is_narrow(product):
             return None
         x, (N, K, P, Q) = product.x, product.y.shape
         last_x, split = pixel_stride(x) is not None, product.input_precision == "tf32x3"
@@ -626,6 +634,12 @@ def kinds_of(element_size: int, in_registers: bool, split: bool) -> list[Kind]:
     if split:
         return SPLIT
     return FROM_REGISTERS if in_registers else FROM_SHARED_MEMORY[element_size]
+
+
+def is_narrow(product: Product) -> bool:
+    """Whether pixels of x and y have at most 64 bytes, in channels_last."""
+    both = max(product.x.shape[1], product.y.shape[1]) * product.x.element_size()
+    return both <= 64 and product.channels_last_y and pixel_stride(product.x) is not None and product.prologue is None
 
 
 def is_flat(product: Product) -> bool:

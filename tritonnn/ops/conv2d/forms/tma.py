@@ -344,7 +344,7 @@ def _is_narrow(product: Product) -> bool:
     """
     C, K = product.x.shape[1], product.y.shape[1]
     lines = C * product.x.element_size() % 128 == 0
-    return _has_one_tap(product) and K < 64 and not lines and K % 16 == C % 16 == 0
+    return _has_one_tap(product) and K < 64 and not lines
 
 
 def _fits_by_parity(product: Product) -> bool:
