@@ -59,8 +59,8 @@ def read_late(n: Dense, x: Tensor) -> Tensor:
 def two_go_on(n: Dense, x: Tensor) -> Tensor:
     """Only one of the two that continue the same one may write behind it."""
     y, z = n.a(n.convs[0](x)), n.b(n.convs[0](x))
-    two = torch.cat([x, y], 1)
-    one, other = torch.cat([x, y, z], 1), torch.cat([x, y, z + 1], 1)
+    two, w = torch.cat([x, y], 1), n.b(n.convs[0](x) * 2)
+    one, other = torch.cat([x, y, z], 1), torch.cat([x, y, w], 1)
     return n.read(1, two) + n.read(2, one) * n.read(2, other)
 
 
@@ -75,6 +75,13 @@ def overwritten(n: Dense, x: Tensor) -> Tensor:
     y = n.a(n.read(0, torch.cat([x], 1)))
     two = n.read(1, torch.cat([x, y], 1))
     x.mul_(2)
+    return two + n.read(2, torch.cat([x, y, n.b(two)], 1))
+
+
+def overwritten_through_a_view(n: Dense, x: Tensor) -> Tensor:
+    y = n.a(n.read(0, torch.cat([x], 1)))
+    two = n.read(1, torch.cat([x, y], 1))
+    x[:, :4].mul_(2)
     return two + n.read(2, torch.cat([x, y, n.b(two)], 1))
 
 
@@ -103,6 +110,7 @@ CASES = {
     "two go on from the list": (two_go_on, 1),
     "two go on from the result": (both_go_on, 0),
     "an operand is overwritten": (overwritten, 1),
+    "an operand is overwritten through a view": (overwritten_through_a_view, 1),
     "a result is overwritten": (result_overwritten, 0),
     "read by others": (read_by_others, 0),
     "another dimension": (other_dimension, 0),
@@ -180,6 +188,21 @@ def test_rows_of_concatenations(case, channels_last):
         assert y.stride() == expected.stride()
     found = [m for m in network.modules() if isinstance(m, FusedAppend)]
     assert len(found) == appended and not network.report.fallbacks
+
+
+def test_what_is_copied_too_is_not_rounded_ahead():
+    """To TF32, which convolutions want of what they read, and nobody else."""
+    for code, rounds in (
+        (lambda n, x: torch.cat([n.a(n.convs[0](x)), n.b(n.convs[1](x))], 1), True),
+        (copied_too, False),
+    ):
+        network = tritonnn.fuse(trained(Dense(code, (8, 8, 8)), torch.float32)).network
+        assert network.get_submodule("convs.0").round_output is rounds
+
+
+def copied_too(n: Dense, x: Tensor) -> Tensor:
+    y = n.convs[0](x)
+    return torch.cat([y, n.a(y)], 1)
 
 
 def test_no_room_is_no_error():
