@@ -220,6 +220,14 @@ def test_no_room_is_no_error():
     assert torch.equal(more(both, x), torch.cat([x, x, x], 1)) and list(more.fallbacks) == ["there is no room"]
 
 
+def test_other_types_and_sizes_are_pytorchs():
+    x, y = image(2, 8, 3, 4, channels_last=True), image(2, 8, 3, 4, dtype=torch.float64, channels_last=True)
+    assert torch.equal(FusedConcatenation([None, None])(x, y), torch.cat([x, y], 1))
+    assert torch.equal(FusedAppend([None])(FusedConcatenation([None], 8)(x), y), torch.cat([x, y], 1))
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        FusedConcatenation([None, None])(x, x[..., :2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [(8, 16, 8), (3, 5, 1), (24, 32, 0)], ids=str)
 def test_append_channels(channels, dtype):

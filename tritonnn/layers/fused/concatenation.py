@@ -54,7 +54,9 @@ class FusedConcatenation(TritonLayer, nn.Module):
                 reason = "images of another memory format"
             else:
                 shapes.append(tuple(x.shape))
-        if reason is None and (len({(n, h, w) for n, _, h, w in shapes}) > 1 or len({x.dtype for x in xs}) > 1):
+        if reason is None and (
+            len({(n, h, w) for n, _, h, w in shapes}) > 1 or len({x.dtype for x in (*before, *xs)}) > 1
+        ):
             reason = "images of several sizes or types"
         if reason is not None:
             self.fallbacks[reason] += 1
