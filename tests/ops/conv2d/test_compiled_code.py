@@ -43,7 +43,7 @@ RESIDENT |= dict(
     HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False
 )
 RESIDENT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
-RESIDENT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, BLOCK_N=16, BLOCK_K=64, num_warps=8)
+RESIDENT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, Y_STEP=128, BLOCK_N=16, BLOCK_K=64, num_warps=8)
 RESIDENT_1X1 = dict(C=64, R=1, S=1, PADDING_H=0, PADDING_W=0, HAS_SHORTCUT=False, num_warps=4)
 RESIDENT_TF32X3 = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
 TMA = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_AB=True, FLUSH=8)
@@ -199,7 +199,7 @@ KERNELS = {
         KERNEL_OF["in_registers"],
         "bf16",
         LAST,
-        RESIDENT | dict(C=256, K=256, BLOCK_N=8),
+        RESIDENT | dict(C=256, K=256, Y_STEP=256, BLOCK_N=8),
     ),
     "conv2d, in registers, 1x1": (
         KERNEL_OF["in_registers"],

@@ -54,9 +54,8 @@ class FusedConcatenation(TritonLayer, nn.Module):
                 reason = "images of another memory format"
             else:
                 shapes.append(tuple(x.shape))
-        if reason is None and (
-            len({(n, h, w) for n, _, h, w in shapes}) > 1 or len({x.dtype for x in (*before, *xs)}) > 1
-        ):
+        sizes = {(n, h, w) for n, _, h, w in shapes}
+        if reason is None and (len(sizes) > 1 or any(x.dtype != xs[0].dtype for x in before + xs)):
             reason = "images of several sizes or types"
         if reason is not None:
             self.fallbacks[reason] += 1
