@@ -284,8 +284,8 @@ def conv2d_in_registers_forward_kernel(
     """A program owns BLOCK_M of M = N * PIXELS output pixels x BLOCK_N output channels; PIXELS = P * Q.
 
     weight is [K, R, S, C], contiguous; C is a multiple of BLOCK_K, K of BLOCK_N; the residual and y [N, P, Q, K] are
-    contiguous, or some channels of images whose pixels lie Y_STEP elements apart. The shortcut is a second image under a
-    filter of one tap and no padding, whose products are added.
+    contiguous, or some channels of images whose pixels lie Y_STEP elements apart. The shortcut is a second image under
+    a filter of one tap and no padding, whose products are added.
     """
     BLOCKS_N: gl.constexpr = K // BLOCK_N
     SLICES: gl.constexpr = num_warps
