@@ -157,7 +157,9 @@ def sentence() -> list[str]:
     only = ", ".join(name for capability, (name, _) in CARDS.items() if capability not in RUN_ON)
     *others, last = (version.rstrip(".") for version in GLUON_VERSIONS)
     gluon = f"The kernels in Gluon run on Hopper GPUs with Triton {', '.join(others)} and {last}"
-    text = f"Tested on a CPU: {pairs}; {ran}. {gluon}. Only compiled: {only}. [All of it](docs/compatibility.md#versions)."
+    text = (
+        f"Tested on a CPU: {pairs}; {ran}. {gluon}. Only compiled: {only}. [All of it](docs/compatibility.md#versions)."
+    )
     return [f"{BEGIN}{text}{END}"]
 
 
