@@ -1,8 +1,9 @@
 """2-D batch normalisation forward: y = (x - mean) / sqrt(var + eps) * weight + bias, per channel.
 
 x: [N, C, H, W], read where it is if dense; y likewise, channels_last where x is. Inference takes mean and variance from
-the running statistics; training takes them (the biased variance) from the batch in one pass over x: Welford's update in
-each lane, then Chan et al.'s combination, so that a large mean costs no digits.
+the running statistics; training takes them (the biased variance) from the batch in one pass over x: those of four
+pixels at a time in each lane, and Chan et al.'s combination of these, of lanes and of programs, so that a large mean
+costs no digits.
 """
 
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ import triton
 import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
-from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
+from ..runtime.blocks import ceil_div, pixel_blocks
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import LIBRARY, each_example, register
 from .batch_norm2d_backward import batch_norm2d_backward, statistics_dtype
+from .channel_sums import UNROLL, reduction_of
 
 
 @triton.jit
@@ -79,13 +81,22 @@ def batch_norm2d_normalize_kernel(
 
 @triton.jit
 def combine(count, mean, m2):
-    """Count, mean and sum of squared deviations of the union of the groups along axis 0."""
+    """Count, mean and sum of squared deviations of the union of the groups along axis 0; count may be [groups, 1]."""
     total = tl.sum(count, axis=0)
     divisor = tl.maximum(total, 1)
     union_mean = tl.sum(count * mean, axis=0) / divisor
     union_mean += tl.sum(count * (mean - union_mean[None, :]), axis=0) / divisor  # what the first sum rounded off
     deviation = mean - union_mean[None, :]
     return total, union_mean, tl.sum(m2 + count * deviation * deviation, axis=0)
+
+
+@triton.jit
+def load_pixels(x_ptr, block, c, mask_c, M, PIXELS, strides, BLOCK_M: tl.constexpr):
+    """A block of x [BLOCK_M, BLOCK_C], zeros beyond the last pixel, and which of its rows are pixels, [BLOCK_M, 1]."""
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    mask_m = offs_m < M
+    offs = (offs_m // PIXELS).to(tl.int64) * strides[0] + (offs_m % PIXELS).to(tl.int64) * strides[2]
+    return tl.load(x_ptr + (offs + (c * strides[1])[None, :]), mask=mask_m & mask_c[None, :], other=0.0), mask_m
 
 
 @triton.jit
@@ -105,30 +116,38 @@ def batch_norm2d_partial_statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns STEPS blocks of pixels x BLOCK_C channels; partial is [3, SPLITS, C]: count, mean, M2.
+    """One program owns STEPS x 4 blocks of pixels x BLOCK_C channels; partial is [3, SPLITS, C]: count, mean, M2.
 
-    Sums over many lanes are in float64.
+    A lane takes the mean and M2 of four pixels, all loaded at once, and adds them to those of its pixels before. Sums
+    over many lanes are in float64.
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     split = pid // blocks_c
     c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
     mask_c = c < C
-    count = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
+    count = tl.full((BLOCK_M, 1), 0, ACC)
     mean = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     m2 = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
+    strides = (stride_n, stride_c, stride_pixel)
     for step in range(STEPS):
-        offs_m = (split.to(INDEX) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        mask = (offs_m < M)[:, None] & mask_c[None, :]
-        offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
-        offs = offs[:, None] + (c * stride_c)[None, :]
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
-        count += mask.to(ACC)
-        delta = tl.where(mask, x - mean, 0)
-        mean += delta / tl.maximum(count, 1)
-        m2 += delta * (x - mean)
+        block = (split.to(INDEX) * STEPS + step) * 4
+        x0, mask0 = load_pixels(x_ptr, block, c, mask_c, M, PIXELS, strides, BLOCK_M)
+        x1, mask1 = load_pixels(x_ptr, block + 1, c, mask_c, M, PIXELS, strides, BLOCK_M)
+        x2, mask2 = load_pixels(x_ptr, block + 2, c, mask_c, M, PIXELS, strides, BLOCK_M)
+        x3, mask3 = load_pixels(x_ptr, block + 3, c, mask_c, M, PIXELS, strides, BLOCK_M)
+        x0, x1, x2, x3 = x0.to(ACC), x1.to(ACC), x2.to(ACC), x3.to(ACC)
+        taken = (mask0.to(ACC) + mask1.to(ACC)) + (mask2.to(ACC) + mask3.to(ACC))  # [BLOCK_M, 1]
+        local = ((x0 + x1) + (x2 + x3)) * (1 / tl.maximum(taken, 1))
+        d0, d1 = tl.where(mask0, x0 - local, 0), tl.where(mask1, x1 - local, 0)
+        d2, d3 = tl.where(mask2, x2 - local, 0), tl.where(mask3, x3 - local, 0)
+        delta = local - mean
+        part = taken / tl.maximum(count + taken, 1)
+        m2 += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + delta * delta * (count * part)
+        mean += delta * part
+        count += taken
     count, mean, m2 = combine(count.to(tl.float64), mean.to(tl.float64), m2.to(tl.float64))
-    tl.store(partial_ptr + split.to(tl.int64) * C + c, count, mask=mask_c)
+    tl.store(partial_ptr + split.to(tl.int64) * C + c, tl.zeros_like(mean) + count, mask=mask_c)
     tl.store(partial_ptr + (SPLITS + split.to(tl.int64)) * C + c, mean, mask=mask_c)
     tl.store(partial_ptr + (2 * SPLITS + split.to(tl.int64)) * C + c, m2, mask=mask_c)
 
@@ -246,20 +265,14 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = _dense(x)
     N, C, H, W = x.shape
     M = N * H * W
-    blocks = pixel_blocks(M, H * W, C, channels_last, x.device)
-    if not triton.knobs.runtime.interpret:
-        # Four values a thread leave registers for three accumulators of each.
-        blocks = PixelBlocks(max(blocks.BLOCK_M // 2, 1), blocks.BLOCK_C)
-    blocks_m, blocks_c = ceil_div(M, blocks.BLOCK_M), ceil_div(C, blocks.BLOCK_C)
-    steps = triton.next_power_of_2(ceil_div(blocks_m * blocks_c, 1024))  # about 1,024 programs, 1,024 splits at most
-    splits = ceil_div(blocks_m, steps)
+    blocks, steps, splits = reduction_of(M, H * W, C, channels_last, x.device)
     acc = accumulator(x.dtype)
     dtype = statistics_dtype(x)
     partial = torch.empty(3, splits, C, dtype=torch.float64, device=x.device)
     mean, var, inverse = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(3))
     launch(
         batch_norm2d_partial_statistics_kernel,
-        (splits * blocks_c,),
+        (splits * ceil_div(C, blocks.BLOCK_C),),
         x,
         partial,
         M,
@@ -269,7 +282,7 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         splits,
         STEPS=steps,
         ACC=acc,
-        INDEX=index_type(M + steps * blocks.BLOCK_M),
+        INDEX=index_type(M + steps * UNROLL * blocks.BLOCK_M),
         **blocks._asdict(),
     )
     # 1,024 splits x 4 channels in float64 just fit the registers of 8 warps.

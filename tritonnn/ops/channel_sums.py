@@ -5,6 +5,7 @@ lane adds up a few values in float32; what many lanes contribute to is added up 
 The sum of g is the gradient of a bias.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,19 @@ import triton
 import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
-from ..runtime.blocks import ceil_div, pixel_blocks
+from ..runtime import hardware
+from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import is_channels_last, pixel_strides
 from ..runtime.operator import register_gradient
 
 MOST_SPLITS = 1024
+UNROLL = 4
+"""Blocks whose loads are under way together."""
+MOST_CHANNELS = 64
+"""Of a block: with 128 Triton spreads the blocks of a step over the warps."""
+PROGRAMS = 6
+"""Programs of a multiprocessor, at most."""
 
 
 @triton.jit
@@ -44,6 +52,12 @@ def normalized(x, mean, scale, bias, DTYPE: tl.constexpr):
 def passed_by_relu(g, y):
     """The gradient g where ReLU let a y through, or its output is y; NaN passes."""
     return tl.where(y <= 0, tl.zeros_like(g), g)
+
+
+@triton.jit
+def pixels_of(step, UNROLL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The pixels of a step of a reduction, [BLOCK_M, UNROLL]: of so many blocks, of which each lane has a pixel."""
+    return step * (UNROLL * BLOCK_M) + tl.arange(0, BLOCK_M)[:, None] + tl.arange(0, UNROLL)[None, :] * BLOCK_M
 
 
 @triton.jit
@@ -76,8 +90,9 @@ def channel_sums_partial_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns STEPS blocks of the M = N * PIXELS pixels x BLOCK_C channels; partial is [1 or 2, C, SPLITS].
+    """One program owns STEPS x UNROLL blocks of pixels x BLOCK_C channels; partial is [1 or 2, C, SPLITS].
 
+    A lane loads UNROLL of the M = N * PIXELS pixels of each tensor before it waits for any.
     BY_OUTPUT: g is masked by ReLU's output y, and stored masked; BY_INPUT: by what was normalised, computed again.
     """
     pid = tl.program_id(0)
@@ -88,14 +103,15 @@ def channel_sums_partial_kernel(
     sums = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     products = sums
     if HAS_X:
-        mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
+        mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, None, :]
     if BY_INPUT:
         scale, bias = affine(inverse_ptr, weight_ptr, bias_ptr, c, mask_c, HAS_WEIGHT, HAS_BIAS, ACC)
-    for step in tl.range(STEPS, loop_unroll_factor=UNROLL):  # unrolled, loads do not wait for each other
-        offs_m = (split.to(INDEX) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        mask = (offs_m < M)[:, None] & mask_c[None, :]
+        scale, bias = scale[None, :, :], bias[None, :, :]
+    for step in range(STEPS):
+        offs_m = pixels_of(split.to(INDEX) * STEPS + step, UNROLL, BLOCK_M)  # [BLOCK_M, UNROLL]
+        mask = (offs_m < M)[:, :, None] & mask_c[None, None, :]
         offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
-        offs = offs[:, None] + (c * stride_c)[None, :]
+        offs = offs[:, :, None] + (c * stride_c)[None, None, :]
         g = tl.load(g_ptr + offs, mask=mask, other=0.0)
         if HAS_X:
             x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
@@ -105,9 +121,9 @@ def channel_sums_partial_kernel(
         if BY_INPUT:
             g = passed_by_relu(g, normalized(x, mean, scale, bias, g.dtype).to(ACC))
         g = g.to(ACC)
-        sums += g
+        sums += tl.sum(g, 1)
         if HAS_X:
-            products += tl.where(mask, g * (x - mean), 0)
+            products += tl.sum(tl.where(mask, g * (x - mean), 0), 1)
     tl.store(partial_ptr + c * SPLITS + split, tl.sum(sums.to(tl.float64), 0), mask=mask_c)
     if HAS_X:
         tl.store(partial_ptr + (C + c) * SPLITS + split, tl.sum(products.to(tl.float64), 0), mask=mask_c)
@@ -132,6 +148,31 @@ def channel_sums_combine_kernel(partial_ptr, y_ptr, SPLITS, BLOCK_SPLITS: tl.con
     """One program owns a channel of y [C], the sums of partial [C, SPLITS]."""
     c = tl.program_id(0).to(tl.int64)
     store_sum(y_ptr + c, sum_of_splits(partial_ptr, c, SPLITS, BLOCK_SPLITS))
+
+
+class Reduction(NamedTuple):
+    """Each of `splits` programs of a block of channels adds up `steps` times UNROLL blocks of pixels."""
+
+    blocks: PixelBlocks
+    steps: int
+    splits: int
+
+
+@functools.lru_cache(1024)
+def reduction_of(M: int, pixels: int, C: int, channels_last: bool, device: torch.device) -> Reduction:
+    """Of M pixels in all, so many an image: about PROGRAMS programs a multiprocessor."""
+    blocks = pixel_blocks(M, pixels, C, channels_last, device)
+    if triton.knobs.runtime.interpret:  # a tile is large enough as it is
+        blocks = PixelBlocks(max(blocks.BLOCK_M // UNROLL, 1), blocks.BLOCK_C)
+        programs = MOST_SPLITS
+    else:
+        if blocks.BLOCK_C > MOST_CHANNELS:
+            blocks = PixelBlocks(blocks.BLOCK_M * blocks.BLOCK_C // MOST_CHANNELS, MOST_CHANNELS)
+        programs = PROGRAMS * hardware.gpu(device).multiprocessors
+    parts = ceil_div(M, UNROLL * blocks.BLOCK_M)
+    steps = triton.next_power_of_2(ceil_div(parts * ceil_div(C, blocks.BLOCK_C), programs))
+    steps = max(steps, triton.next_power_of_2(ceil_div(parts, MOST_SPLITS)))
+    return Reduction(blocks, steps, ceil_div(parts, steps))
 
 
 class PartialSums(NamedTuple):
@@ -185,14 +226,11 @@ def partial_sums(
     """Of a dense g [N, C, H, W], not empty, and an x with its strides; mean: [C]."""
     N, C, H, W = g.shape
     M = N * H * W
-    blocks = pixel_blocks(M, H * W, C, channels_last, g.device)
-    blocks_m, blocks_c = ceil_div(M, blocks.BLOCK_M), ceil_div(C, blocks.BLOCK_C)
-    steps = triton.next_power_of_2(ceil_div(blocks_m * blocks_c, MOST_SPLITS))  # about as many programs
-    splits = ceil_div(blocks_m, steps)
+    blocks, steps, splits = reduction_of(M, H * W, C, channels_last, g.device)
     partial = torch.empty(1 if x is None else 2, C, splits, dtype=torch.float64, device=g.device)
     launch(
         channel_sums_partial_kernel,
-        (splits * blocks_c,),
+        (splits * ceil_div(C, blocks.BLOCK_C),),
         g,
         x,
         mean,
@@ -207,9 +245,9 @@ def partial_sums(
         BY_OUTPUT=mask.y is not None,
         **mask.flags,
         STEPS=steps,
-        UNROLL=min(steps, 4),
+        UNROLL=UNROLL,
         ACC=accumulator(g.dtype),
-        INDEX=index_type(M + steps * blocks.BLOCK_M),
+        INDEX=index_type(M + steps * UNROLL * blocks.BLOCK_M),
         **blocks._asdict(),
     )
     return PartialSums(partial, splits)

@@ -342,6 +342,18 @@ KERNELS = {
     ),
     "relu": ("ops.relu:relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
     "gradient of relu": ("ops.relu_backward:relu_backward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
+    "batch_norm2d, statistics": (
+        "ops.batch_norm2d:batch_norm2d_partial_statistics_kernel",
+        "bf16",
+        LAST,
+        BY_CHANNELS | dict(STEPS=8),
+    ),
+    "batch_norm2d, statistics, contiguous": (
+        "ops.batch_norm2d:batch_norm2d_partial_statistics_kernel",
+        "bf16",
+        FIRST,
+        BY_PIXELS | dict(STEPS=8),
+    ),
     "gradient of batch_norm2d": (
         "ops.batch_norm2d_backward:batch_norm2d_backward_input_kernel",
         "bf16",
@@ -353,6 +365,12 @@ KERNELS = {
         "bf16",
         LAST,
         NORM_BACKWARD | BY_CHANNELS | dict(STEPS=32, UNROLL=4),
+    ),
+    "gradient of batch_norm2d, sums, contiguous": (
+        "ops.channel_sums:channel_sums_partial_kernel",
+        "bf16",
+        FIRST,
+        NORM_BACKWARD | BY_PIXELS | dict(STEPS=32, UNROLL=4),
     ),
     "gradient of max_pool2d": (
         "ops.max_pool2d_backward:max_pool2d_backward_kernel",
@@ -426,13 +444,15 @@ ROUNDS = [
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last", "padded rows"]
 GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous"]
 """Kernels that read neighbouring pixels, one by one."""
+REDUCTIONS = ["batch_norm2d, statistics", "batch_norm2d, statistics, contiguous", "gradient of batch_norm2d, sums"]
+REDUCTIONS += ["gradient of batch_norm2d, sums, contiguous"]
 FEW_OUTPUTS = [
     "conv2d, float32, one filter",
     "avg_pool2d, whole images",
     "avg_pool2d, whole images, contiguous",
     "conv2d, depthwise, contiguous",
     "conv2d, direct, contiguous",
-    "gradient of batch_norm2d, sums",
+    *REDUCTIONS,
 ]
 """Kernels of which a thread has one output, or a column of them."""
 
@@ -544,6 +564,14 @@ def test_stores_take_16_bytes(name, ptx):
 @pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS + BY_TMA])
 def test_loads_take_16_bytes(name, ptx):
     assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_lanes_add_up_their_pixels_alone(name, ptx):
+    """In the loop no thread waits for another: what is exchanged there costs more than what is loaded."""
+    code = ptx[name].partition("ld.global.v4")[2]
+    loop = code[: re.search(r"bra\s+\$L__BB", code).start()]
+    assert loop.count("ld.global.v4.b32") >= 3 and not re.search(r"shfl|bar\.sync|\.shared", loop)
 
 
 @pytest.mark.parametrize("name", OF_FEW_CHANNELS)
