@@ -342,6 +342,7 @@ def _setup_context_training(ctx, inputs, output) -> None:
     x, weight, _, ctx.eps = inputs
     _, mean, var = output
     ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)  # of those: PyTorch would fill zeros for them
     ctx.save_for_backward(x, weight, mean, var)
 
 

@@ -85,6 +85,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, residual, weight, bias, ctx.eps = inputs
     y, mean, var, inverse = output
     ctx.mark_non_differentiable(mean, var, inverse)
+    ctx.set_materialize_grads(False)  # of those: PyTorch would fill zeros for them
     ctx.save_for_backward(x, None if residual is None else y, weight, bias, mean, var, inverse)
 
 

@@ -189,6 +189,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, *ctx.arguments, return_indices, _, _ = inputs
     indices = output[1]
     ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)  # of those: PyTorch would fill zeros for them
     ctx.save_for_backward(x, indices if return_indices else None)
 
 
