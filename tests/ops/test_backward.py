@@ -21,7 +21,7 @@ from tritonnn.ops import (
 )
 from tritonnn.ops import channel_sums as sums
 from tritonnn.ops.conv2d import op as forward
-from tritonnn.ops.conv2d.backward import choice, input_tma, weight_tma
+from tritonnn.ops.conv2d.backward import choice, input_tma, weight_shares, weight_tma
 from tritonnn.ops.conv2d.backward import op as conv2d
 from tritonnn.ops.conv2d.backward.input import Taps
 from tritonnn.ops.window import output_size
@@ -232,7 +232,7 @@ def test_gradient_of_the_weight_by_tma(case, programs, monkeypatch):
     g, x, weight, window = convolution(BY_TMA[case], True, torch.float32)
     gpu = dataclasses.replace(hardware.INTERPRETER, multiprocessors=programs)
     monkeypatch.setattr(hardware, "gpu", lambda device: gpu)
-    monkeypatch.setattr(weight_tma, "LEAST_SHARE", 1)
+    monkeypatch.setattr(weight_shares, "LEAST_SHARE", 1)
     config = weight_tma.default_config(weight.shape[0], weight.shape[1], weight.shape[3])._replace(PROGRAMS=1)
     actual = torch.full_like(weight, float("nan"))
     weight_tma.run(g, x, actual, window[:3], config)
@@ -251,13 +251,36 @@ def test_gradient_of_a_strided_input_by_tma(case):
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_all_units_are_shared_out():
-    """Each box of each tile to one program, no more than two tiles to a program."""
+def test_all_boxes_are_shared_out():
+    """Each box of each tile to one program, in as many segments as are reckoned with, and all programs about alike."""
     for boxes, tiles, programs in itertools.product((1, 7, 40, 129, 8192), (1, 3, 9, 144, 500), (1, 132, 264)):
-        padded, share = weight_tma.share_of(boxes, tiles, programs)
-        assert padded >= boxes and 1 <= share <= padded
-        if padded > boxes:
-            assert padded % share == 0 and padded - boxes < share
+        shares = weight_shares.shares_of(boxes, tiles, programs)
+        seen = []
+        for pid in range(shares.programs):
+            first, taken = (pid - shares.FULL) * shares.SHARE, 0
+            for segment in range(shares.SEGMENTS):
+                tile, begin, end, place, first = share(pid, segment, first, shares, tiles)
+                seen += [(tile, begin, end, place)] if begin < end else []
+                taken += max(end - begin, 0)
+            assert 0 < taken <= shares.SHARE
+        for tile in range(tiles):
+            pieces = sorted((begin, end) for t, begin, end, _ in seen if t == tile)
+            assert [end for _, end in pieces] == [*(begin for begin, _ in pieces[1:]), boxes] and pieces[0][0] == 0
+        places = [place for *_, place in seen]
+        assert len(set(places)) == len(places) and max(places) < shares.stored
+        assert shares.programs <= max(programs, tiles)
+
+
+def share(pid: int, segment: int, first: int, shares: weight_shares.Shares, tiles: int) -> tuple[int, ...]:
+    """What `segment_of` says, without Triton."""
+    if pid < shares.FULL:
+        begin = pid // tiles * shares.SHARE
+        end = min(begin + shares.SHARE, shares.BOXES) if segment == 0 else begin
+        return pid % tiles, begin, end, pid, first
+    tile = min(first // shares.REST, tiles - 1)
+    begin = shares.BOXES - shares.REST - tile * shares.REST
+    after = min((tile + 1) * shares.REST, (pid - shares.FULL + 1) * shares.SHARE, tiles * shares.REST)
+    return tile, begin + first, begin + after, shares.FULL + (pid - shares.FULL) * shares.SEGMENTS + segment, after
 
 
 STRIDED = {
