@@ -21,7 +21,7 @@ from tritonnn.ops import (
 )
 from tritonnn.ops import channel_sums as sums
 from tritonnn.ops.conv2d import op as forward
-from tritonnn.ops.conv2d.backward import choice, input_tma, weight_shares, weight_tma
+from tritonnn.ops.conv2d.backward import choice, input_tma, weight_halo, weight_shares, weight_tma
 from tritonnn.ops.conv2d.backward import op as conv2d
 from tritonnn.ops.conv2d.backward.input import Taps
 from tritonnn.ops.window import output_size
@@ -271,6 +271,20 @@ def test_all_boxes_are_shared_out():
         assert shares.programs <= max(programs, tiles)
 
 
+@pytest.mark.parametrize(
+    "shape", [(512, 64, 32, 32), (64, 256, 14, 14), (64, 512, 7, 7), (3, 64, 1, 5), (1, 64, 100, 3)]
+)
+def test_boxes_with_a_halo_fit(shape):
+    """Slots of three programs; lines of whole swizzles; and little outside of the image where that can be."""
+    n, _, p, q = shape
+    config = weight_halo.default_config(shape, 232448)
+    pixels = config.TILE_N * config.TILE_P * config.TILE_Q
+    assert pixels == 64 and config.TILE_N * config.TILE_Q % 8 == 0 and config.SLOTS >= 2
+    assert 3 * (config.SLOTS * weight_halo.bytes_of(config[:3]) + weight_halo.BARRIERS) <= 232448
+    boxes = -(-n // config.TILE_N) * -(-p // config.TILE_P) * -(-q // config.TILE_Q)
+    assert n < 64 or n * p * q > 0.8 * boxes * pixels
+
+
 def share(pid: int, segment: int, first: int, shares: weight_shares.Shares, tiles: int) -> tuple[int, ...]:
     """What `segment_of` says, without Triton."""
     if pid < shares.FULL:
@@ -439,8 +453,9 @@ LEFT = {
     "strided": ((8, 64, 32, 32), (128, 64, 3, 3), (2, 2), 1, torch.bfloat16, (None, None)),
     "stem": ((8, 3, 32, 32), (64, 3, 3, 3), (1, 1), 1, torch.bfloat16, (None, None)),
     "1x1 of any image": ((8, 64, 7, 7), (64, 64, 1, 1), (1, 1), 1, torch.float16, (None, None)),
-    "sides of no power of 2": (
-        *((8, 64, 14, 14), (64, 64, 3, 3), (1, 1), 1, torch.bfloat16),
+    "sides of no power of 2": ((8, 64, 14, 14), (64, 64, 3, 3), (1, 1), 1, torch.bfloat16, (None, None)),
+    "sides of no power of 2, 5x5": (
+        *((8, 64, 14, 14), (64, 64, 5, 5), (1, 1), 1, torch.bfloat16),
         (None, "gradient of the weight of this shape"),
     ),
     "float32": ((8, 64, 32, 32), (64, 64, 3, 3), (1, 1), 1, torch.float32, (None, "gradient of the weight in float32")),
@@ -461,6 +476,7 @@ def test_what_is_left_to_pytorch_on_hopper(case, monkeypatch):
     """By sizes and types alone: the tensors are fake, on a GPU that need not be there."""
     x_shape, weight_shape, stride, groups, dtype, expected = LEFT[case]
     monkeypatch.setattr(hardware, "gpu", lambda device: hardware.Gpu((9, 0), 132, 232448))
+    monkeypatch.setattr(hardware, "gluon_is_verified", lambda device: True)
     x, weight = (SimpleNamespace(is_cuda=True, device=None, dtype=dtype, shape=s) for s in (x_shape, weight_shape))
     padding = ((weight_shape[2] - 1) // 2,) * 2
     assert choice.reasons_for_pytorch(x, weight, stride, padding, (1, 1), groups) == expected

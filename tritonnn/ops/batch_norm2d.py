@@ -116,7 +116,7 @@ def batch_norm2d_partial_statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns STEPS x 4 blocks of pixels x BLOCK_C channels; partial is [3, SPLITS, C]: count, mean, M2.
+    """One program owns STEPS x 4 blocks of pixels x BLOCK_C channels; partial is [3, C, SPLITS]: count, mean, M2.
 
     A lane takes the mean and M2 of four pixels, all loaded at once, and adds them to those of its pixels before. Sums
     over many lanes are in float64.
@@ -147,9 +147,10 @@ def batch_norm2d_partial_statistics_kernel(
         mean += delta * part
         count += taken
     count, mean, m2 = combine(count.to(tl.float64), mean.to(tl.float64), m2.to(tl.float64))
-    tl.store(partial_ptr + split.to(tl.int64) * C + c, tl.zeros_like(mean) + count, mask=mask_c)
-    tl.store(partial_ptr + (SPLITS + split.to(tl.int64)) * C + c, mean, mask=mask_c)
-    tl.store(partial_ptr + (2 * SPLITS + split.to(tl.int64)) * C + c, m2, mask=mask_c)
+    partial_ptrs = partial_ptr + c * SPLITS + split
+    tl.store(partial_ptrs, tl.zeros_like(mean) + count, mask=mask_c)
+    tl.store(partial_ptrs + C * SPLITS, mean, mask=mask_c)
+    tl.store(partial_ptrs + 2 * C * SPLITS, m2, mask=mask_c)
 
 
 @triton.jit
@@ -164,13 +165,14 @@ def batch_norm2d_combine_statistics_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns BLOCK_C channels: mean, biased variance and 1 / sqrt(var + eps) from partial [3, SPLITS, C]."""
+    """One program owns BLOCK_C channels: mean, biased variance and 1 / sqrt(var + eps) from partial [3, C, SPLITS]."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    split = tl.arange(0, BLOCK_SPLITS).to(tl.int64)[:, None]  # [BLOCK_SPLITS, 1]
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]  # [BLOCK_SPLITS, 1]
     mask = (split < SPLITS) & (c < C)[None, :]
-    count = tl.load(partial_ptr + split * C + c[None, :], mask=mask, other=0.0)
-    mean = tl.load(partial_ptr + (SPLITS + split) * C + c[None, :], mask=mask, other=0.0)
-    m2 = tl.load(partial_ptr + (2 * SPLITS + split) * C + c[None, :], mask=mask, other=0.0)
+    partial_ptrs = partial_ptr + (c * SPLITS)[None, :] + split
+    count = tl.load(partial_ptrs, mask=mask, other=0.0)
+    mean = tl.load(partial_ptrs + C * SPLITS, mask=mask, other=0.0)
+    m2 = tl.load(partial_ptrs + 2 * C * SPLITS, mask=mask, other=0.0)
     count, mean, m2 = combine(count, mean, m2)
     tl.store(mean_ptr + c, mean, mask=c < C)
     var = m2 / tl.maximum(count, 1)
@@ -268,7 +270,7 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     blocks, steps, splits = reduction_of(M, H * W, C, channels_last, x.device)
     acc = accumulator(x.dtype)
     dtype = statistics_dtype(x)
-    partial = torch.empty(3, splits, C, dtype=torch.float64, device=x.device)
+    partial = torch.empty(3, C, splits, dtype=torch.float64, device=x.device)
     mean, var, inverse = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(3))
     launch(
         batch_norm2d_partial_statistics_kernel,
@@ -285,8 +287,8 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         INDEX=index_type(M + steps * UNROLL * blocks.BLOCK_M),
         **blocks._asdict(),
     )
-    # 1,024 splits x 4 channels in float64 just fit the registers of 8 warps.
-    block_c = 16 if triton.knobs.runtime.interpret else 4
+    block_splits = triton.next_power_of_2(splits)
+    block_c = 16 if triton.knobs.runtime.interpret else 1
     launch(
         batch_norm2d_combine_statistics_kernel,
         (ceil_div(C, block_c),),
@@ -297,9 +299,9 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         splits,
         C,
         eps,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_SPLITS=block_splits,
         BLOCK_C=block_c,
-        num_warps=8,
+        num_warps=min(max(block_splits // 128, 1), 8),
     )
     return mean, var, inverse
 
@@ -347,6 +349,8 @@ def _setup_context_training(ctx, inputs, output) -> None:
 
 
 def _backward_training(ctx, grad_y, *_):
+    if grad_y is None:
+        return None, None, None, None
     x, weight, mean, var = ctx.saved_tensors
     return *_gradients(ctx, grad_y, x, weight, mean, var, True), None
 

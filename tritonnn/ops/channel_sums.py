@@ -24,8 +24,10 @@ UNROLL = 4
 """Blocks whose loads are under way together."""
 MOST_CHANNELS = 64
 """Of a block: with 128 Triton spreads the blocks of a step over the warps."""
-PROGRAMS = 6
+PROGRAMS = 4
 """Programs of a multiprocessor, at most."""
+LEAST_STEPS = 4
+"""Of a program, where there are so many: adding up its lanes takes as long as some steps."""
 
 
 @triton.jit
@@ -71,6 +73,7 @@ def channel_sums_partial_kernel(
     inverse_ptr,
     weight_ptr,
     bias_ptr,
+    second_ptr,
     M,
     C,
     PIXELS,
@@ -80,6 +83,7 @@ def channel_sums_partial_kernel(
     SPLITS,
     HAS_X: tl.constexpr,
     BY_OUTPUT: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
     BY_INPUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -93,7 +97,8 @@ def channel_sums_partial_kernel(
     """One program owns STEPS x UNROLL blocks of pixels x BLOCK_C channels; partial is [1 or 2, C, SPLITS].
 
     A lane loads UNROLL of the M = N * PIXELS pixels of each tensor before it waits for any.
-    BY_OUTPUT: g is masked by ReLU's output y, and stored masked; BY_INPUT: by what was normalised, computed again.
+    BY_OUTPUT: g, with a second gradient of y added where it HAS one, is masked by ReLU's output y, and stored masked;
+    BY_INPUT: by what was normalised, computed again.
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
@@ -115,6 +120,8 @@ def channel_sums_partial_kernel(
         g = tl.load(g_ptr + offs, mask=mask, other=0.0)
         if HAS_X:
             x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+        if HAS_SECOND:
+            g = round_to(g.to(ACC) + tl.load(second_ptr + offs, mask=mask, other=0.0).to(ACC), g.dtype)
         if BY_OUTPUT:
             g = passed_by_relu(g, tl.load(y_ptr + offs, mask=mask, other=0.0).to(ACC))
             tl.store(masked_ptr + offs, g, mask=mask)
@@ -171,7 +178,8 @@ def reduction_of(M: int, pixels: int, C: int, channels_last: bool, device: torch
         programs = PROGRAMS * hardware.gpu(device).multiprocessors
     parts = ceil_div(M, UNROLL * blocks.BLOCK_M)
     steps = triton.next_power_of_2(ceil_div(parts * ceil_div(C, blocks.BLOCK_C), programs))
-    steps = max(steps, triton.next_power_of_2(ceil_div(parts, MOST_SPLITS)))
+    least = min(LEAST_STEPS, triton.next_power_of_2(parts))
+    steps = max(steps, least, triton.next_power_of_2(ceil_div(parts, MOST_SPLITS)))
     return Reduction(blocks, steps, ceil_div(parts, steps))
 
 
@@ -194,7 +202,8 @@ def no_sums(C: int, device: torch.device) -> PartialSums:
 class Mask(NamedTuple):
     """Of the gradient of relu(normalized(x)): by its output y and, masked, into `masked`, or by what was normalised.
 
-    y, masked: with the strides of g; inverse: 1 / sqrt(var + eps), weight, bias: [C].
+    y, masked, and a second gradient to add to the first before: with the strides of g; inverse: 1 / sqrt(var + eps),
+    weight, bias: [C].
     """
 
     y: torch.Tensor | None = None
@@ -202,6 +211,7 @@ class Mask(NamedTuple):
     inverse: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    second: torch.Tensor | None = None
 
     @property
     def flags(self) -> dict[str, bool]:
@@ -243,6 +253,7 @@ def partial_sums(
         splits,
         HAS_X=x is not None,
         BY_OUTPUT=mask.y is not None,
+        HAS_SECOND=mask.second is not None,
         **mask.flags,
         STEPS=steps,
         UNROLL=UNROLL,

@@ -194,6 +194,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_y, _):
+    if grad_y is None:
+        return (None,) * 9
     x, indices = ctx.saved_tensors
     if indices is None:
         indices = max_pool2d(x, *ctx.arguments, True)[1]
