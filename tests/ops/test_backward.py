@@ -21,9 +21,10 @@ from tritonnn.ops import (
 )
 from tritonnn.ops import channel_sums as sums
 from tritonnn.ops.conv2d import op as forward
-from tritonnn.ops.conv2d.backward import choice, input_tma, weight_halo, weight_shares, weight_tma
+from tritonnn.ops.conv2d.backward import choice, input_tma, weight, weight_halo, weight_shares, weight_tma
 from tritonnn.ops.conv2d.backward import op as conv2d
 from tritonnn.ops.conv2d.backward.input import Taps
+from tritonnn.ops.conv2d.forms import few_channels
 from tritonnn.ops.window import output_size
 from tritonnn.runtime import hardware
 
@@ -238,6 +239,25 @@ def test_gradient_of_the_weight_by_tma(case, programs, monkeypatch):
     weight_tma.run(g, x, actual, window[:3], config)
     expected = conv2d._weight_formula(g.double(), x.double(), tuple(weight.shape), True, *window)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+OF_FEW_CHANNELS = {
+    "7x7/2": ((2, 3, 17, 16), (4, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1),
+    "5x9, sides apart, dilated rows": ((2, 2, 17, 20), (3, 2, 5, 9), (1, 3), (2, 4), (2, 1), 1),
+    "a channel, 11x11": ((3, 1, 12, 15), (5, 1, 11, 11), (1, 1), (5, 0), (1, 1), 1),
+}
+
+
+@pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", OF_FEW_CHANNELS)
+def test_gradient_of_few_channels_by_rows(case, layout, monkeypatch):
+    monkeypatch.setattr(few_channels, "LEAST_PIXELS", 1)
+    g, x, filters, window = convolution(OF_FEW_CHANNELS[case], layout, torch.float64)
+    assert weight.is_by_rows(g, filters.shape[1:], window, 1)
+    actual = torch.full_like(filters, float("nan"))
+    weight.run(g, x, actual, window[:3], 1, "ieee")
+    expected = conv2d._weight_formula(g, x, tuple(filters.shape), layout, *window)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", [case for case, (*_, stride, _, _, _) in BY_TMA.items() if stride == (2, 2)])
@@ -544,6 +564,7 @@ REAL = {
     "5x5": ((5, 64, 16, 16), (128, 64, 5, 5), (1, 1), (2, 2), (1, 1), 1),
     "stem": ((32, 3, 32, 32), (64, 3, 3, 3), (1, 1), (1, 1), (1, 1), 1),
     "7x7 stem": ((4, 3, 64, 64), (64, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1),
+    "7x7 stem by rows": ((4, 3, 224, 224), (64, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1),
     "groups": ((4, 128, 14, 14), (128, 4, 3, 3), (1, 1), (1, 1), (1, 1), 32),
     "depthwise, strided": ((4, 96, 28, 28), (96, 1, 3, 3), (2, 2), (1, 1), (1, 1), 96),
     "odd channels": ((4, 70, 15, 13), (90, 70, 3, 3), (2, 2), (1, 1), (1, 1), 1),
