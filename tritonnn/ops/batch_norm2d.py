@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
+from ..device.dependent_launch import start_successor, wait_for_predecessor
 from ..runtime.blocks import ceil_div, pixel_blocks
+from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import LIBRARY, each_example, register
@@ -42,6 +44,7 @@ def batch_norm2d_normalize_kernel(
     RELU: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,6 +64,7 @@ def batch_norm2d_normalize_kernel(
     offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
     offs = offs[:, None] + (c * stride_c)[None, :]
 
+    wait_for_predecessor(DEPENDENT)
     mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)
     scale = tl.load(var_ptr + c, mask=mask_c, other=0.0).to(ACC)
     if not INVERTED:
@@ -76,6 +80,7 @@ def batch_norm2d_normalize_kernel(
         y = round_to(y, y_ptr.dtype.element_ty)
     if RELU:
         y = tl.where(y.to(ACC) < 0, tl.zeros_like(y), y)
+    start_successor(DEPENDENT)
     tl.store(y_ptr + offs, y, mask=mask)
 
 
@@ -111,6 +116,7 @@ def batch_norm2d_partial_statistics_kernel(
     stride_pixel,
     SPLITS,
     STEPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -130,6 +136,7 @@ def batch_norm2d_partial_statistics_kernel(
     mean = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     m2 = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     strides = (stride_n, stride_c, stride_pixel)
+    wait_for_predecessor(DEPENDENT)
     for step in range(STEPS):
         block = (split.to(INDEX) * STEPS + step) * 4
         x0, mask0 = load_pixels(x_ptr, block, c, mask_c, M, PIXELS, strides, BLOCK_M)
@@ -147,6 +154,7 @@ def batch_norm2d_partial_statistics_kernel(
         mean += delta * part
         count += taken
     count, mean, m2 = combine(count.to(tl.float64), mean.to(tl.float64), m2.to(tl.float64))
+    start_successor(DEPENDENT)
     partial_ptrs = partial_ptr + c * SPLITS + split
     tl.store(partial_ptrs, tl.zeros_like(mean) + count, mask=mask_c)
     tl.store(partial_ptrs + C * SPLITS, mean, mask=mask_c)
@@ -162,6 +170,7 @@ def batch_norm2d_combine_statistics_kernel(
     SPLITS,
     C,
     eps: tl.float64,
+    DEPENDENT: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -170,6 +179,7 @@ def batch_norm2d_combine_statistics_kernel(
     split = tl.arange(0, BLOCK_SPLITS)[:, None]  # [BLOCK_SPLITS, 1]
     mask = (split < SPLITS) & (c < C)[None, :]
     partial_ptrs = partial_ptr + (c * SPLITS)[None, :] + split
+    wait_for_predecessor(DEPENDENT)
     count = tl.load(partial_ptrs, mask=mask, other=0.0)
     mean = tl.load(partial_ptrs + C * SPLITS, mask=mask, other=0.0)
     m2 = tl.load(partial_ptrs + 2 * C * SPLITS, mask=mask, other=0.0)
@@ -189,12 +199,14 @@ def batch_norm2d_update_kernel(
     C,
     momentum: tl.float64,
     unbiased: tl.float64,
+    DEPENDENT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """running = (1 - momentum) * running + momentum * batch, the variance times `unbiased` = M / (M - 1)."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < C
     DTYPE: tl.constexpr = running_mean_ptr.dtype.element_ty
+    wait_for_predecessor(DEPENDENT)
     mean = tl.load(running_mean_ptr + c, mask=mask).to(mean_ptr.dtype.element_ty)
     mean += momentum * (tl.load(mean_ptr + c, mask=mask) - mean)
     tl.store(running_mean_ptr + c, round_to(mean, DTYPE), mask=mask)
@@ -254,6 +266,7 @@ def normalize(x, weight, bias, mean, var, eps, inverted=False, residual=None, re
         RELU=relu,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
+        **dependent_launch(x),
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         **blocks._asdict(),
@@ -283,6 +296,7 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         *pixel_strides(x, channels_last),
         splits,
         STEPS=steps,
+        **dependent_launch(x),
         ACC=acc,
         INDEX=index_type(M + steps * UNROLL * blocks.BLOCK_M),
         **blocks._asdict(),
@@ -299,6 +313,7 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         splits,
         C,
         eps,
+        **dependent_launch(x),
         BLOCK_SPLITS=block_splits,
         BLOCK_C=block_c,
         num_warps=min(max(block_splits // 128, 1), 8),
@@ -336,6 +351,7 @@ def _launch_update(mean, var, running_mean, running_var, momentum, count) -> Non
         C,
         momentum,
         count / (count - 1),
+        **dependent_launch(mean),
         BLOCK_C=block,
     )
 

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
+from ..device.dependent_launch import start_successor, wait_for_predecessor
 from ..runtime import hardware
 from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
+from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import is_channels_last, pixel_strides
 from ..runtime.operator import register_gradient
@@ -87,6 +89,7 @@ def channel_sums_partial_kernel(
     BY_INPUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     STEPS: tl.constexpr,
     UNROLL: tl.constexpr,
     ACC: tl.constexpr,
@@ -105,6 +108,7 @@ def channel_sums_partial_kernel(
     split = pid // blocks_c
     c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
     mask_c = c < C
+    wait_for_predecessor(DEPENDENT)
     sums = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     products = sums
     if HAS_X:
@@ -131,6 +135,7 @@ def channel_sums_partial_kernel(
         sums += tl.sum(g, 1)
         if HAS_X:
             products += tl.sum(tl.where(mask, g * (x - mean), 0), 1)
+    start_successor(DEPENDENT)
     tl.store(partial_ptr + c * SPLITS + split, tl.sum(sums.to(tl.float64), 0), mask=mask_c)
     if HAS_X:
         tl.store(partial_ptr + (C + c) * SPLITS + split, tl.sum(products.to(tl.float64), 0), mask=mask_c)
@@ -151,9 +156,10 @@ def store_sum(ptr, y):
 
 
 @triton.jit
-def channel_sums_combine_kernel(partial_ptr, y_ptr, SPLITS, BLOCK_SPLITS: tl.constexpr):
+def channel_sums_combine_kernel(partial_ptr, y_ptr, SPLITS, DEPENDENT: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
     """One program owns a channel of y [C], the sums of partial [C, SPLITS]."""
     c = tl.program_id(0).to(tl.int64)
+    wait_for_predecessor(DEPENDENT)
     store_sum(y_ptr + c, sum_of_splits(partial_ptr, c, SPLITS, BLOCK_SPLITS))
 
 
@@ -255,6 +261,7 @@ def partial_sums(
         BY_OUTPUT=mask.y is not None,
         HAS_SECOND=mask.second is not None,
         **mask.flags,
+        **dependent_launch(g),
         STEPS=steps,
         UNROLL=UNROLL,
         ACC=accumulator(g.dtype),
@@ -275,7 +282,8 @@ def _launch(g) -> torch.Tensor:
     if g.numel() == 0:
         return y.zero_()
     sums = partial_sums(g, channels_last)
-    launch(channel_sums_combine_kernel, (y.numel(),), sums.partial, y, sums.splits, **sums.blocks)
+    constants = dependent_launch(g) | sums.blocks
+    launch(channel_sums_combine_kernel, (y.numel(),), sums.partial, y, sums.splits, **constants)
     return y
 
 

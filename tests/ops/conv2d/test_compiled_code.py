@@ -76,16 +76,16 @@ MAX_POOL = FILTER | dict(
 AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
 LARGE_POOL = "ops.avg_pool2d:avg_pool2d_large_forward_kernel"
 WHOLE_IMAGES = AVG_POOL | dict(R=112, S=112, PADDING_H=0, PADDING_W=0, ADAPTIVE=True, WHOLE=True, UNROLL=4)
-NORMALIZE = dict(INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True, HAS_RESIDUAL=False, RELU=False)
+NORMALIZE = dict(DEPENDENT=True, INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True, HAS_RESIDUAL=False, RELU=False)
 NORM_BACKWARD = dict(TRAINING=True, BY_INPUT=True, BY_OUTPUT=False, HAS_X=True, HAS_WEIGHT=True, HAS_BIAS=True)
-NORM_BACKWARD |= dict(HAS_SECOND=False)
+NORM_BACKWARD |= dict(HAS_SECOND=False, DEPENDENT=True)
 BACKWARD = FILTER | dict(C=128, K=128, GROUPS=1, INPUT_PRECISION="ieee")
 GRADIENT_OF_WEIGHT = FILTER | dict(C=64, K=64, TAPS=3, TILES=3, STRIDE=1, SEGMENTS=2, TILE_N=1, TILE_P=2, TILE_Q=32)
 GRADIENT_OF_WEIGHT |= dict(
-    BLOCK_M=64, BLOCK_N=64, num_stages=3, descriptors=dict(g_desc=[64, 64], x_desc=[1, 2, 32, 64])
+    DEPENDENT=True, BLOCK_M=64, BLOCK_N=64, num_stages=3, descriptors=dict(g_desc=[64, 64], x_desc=[1, 2, 32, 64])
 )
 GRADIENT_WITH_HALO = dict(C=128, K=128, PADDING_H=1, PADDING_W=1, SEGMENTS=3, TILE_N=1, TILE_P=4, TILE_Q=16)
-GRADIENT_WITH_HALO |= dict(SLOTS=3)
+GRADIENT_WITH_HALO |= dict(SLOTS=3, DEPENDENT=True)
 GRADIENT_OF_INPUT = FILTER | dict(C=128, K=128, TILE_N=1, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, ROUND_G=False)
 GRADIENT_OF_INPUT |= dict(
     descriptors=dict(g_desc=[1, 8, 16, 64], weight_desc=[128, 64], grad_x_desc=[1, 8, 1, 16, 128]), num_stages=3
@@ -349,13 +349,13 @@ KERNELS = {
         "ops.batch_norm2d:batch_norm2d_partial_statistics_kernel",
         "bf16",
         LAST,
-        BY_CHANNELS | dict(STEPS=8),
+        BY_CHANNELS | dict(STEPS=8, DEPENDENT=True),
     ),
     "batch_norm2d, statistics, contiguous": (
         "ops.batch_norm2d:batch_norm2d_partial_statistics_kernel",
         "bf16",
         FIRST,
-        BY_PIXELS | dict(STEPS=8),
+        BY_PIXELS | dict(STEPS=8, DEPENDENT=True),
     ),
     "gradient of batch_norm2d": (
         "ops.batch_norm2d_backward:batch_norm2d_backward_input_kernel",

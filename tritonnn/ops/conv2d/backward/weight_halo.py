@@ -26,9 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.gluon_versions import allocate_ring, barrier, load_box, ring_view
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div
+from ....runtime.dependent_launch import dependent_launch
 from ....runtime.launch_plan import launch
 from ....runtime.memory_format import is_aligned
 from .weight_shares import add_up, segment_of, shares_of
@@ -117,6 +119,7 @@ def conv2d_backward_weight_halo_kernel(
     PADDING_H: gl.constexpr,
     PADDING_W: gl.constexpr,
     SEGMENTS: gl.constexpr,
+    DEPENDENT: gl.constexpr,
     TILE_N: gl.constexpr,
     TILE_P: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -146,6 +149,7 @@ def conv2d_backward_weight_halo_kernel(
     rings = (g_ring, x_ring, bars)
     pid = gl.program_id(0)
     first = (pid - FULL) * SHARE
+    wait_for_predecessor(DEPENDENT)
     number = 0  # boxes that this program has taken
     for segment in range(SEGMENTS):
         tile, begin, end, stored, first = segment_of(
@@ -176,6 +180,7 @@ def conv2d_backward_weight_halo_kernel(
             store_tap(tap_ptr, acc0, ACC)
             store_tap(tap_ptr + LINE * LINE, acc1, ACC)
             store_tap(tap_ptr + 2 * LINE * LINE, acc2, ACC)
+    start_successor(DEPENDENT)
 
 
 class Config(NamedTuple):
@@ -255,6 +260,7 @@ def run(g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tup
         K,
         *padding,
         SEGMENTS=shares.SEGMENTS,
+        **dependent_launch(x),
         TILE_N=tile_n,
         TILE_P=tile_p,
         TILE_Q=tile_q,

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 
 from ....device.arithmetic import round_to
+from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....runtime.blocks import ceil_div
+from ....runtime.dependent_launch import dependent_launch
 from ....runtime.launch_plan import launch
 
 LEAST_SHARE = 8
@@ -107,6 +109,7 @@ def conv2d_backward_weight_sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -121,6 +124,7 @@ def conv2d_backward_weight_sum_kernel(
     tile = pid // BLOCKS
     offs = pid % BLOCKS * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     splits = FULL // TILES
+    wait_for_predecessor(DEPENDENT)
     y = tl.full((BLOCK,), 0, tl.float32)
     for start in range(0, TERMS, BLOCK_TERMS):
         term = start + tl.arange(0, BLOCK_TERMS)  # [BLOCK_TERMS]
@@ -129,6 +133,7 @@ def conv2d_backward_weight_sum_kernel(
         mask = (term < splits) | ((term < TERMS) & (program * SHARE < (tile + 1) * REST))
         partial_ptrs = partial_ptr + place.to(tl.int64)[:, None] * (TAPS * BLOCK_M * BLOCK_N) + offs[None, :]
         y += tl.sum(tl.load(partial_ptrs, mask=mask[:, None] & (offs >= 0)[None, :], other=0.0), 0)
+    start_successor(DEPENDENT)
     k = tile % BLOCKS_M * BLOCK_M + offs // BLOCK_N % BLOCK_M
     c = tile // BLOCKS_M % BLOCKS_N * BLOCK_N + offs % BLOCK_N
     tap = tile // (BLOCKS_M * BLOCKS_N) * TILE_STEP + offs // (BLOCK_M * BLOCK_N) * TAP_STEP
@@ -168,6 +173,7 @@ def add_up(
         BLOCK_M=tile[1],
         BLOCK_N=tile[2],
         TILES=tiles,
+        **dependent_launch(partial),
         BLOCK_TERMS=block_terms,
         BLOCK=block,
     )

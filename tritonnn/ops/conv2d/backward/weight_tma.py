@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div
+from ....runtime.dependent_launch import dependent_launch
 from ....runtime.launch_plan import launch
 from ....runtime.memory_format import is_aligned
 from ..forms.tma import load_box
@@ -48,6 +50,7 @@ def conv2d_backward_weight_tma_kernel(
     TAPS: tl.constexpr,
     TILES: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_P: tl.constexpr,
     TILE_Q: tl.constexpr,
@@ -64,6 +67,7 @@ def conv2d_backward_weight_tma_kernel(
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
     pid = tl.program_id(0)
     first = (pid - FULL) * SHARE
+    wait_for_predecessor(DEPENDENT)
     for segment in range(SEGMENTS):
         tile, begin, end, place, first = segment_of(pid, segment, first, SHARE, FULL, REST, BOXES, TILES, SEGMENTS)
         k = tile % BLOCKS_M * BLOCK_M
@@ -95,6 +99,7 @@ def conv2d_backward_weight_tma_kernel(
             if TAPS == 3:
                 tl.store(partial_ptrs + SIZE, acc1)
                 tl.store(partial_ptrs + 2 * SIZE, acc2)
+    start_successor(DEPENDENT)
 
 
 class Config(NamedTuple):
@@ -204,6 +209,7 @@ def run(g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tup
         TAPS=config.TAPS,
         TILES=tiles,
         SEGMENTS=shares.SEGMENTS,
+        **dependent_launch(x),
         TILE_N=tile_n,
         TILE_P=tile_p,
         TILE_Q=tile_q,
