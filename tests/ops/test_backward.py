@@ -618,6 +618,37 @@ def test_the_others_on_real_shapes(dtype, layout):
             assert error <= 1.2 * noise + 1e-7, (error, noise)
 
 
+@pytest.mark.gpu
+def test_gradients_in_a_cuda_graph():
+    """Where kernels are launched dependently on each other: the bits of eager launches, at every replay."""
+    shapes = {"3x3": REAL["64 to 64, boxes of rows"], "strided": REAL["64 to 128, strided"], "stem": REAL["stem"]}
+    operands = {name: convolution(case, True, torch.bfloat16) for name, case in shapes.items()}
+    x, g, y, second = (image(32, 64, 32, 32, dtype=torch.bfloat16, channels_last=True) for _ in range(4))
+    statistics = [image(64).float() for _ in range(2)] + [image(64).float().abs() for _ in range(3)]
+
+    def gradients():
+        outputs = []
+        for g_of, x_of, weight_of, window in operands.values():
+            outputs.append(conv2d.conv2d_backward_weight(g_of, x_of, tuple(weight_of.shape), True, *window))
+            if x_of.shape[1] > 3:
+                outputs.append(conv2d.conv2d_backward_input(g_of, weight_of, tuple(x_of.shape), True, *window))
+        outputs += batch_norm2d_relu.batch_norm2d_relu(x, y, *statistics[:2], 1e-5)
+        outputs += batch_norm2d_relu.batch_norm2d_relu_backward(g, second, x, y, *statistics, 1e-5)
+        outputs += batch_norm2d_backward.batch_norm2d_backward(g, x, *statistics[1:4], 1e-5, True, (True, True, True))
+        return [*outputs, sums.channel_sums(g)]
+
+    expected = gradients()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        actual = gradients()
+    for _ in range(3):
+        for t in actual:
+            t.fill_(float("nan"))
+        graph.replay()
+        assert all(map(torch.equal, actual, expected))
+
+
 @pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
