@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.compare import DEVICE, TOLERANCE, assert_close, image, network, tf32
+from helpers.compare import DEVICE, TOLERANCE, assert_close, assert_identical, image, network, tf32
 from torch import nn
 
 import tritonnn
@@ -54,6 +54,8 @@ CONVOLUTIONS = {
 """Shapes of x and of the weight, stride, padding, dilation, groups."""
 CONVOLUTION = (2, 3, 5, 4), (4, 3, 3, 3), (2, 2), (1, 1), (1, 1), 1
 MAX_POOLS = {
+    "3x3/1, several strips": ((2, 3, 19, 6), (3, 3), (1, 1), (1, 1), (1, 1), False),
+    "3x3/1, not padded on all sides": ((3, 2, 5, 7), (3, 3), (1, 1), (0, 1), (1, 1), False),
     "2x2/2": ((2, 5, 8, 7), (2, 2), (2, 2), (0, 0), (1, 1), False),
     "3x3/1, padding 1": ((2, 5, 6, 7), (3, 3), (1, 1), (1, 1), (1, 1), False),
     "3x3/2, padding 1": ((2, 5, 9, 8), (3, 3), (2, 2), (1, 1), (1, 1), False),
@@ -143,15 +145,17 @@ def test_max_pool_by_positions_in_windows(case, layout, infinite):
     x[0, 0, 3, 3] = float("nan")
     if infinite:
         x.fill_(-float("inf"))
-    gradients = []
+    gradients, outputs = [], []
     for swap in (False, True):
         if swap:
             tritonnn.swap(layer, strict=True)
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
         y = layer(leaf)
+        outputs.append(y.detach())
         (grad,) = torch.autograd.grad(y, leaf, torch.arange(y.numel(), dtype=y.dtype, device=DEVICE).view(y.shape))
         gradients.append(grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    assert_identical(*outputs[::-1])
 
 
 @pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])
