@@ -123,7 +123,7 @@ def test_gradients_of_two_readers_are_added_up_by_batch_norm():
     assert sum(len(event.input_shapes[0]) == 4 for event in sums) == 1  # of the max pool's two readers
 
 
-@pytest.mark.parametrize("read", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("read", [(1,), (0, 1)], ids=str)
 def test_a_batch_norm_with_two_readers_to_the_second_order(read):
     """Or with two of which one is not derived."""
     layer = BatchNormReLU2d(tritonnn.TritonBatchNorm2d(3, track_running_stats=False), twice=True).to(
@@ -134,8 +134,28 @@ def test_a_batch_norm_with_two_readers_to_the_second_order(read):
     def outputs(*tensors):
         return tuple(layer(*tensors)[i] for i in read)
 
-    assert torch.autograd.gradcheck(outputs, tensors)
-    assert torch.autograd.gradgradcheck(outputs, tensors)
+    assert torch.autograd.gradcheck(outputs, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(outputs, tensors, fast_mode=True)
+
+
+def test_gradients_by_transforms():
+    """Of a network in which two layers read one batch norm's output."""
+    model = nn.Sequential(Block(), Block()).to(DEVICE, torch.float64)
+    pytorch = copy.deepcopy(model)
+    tritonnn.fuse_for_training(model)
+    x = image(2, 6, 4, 4, dtype=torch.float64)
+
+    def gradients(net):
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked = module.running_mean = module.running_var = None
+                module.track_running_stats = False
+        parameters = {name: p.detach() for name, p in net.named_parameters()}
+        return torch.func.grad(lambda tensors: torch.func.functional_call(net, tensors, (x,)).square().sum())(
+            parameters
+        )
+
+    torch.testing.assert_close(gradients(model), gradients(pytorch), rtol=1e-9, atol=1e-10)
 
 
 def test_part_of_a_network_in_eval_mode_runs_its_own_code():

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...ops.batch_norm2d_relu import batch_norm2d_relu, batch_norm2d_relu_backward
+from ...runtime.capabilities import transforms_are_active
 from ...runtime.memory_format import is_channels_last
 from ..batch_norm2d import TritonBatchNorm2d
 from ..layer import TritonLayer, is_empty
@@ -70,7 +71,7 @@ class BatchNormReLU2d(TritonLayer, nn.Module):
             reason = "a residual of another shape, type, device or memory format"
         if reason is not None:
             return self._fall_back(reason, self._one_by_one, input, residual)
-        if self.twice and residual is not None and torch.is_grad_enabled():
+        if self.twice and residual is not None and _records_gradients():
             *y, mean, var = _Twice.apply(input, residual, norm.weight, norm.bias, norm.eps)
             y = tuple(y)
         else:
@@ -82,6 +83,11 @@ class BatchNormReLU2d(TritonLayer, nn.Module):
     def _one_by_one(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         y = self.norm(input)
         return F.relu(y if residual is None else y + residual)
+
+
+def _records_gradients() -> bool:
+    """Whether `_Twice` is what autograd runs: not where compilers or transforms look on, which see the operator."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transforms_are_active()
 
 
 def _are_alike(x: torch.Tensor, residual: torch.Tensor) -> bool:
