@@ -238,7 +238,7 @@ def test_gradient_of_the_weight_by_tma(case, programs, monkeypatch):
     gpu = dataclasses.replace(hardware.INTERPRETER, multiprocessors=programs)
     monkeypatch.setattr(hardware, "gpu", lambda device: gpu)
     monkeypatch.setattr(weight_shares, "LEAST_SHARE", 1)
-    config = weight_tma.default_config(weight.shape[0], weight.shape[1], weight.shape[3])._replace(PROGRAMS=1)
+    config = weight_tma.default_config(*weight.shape[:2], weight.shape[2:])._replace(PROGRAMS=1)
     actual = torch.full_like(weight, float("nan"))
     weight_tma.run(g, x, actual, window[:3], config)
     expected = conv2d._weight_formula(g.double(), x.double(), tuple(weight.shape), True, *window)

@@ -39,7 +39,7 @@ LINE = gl.constexpr(64)
 """Channels of a line of shared memory, after which the swizzle begins again."""
 BOX = gl.NVMMASharedLayout(128, 16, 4)
 STEP_PIXELS = 64
-MOST_SLOTS = 3
+MOST_SLOTS = 4
 PROGRAMS = 3
 """Programs of a multiprocessor."""
 BARRIERS = 1280

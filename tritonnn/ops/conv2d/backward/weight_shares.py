@@ -30,7 +30,7 @@ On an H200 0.82 of them take 33.7 us so, all of them with what remains shared ou
 
 SUM = 2048
 """Terms that a program of the sum adds up at a time, of 32 elements or more."""
-MOST_TERMS = 64
+MOST_TERMS = 128
 """Of them of one element."""
 
 
@@ -49,10 +49,15 @@ class Shares(NamedTuple):
         return self.FULL + (self.programs - self.FULL) * self.SEGMENTS
 
 
+def are_alike(tiles: int, programs: int) -> bool:
+    """Whether these programs take one tile each, of one size, and few are idle."""
+    return programs // tiles * tiles >= ALIKE * programs
+
+
 def shares_of(boxes: int, tiles: int, programs: int) -> Shares:
     """For as many programs as run at the same time, or fewer."""
     splits = programs // tiles
-    if splits * tiles >= ALIKE * programs or splits * LEAST_SHARE >= boxes:
+    if are_alike(tiles, programs) or splits * LEAST_SHARE >= boxes:
         share = max(ceil_div(boxes, splits), min(LEAST_SHARE, boxes))
         splits = ceil_div(boxes, share)
         return Shares(share, splits * tiles, 1, boxes, 1, splits * tiles)
