@@ -298,13 +298,14 @@ def test_all_boxes_are_shared_out():
 @pytest.mark.parametrize(
     "shape", [(512, 64, 32, 32), (64, 256, 14, 14), (64, 512, 7, 7), (3, 64, 1, 5), (1, 64, 100, 3)]
 )
-def test_boxes_with_a_halo_fit(shape):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_boxes_with_a_halo_fit(shape, stride):
     """Slots of three programs; lines of whole swizzles; and little outside of the image where that can be."""
     n, _, p, q = shape
-    config = weight_halo.default_config(shape, 232448)
+    config = weight_halo.default_config(shape, stride, 232448)
     pixels = config.TILE_N * config.TILE_P * config.TILE_Q
     assert pixels == 64 and config.TILE_N * config.TILE_Q % 8 == 0 and config.SLOTS >= 2
-    assert 3 * (config.SLOTS * weight_halo.bytes_of(config[:3]) + weight_halo.BARRIERS) <= 232448
+    assert 3 * (config.SLOTS * weight_halo.bytes_of(config[:3], stride) + weight_halo.BARRIERS) <= 232448
     boxes = -(-n // config.TILE_N) * -(-p // config.TILE_P) * -(-q // config.TILE_Q)
     assert n < 64 or n * p * q > 0.8 * boxes * pixels
 
@@ -478,6 +479,7 @@ LEFT = {
     "stem": ((8, 3, 32, 32), (64, 3, 3, 3), (1, 1), 1, torch.bfloat16, (None, None)),
     "1x1 of any image": ((8, 64, 7, 7), (64, 64, 1, 1), (1, 1), 1, torch.float16, (None, None)),
     "sides of no power of 2": ((8, 64, 14, 14), (64, 64, 3, 3), (1, 1), 1, torch.bfloat16, (None, None)),
+    "sides of no power of 2, strided": ((8, 64, 28, 28), (64, 64, 3, 3), (2, 2), 1, torch.bfloat16, (None, None)),
     "sides of no power of 2, 5x5": (
         *((8, 64, 14, 14), (64, 64, 5, 5), (1, 1), 1, torch.bfloat16),
         (None, "gradient of the weight of this shape"),
@@ -564,6 +566,9 @@ REAL = {
     "256 to 64, 1x1": ((4, 256, 56, 56), (64, 256, 1, 1), (1, 1), (0, 0), (1, 1), 1),
     "256 to 256, 14x14": ((5, 256, 14, 14), (256, 256, 3, 3), (1, 1), (1, 1), (1, 1), 1),
     "512 to 512, 7x7": ((5, 512, 7, 7), (512, 512, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "64 to 128, 28x28, strided": ((5, 64, 28, 28), (128, 64, 3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "512 to 512, 14x14, strided": ((37, 512, 14, 14), (512, 512, 3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "64 to 64, padded by 2 and 0": ((5, 64, 12, 9), (64, 64, 3, 3), (1, 1), (2, 0), (1, 1), 1),
     "dilated": ((5, 64, 16, 16), (64, 64, 3, 3), (1, 1), (2, 2), (2, 2), 1),
     "5x5": ((5, 64, 16, 16), (128, 64, 5, 5), (1, 1), (2, 2), (1, 1), 1),
     "stem": ((32, 3, 32, 32), (64, 3, 3, 3), (1, 1), (1, 1), (1, 1), 1),

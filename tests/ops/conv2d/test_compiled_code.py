@@ -84,7 +84,7 @@ GRADIENT_OF_WEIGHT = FILTER | dict(C=64, K=64, TAPS=3, TILES=3, STRIDE=1, SEGMEN
 GRADIENT_OF_WEIGHT |= dict(
     DEPENDENT=True, BLOCK_M=64, BLOCK_N=64, num_stages=3, descriptors=dict(g_desc=[64, 64], x_desc=[1, 2, 32, 64])
 )
-GRADIENT_WITH_HALO = dict(C=128, K=128, PADDING_H=1, PADDING_W=1, SEGMENTS=3, TILE_N=1, TILE_P=4, TILE_Q=16)
+GRADIENT_WITH_HALO = dict(C=128, K=128, STRIDE=1, PADDING_H=1, PADDING_W=1, SEGMENTS=3, TILE_N=1, TILE_P=4, TILE_Q=16)
 GRADIENT_WITH_HALO |= dict(SLOTS=3, DEPENDENT=True)
 GRADIENT_OF_INPUT = FILTER | dict(C=128, K=128, TILE_N=1, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, ROUND_G=False)
 GRADIENT_OF_INPUT |= dict(
@@ -411,6 +411,12 @@ KERNELS = {
         LAST,
         GRADIENT_WITH_HALO,
     ),
+    "gradient of the weight, halo, strided": (
+        "ops.conv2d.backward.weight_halo:conv2d_backward_weight_halo_kernel",
+        "bf16",
+        LAST,
+        GRADIENT_WITH_HALO | dict(STRIDE=2, SLOTS=2),
+    ),
     "gradient of the input, TMA": (
         "ops.conv2d.backward.input_tma:conv2d_backward_input_tma_kernel",
         "bf16",
@@ -433,14 +439,14 @@ ON_TENSOR_CORES += ["gradient of the weight", "gradient of the weight, tiles of 
 BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
 COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[2:]]
 COMPUTED_OPERANDS += ["conv2d, matrix product, float32", "conv2d, matrix product, float32, NCHW"]
-COMPUTED_OPERANDS += ["gradient of the weight, halo"]
+COMPUTED_OPERANDS += ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
 """Kernels that round, split or transpose x in registers, from which, or from one place of shared memory, tensor cores
 read it."""
 WITH_HALO = [name for name in KERNELS if "halo" in name and "gradient" not in name]
 PRODUCTS = [name for name in KERNELS if "matrix product" in name]
 RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
 GRADIENTS_BY_TMA = [name for name in KERNELS if "gradient" in name and "TMA" in name]
-GRADIENTS_WITH_HALO = ["gradient of the weight, halo"]
+GRADIENTS_WITH_HALO = ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
 BY_TMA = BY_TAPS + WITH_HALO + PRODUCTS + GRADIENTS_BY_TMA + GRADIENTS_WITH_HALO
 FEW_PIXELS = ["conv2d, sliced-K", *RESIDENT_KERNELS]
 ROUNDS = [
@@ -564,9 +570,9 @@ def gradient_with_halo_types(dtype: str, constants: dict) -> dict[str, str]:
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     images, rows, columns = (constants[size] for size in ("TILE_N", "TILE_P", "TILE_Q"))
-    boxes = {"g_desc": rows, "x_desc": rows, "edge_desc": 2}
-    layout = NVMMASharedLayout(128, 16, 4)
-    return {name: f"tensordesc<{dtype}{[rows, images, columns, 64]},{layout!r}>" for name, rows in boxes.items()}
+    rest = [images, columns, 64]
+    boxes = {"g_desc": [rows, *rest], "x_desc": [rows, 1, *rest], "edge_desc": [3 - constants["STRIDE"], 1, *rest]}
+    return {name: f"tensordesc<{dtype}{box},{NVMMASharedLayout(128, 16, len(box))!r}>" for name, box in boxes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -620,7 +626,7 @@ def test_tensor_cores_read_gradients_from_where_tma_brought_them(name, ptx, tmp_
 def test_gradients_are_transposed_on_their_way_to_registers_and_all_fits_there(name, ptx, tmp_path):
     """64 x 64 of a gradient in four loads; the sums of three products of it stay where they are."""
     assert ptx[name].count("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16") == 4
-    assert "cp.async.bulk.tensor.4d.shared" in ptx[name] and not re.search(r"(ld|st)\.shared", ptx[name])
+    assert "cp.async.bulk.tensor.5d.shared" in ptx[name] and not re.search(r"(ld|st)\.shared", ptx[name])
     assert ptx[name].count("wgmma.mma_async") == 12
     said = assembled(ptx[name], tmp_path)
     assert "0 bytes spill stores" in said and "serializ" not in said
