@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, Metric, MetricCollection, MinMetric, SumMetric
@@ -290,6 +291,9 @@ def _copy(module: LightningModule, trainer: Trainer) -> LightningModule:
             f"TritonEvaluation compares copies of the module, and {type(module).__name__} cannot be copied "
             f"(copy.deepcopy: {type(error).__name__}: {error}): keep such an attribute out of the module"
         ) from error
+    for part in other.modules():  # torch.compile left functions of the module that was copied
+        if isinstance(part, LightningModule) and getattr(part, "_compiler_ctx", None):
+            to_uncompiled(part)
     other.trainer = trainer
     return other
 

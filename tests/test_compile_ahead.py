@@ -19,7 +19,7 @@ from helpers.trained import small, trained
 from torch import nn
 
 import tritonnn
-from tritonnn.compile_ahead import Kernel, compile_ahead, kernels_of
+from tritonnn.compile_ahead import Kernel, compile_ahead, compile_swapped, kernels_of
 from tritonnn.ops.conv2d.forms.pointers import conv2d_pointers_forward_kernel
 from tritonnn.ops.conv2d.pack import channels_last_kernel
 from tritonnn.runtime import dependent_launch
@@ -127,6 +127,27 @@ def test_a_fused_network_gives_zeros_and_stays_right():
         kernels_of(lambda: seen.append(network(x)))
         assert seen[0].shape == model(x).shape and not seen[0].any()
         assert torch.allclose(network(x), model(x))
+
+
+@pytest.mark.gpu
+def test_a_swapped_network_compiles_nothing_afterwards_nor_in_a_graph(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    layers = nn.Sequential(nn.Conv2d(20, 28, 3), nn.BatchNorm2d(28), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(28, 20, 1))
+    x, compiled = image(3, 20, 13, 13), []
+    layers.eval().to(x.device)
+    with torch.no_grad(), tritonnn.swapped(layers):
+        compile_swapped(lambda: layers(x))
+        monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **of: compiled.append(of["src"].name))
+        y = layers(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+            again = layers(x)
+        graph.replay()
+        assert not compiled
+    with torch.no_grad():
+        expected = layers.double()(x.double())
+    for result in (y, again):
+        assert float((result.double() - expected).norm() / expected.norm()) < 2e-3  # TF32
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "compile_ahead": BELOW_LAYERS | {"compile_ahead"},
     "fusion": BELOW_LAYERS | {"compile_ahead", "layers", "swap", "fusion"},
     "compiler": BELOW_LAYERS | {"clocks", "compile_ahead", "layers", "fusion", "compiler"},
-    "command": {"clocks", "swap", "latency", "command"},
+    "command": {"clocks", "compile_ahead", "runtime", "swap", "latency", "command"},
     "__main__": {"latency", "command"},  # and the public names
     "lightning": set(),  # the door to lit_modules, through which nothing here goes
     "tuning": BELOW_LAYERS | {"clocks", "compile_ahead", "layers", "swap", "latency", "fusion", "tuning"},

@@ -100,6 +100,16 @@ def test_swapped_restores_how_strict_layers_were(strict):
     assert type(model[2]) is nn.ReLU and "strict" not in model[2].__dict__
 
 
+@pytest.mark.parametrize("change", [tritonnn.swap, tritonnn.fuse])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(None, "got NoneType"), (nn.Conv2d, "got the class Conv2d"), ([nn.ReLU()], "got list"), ("resnet18", "got str")],
+)
+def test_what_is_no_module(change, model, message):
+    with pytest.raises(TypeError, match=f"expected a torch.nn.Module, {message}"):
+        change(model)
+
+
 def test_unknown_kind_lists_the_kinds_and_changes_nothing():
     model = network()
     with pytest.raises(ValueError, match=r"unknown layer kind 'conv3d': choose from avg_pool2d, .*, relu, all"):

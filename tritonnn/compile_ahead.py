@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from .ops.conv2d.forms import FORMS
 from .runtime.capabilities import knows
+from .runtime.dependent_launch import launches_as_in_graphs
 from .runtime.launch_plan import forget_plans
 
 PACKAGE = __name__.partition(".")[0]
@@ -60,6 +61,24 @@ def compile_ahead(
             advance(len(futures))
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, kernels that have not begun to compile are dropped
+
+
+def compile_swapped(
+    call: Callable[[], object], advance: Callable[[int], None] | None = None, in_graphs: bool = True
+) -> None:
+    """Compiles ahead what a call of a network with swapped layers needs, and with `in_graphs` in a CUDA graph too.
+
+    On the current GPU; `advance` is as in `compile_ahead`, without it there is a bar in a terminal. The call is gone
+    through without launches, so the network is to be a copy that nobody misses, if it keeps anything of what it
+    computes.
+    """
+
+    def in_a_graph() -> None:
+        with launches_as_in_graphs():
+            call()
+
+    with nullcontext(advance) if advance else progress_after() as tell:
+        compile_ahead([call, in_a_graph] if in_graphs else [call], tell, every_kernel=True)
 
 
 def kernels_of(call: Callable[[], object], every_kernel: bool = False) -> list[Kernel]:

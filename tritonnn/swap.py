@@ -109,8 +109,10 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
             layers of these kinds that an earlier swap has turned; those built as Triton layers keep their own `strict`.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: an unknown kind.
     """
+    check_is_module(model)
     requested = _requested_kinds(layers)
     report = SwapReport({}, {}, {})
     for module in _swapped_before(model, requested):
@@ -129,6 +131,13 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
         ):
             report.stayed[name] = _reason_to_stay(module, requested)
     return report
+
+
+def check_is_module(model: object) -> None:
+    """Raises TypeError where it is none."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"expected a torch.nn.Module, got {what}")
 
 
 def _swapped_before(model: nn.Module, requested: set[str]) -> list[Any]:

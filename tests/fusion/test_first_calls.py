@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tritonnn
-from tritonnn.fusion import first_calls
+from tritonnn.fusion import cuda_graphs, first_calls
 from tritonnn.fusion.fuse import FusedForward
 
 
@@ -63,6 +63,31 @@ def test_a_network_on_the_cpu_compiles_nothing(monkeypatch):
     network = tritonnn.fuse(trained(Net(is_a_graph_of_layers), torch.float64))
     if not torch.cuda.is_available():
         network(image(1, 4, 5, 5, dtype=torch.float64))
+
+
+class Replays:
+    """Stands for a CUDA graph."""
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a GPU")
+def test_replays_do_not_ask_whether_something_is_to_be_compiled(monkeypatch):
+    network, x = tritonnn.fuse(trained(Net(is_a_graph_of_layers)), cuda_graph=True), image(1, 4, 5, 5).double()
+    asked = []
+    monkeypatch.setattr(first_calls.FirstCalls, "before", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr(cuda_graphs, "can_be_captured", lambda tensors: True)
+    monkeypatch.setattr(cuda_graphs, "current_device", x.get_device)
+
+    def capture(graphs, call, network, leaves, spec, key):
+        graphs._captured[key] = cuda_graphs._Captured(Replays(), [x.clone()], call(x), [])
+        return graphs._captured[key]
+
+    monkeypatch.setattr(cuda_graphs.CudaGraphs, "_capture", capture)
+    for _ in range(4):
+        network(x)
+    assert len(network.graphs) == len(asked) == 1
 
 
 @pytest.mark.gpu

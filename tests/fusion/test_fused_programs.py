@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from helpers.compare import DEVICE, image
@@ -11,6 +13,8 @@ from helpers.fused import Net, assert_same
 from helpers.trained import trained
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune, weight_norm
+from torch.utils._pytree import tree_flatten
 
 import tritonnn
 
@@ -223,6 +227,65 @@ def test_a_padded_copy_decides_how_the_result_lies_in_memory(mode, channels_last
         x = image(2, 4, 6, 6, channels_last=channels_last)
         with torch.no_grad():
             torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-3, check_stride=True)
+
+
+IN_PLACE = {
+    "function": lambda n, y: F.relu(y, inplace=True),
+    "module": lambda n, y: n.relu(y),
+    "method": lambda n, y: y.clamp_(0, 6),
+    "one after the other": lambda n, y: F.hardtanh_(y.relu_(), 0, 6),
+    "after a norm": lambda n, y: n.one(y).relu_(),
+    "after a convolution": lambda n, y: n.relu(n.to_one(y)),
+    "a sum": lambda n, y: y.relu().add_(y),
+}
+
+
+@pytest.mark.parametrize("operation", IN_PLACE)
+def test_what_is_in_place_keeps_its_strides(operation):
+    """Of one channel, which fits both memory formats: what is computed beside it would be contiguous."""
+
+    def code(net: Net, x: Tensor) -> Tensor:
+        y = x[:, :1].contiguous(memory_format=torch.channels_last) + x.mean((1, 2, 3), keepdim=True)
+        y = IN_PLACE[operation](net, y)
+        return torch.cat([y, y], 1)
+
+    same_at_every_call(Net(code, one=nn.BatchNorm2d(1), to_one=nn.Conv2d(1, 1, 1)))
+
+
+PARTS_OF_ONE_CHANNEL = {
+    "its channel": lambda y: y[:, :1],
+    "its channel, by narrow": lambda y: y.narrow(1, 0, 1),
+    "an image": lambda y: y[1:, :],
+    "chunks of images": lambda y: y.chunk(2)[0],
+    "rows": lambda y: y[:, :, 1:],
+    "columns": lambda y: y.split(3, dim=3)[1],
+}
+
+
+@pytest.mark.parametrize("part", PARTS_OF_ONE_CHANNEL)
+def test_a_part_of_one_channel(part):
+    def code(net: Net, x: Tensor) -> Tensor:
+        y = PARTS_OF_ONE_CHANNEL[part](net.to_one(x))
+        y = y + y.relu()
+        return torch.cat([y, y], 1)
+
+    same_at_every_call(Net(code, to_one=nn.Conv2d(4, 1, 1)))
+
+
+@pytest.mark.gpu
+def test_a_norm_of_one_channel_keeps_its_format_on_a_gpu():
+    """And decides by that how the images lie that are made of it."""
+
+    def code(net: Net, x: Tensor) -> Tensor:
+        y = net.to_one(x)
+        return torch.cat([net.one(y), y], 1) + y
+
+    model = trained(Net(code, one=nn.BatchNorm2d(1), to_one=nn.Conv2d(4, 1, 1)), torch.float32)
+    fused = tritonnn.fuse(model)
+    for channels_last in (False, True):
+        x = image(2, 4, 6, 6, channels_last=channels_last)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4, check_stride=True)
 
 
 def relu_of_the_input(net: Net, x: Tensor) -> Tensor:
@@ -453,6 +516,81 @@ def test_an_untraceable_parent_of_one_part(part):
 
     fused = same_at_every_call(Outer())
     assert list(fused.report.fused.values()) == ["conv2d + batch_norm2d + relu"]
+
+
+class Named(OrderedDict):
+    """As a library's output that can be asked by attribute."""
+
+
+class Pair(list):
+    pass
+
+
+MADE = {
+    "OrderedDict": lambda n, x: OrderedDict(out=n.norm(n.a(x)), aux=x.mean()),
+    "nested": lambda n, x: [OrderedDict(out=(n.norm(n.a(x)), 1))],
+    "class of dict": lambda n, x: Named(out=n.norm(n.a(x))),
+    "class of list": lambda n, x: Pair([n.norm(n.a(x))]),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_what_is_made_is_of_the_same_class(made):
+    model, x = trained(Net(MADE[made])), image(2, 4, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        actual, expected = tritonnn.fuse(model)(x), model(x)
+    assert type(actual) is type(expected)
+    (actual, as_it_was), (expected, spec) = tree_flatten(actual), tree_flatten(expected)
+    assert as_it_was == spec
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+class TwiceConv2d(nn.Conv2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class PlusOne(nn.Sequential):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) + 1
+
+
+CALLED_OTHERWISE = {
+    "layer": lambda: nn.Sequential(TwiceConv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+    "part": lambda: nn.Sequential(PlusOne(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), nn.ReLU()),
+    "model": lambda: PlusOne(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("where", CALLED_OTHERWISE)
+def test_a_class_with_a_call_of_its_own(where):
+    same_at_every_call(CALLED_OTHERWISE[where]())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("compute", [partial(prune.random_unstructured, amount=0.5), weight_norm])
+def test_a_weight_that_hooks_compute(compute):
+    """PyTorch refuses to copy it."""
+    model = trained(Net(lambda n, x: n.relu(n.norm(n.a(x)))))
+    compute(model.a, name="weight")
+    assert not model.a.weight.is_leaf
+    same_at_every_call(model)
+
+
+@pytest.mark.parametrize("layers", ["a", "linear"])
+@pytest.mark.parametrize("x", [None, [1.0], numpy.ones((2, 4, 6, 6))], ids=lambda x: type(x).__name__)
+def test_an_input_that_is_no_tensor(x, layers):
+    model = trained(Net(lambda n, x: getattr(n, layers)(x), linear=nn.Linear(6, 6)))
+    for network in (model, tritonnn.fuse(model)):
+        with pytest.raises(TypeError):
+            network(x)
+
+
+def test_a_batch_norm_takes_batches_alone():
+    model, x = trained(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))), image(4, 6, 6, dtype=torch.float64)
+    for network in (model, tritonnn.fuse(model)):
+        with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
+            network(x)
 
 
 def test_a_forward_of_the_instances_own():

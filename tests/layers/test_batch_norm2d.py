@@ -4,8 +4,10 @@ import pytest
 import torch
 from helpers.compare import DEVICE, DTYPES, assert_close, assert_same_gradient, assert_same_layer, image
 from torch import nn
+from torch.nn import functional as F
 
 import tritonnn
+from tritonnn.ops.batch_norm2d import batch_norm2d_inference, batch_norm2d_training
 
 ARGUMENTS = {
     "default": {},
@@ -38,6 +40,53 @@ def test_arguments(case, training, channels_last):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_types(dtype, training):
     assert_same_layer(trained(training), image(4, 5, 3, 6, dtype=dtype), gradients=dtype.itemsize > 2)
+
+
+OTHER_ORDERS = {
+    "rows and columns": lambda x: x.transpose(2, 3),
+    "images and channels": lambda x: x.transpose(0, 1),
+    "a part": lambda x: x.transpose(2, 3)[..., ::2],
+    "repeated": lambda x: x[:, :1].expand(-1, 5, -1, -1),
+}
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+def test_other_orders_of_dimensions(order, training, affine):
+    """On a GPU, PyTorch's own kernels keep them, and cuDNN does not."""
+    assert_same_layer(trained(training, affine=affine), OTHER_ORDERS[order](image(5, 5, 3, 6)))
+
+
+TYPES = {
+    "float32": (torch.float32, torch.float32, True),
+    "not affine": (torch.float32, torch.float32, False),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, True),
+    "float16 beside float32": (torch.float16, torch.float32, True),
+    "float16": (torch.float16, torch.float16, True),
+}
+"""Of images and parameters, and whether there is a weight."""
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("case", TYPES)
+def test_the_strides_that_pytorch_would_have_on_a_gpu(case, training):
+    """By PyTorch's rules, without a GPU."""
+    from torch._subclasses import FakeTensorMode
+
+    dtype, of_parameters, affine = TYPES[case]
+    for order in OTHER_ORDERS.values():
+        with FakeTensorMode():
+            x = order(torch.empty(5, 5, 3, 6, dtype=dtype, device="cuda"))
+            weight, bias, mean, var = (torch.ones(5, dtype=of_parameters, device="cuda") for _ in range(4))
+            if not affine:
+                weight = bias = None
+            expected = F.batch_norm(x, mean, var, weight, bias, training)
+            if training:
+                y, *_ = batch_norm2d_training(x, weight, bias, 1e-5)
+            else:
+                y = batch_norm2d_inference(x, weight, bias, mean, var, 1e-5)
+        assert (y.stride(), y.dtype) == (expected.stride(), expected.dtype)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -245,6 +245,12 @@ class TestSides:
         assert [type(part) for part in module.modules()] == types and "log" not in vars(module)
         assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
+    def test_a_compiled_module_is_compared_as_it_was_before(self, tmp_path):
+        module = DictBatch()
+        with torch.compiler.set_stance("force_eager"):  # the Trainer's own steps
+            result = evaluate(torch.compile(module), tmp_path)
+        assert result.passed and "test_step" in vars(module)
+
     def test_a_fit_is_left_alone(self, tmp_path):
         class Fitted(MultiLabel):
             def training_step(self, batch: Any, batch_idx: int) -> Any:

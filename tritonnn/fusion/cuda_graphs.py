@@ -12,6 +12,7 @@ from ..runtime.capabilities import knows
 from ..runtime.dependent_launch import launches_as_in_graphs
 from ..runtime.precision import CONVOLUTION, MATMUL
 from ..runtime.replay import current_device
+from .first_calls import FirstCalls
 
 CAPTURE_AT_CALL = 2
 OWN_CODE = "tritonnn."
@@ -57,8 +58,8 @@ class CudaGraphs:
     captured, listed in `refused` with the reason.
     """
 
-    def __init__(self, copy_output: bool) -> None:
-        self.copy_output = copy_output
+    def __init__(self, copy_output: bool, first_calls: FirstCalls) -> None:
+        self.copy_output, self.first_calls = copy_output, first_calls
         self.refused: dict[tuple, str] = {}
         self.clear()
 
@@ -73,7 +74,7 @@ class CudaGraphs:
         return len(self._captured)
 
     def __getstate__(self) -> dict:
-        return {"copy_output": self.copy_output}
+        return {"copy_output": self.copy_output, "first_calls": self.first_calls}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -83,6 +84,7 @@ class CudaGraphs:
         leaves, spec = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not can_be_captured(tensors):
+            self.first_calls.before(call, network, args, kwargs, in_graphs=True)
             return call(*args, **kwargs)
         key = _key(leaves, spec)
         captured = self._captured.get(key)
@@ -112,6 +114,7 @@ class CudaGraphs:
         A network that changes its own state is refused: warming up would change it more often, and a replay not at all.
         Attributes may change in a first call, which makes a table, say: it is captured after a call that changes none.
         """
+        self.first_calls.before(call, network, args, kwargs, in_graphs=True)
         if key in self.refused:
             return call(*args, **kwargs)
         before, attributes = _state_of(network), _attributes_of(network)

@@ -13,6 +13,7 @@ from ..layers.layer import TritonLayer
 from ..runtime.dependent_launch import launches_as_in_graphs
 from ..runtime.launch_plan import is_capturing, plain_eager
 from .fused_graph import FusedGraph
+from .known_functions import LIBRARIES
 from .tracing import ends_in_place, in_place, is_changed, is_layer
 
 MOST_KINDS = 64
@@ -54,9 +55,14 @@ class FirstCalls:
         first_of_all = not self._seen
         if len(self._seen) < MOST_KINDS:
             self._seen.add(kind)
+        fallbacks = [layer.fallbacks for layer in network.modules() if isinstance(layer, TritonLayer)]
+        counted = [counts.copy() for counts in fallbacks]
         as_it_runs = launches_as_in_graphs() if in_graphs else nullcontext()
         with torch.cuda.device(args[0].device), as_it_runs, progress_after() as advance:
             compile_ahead([lambda: call(*args)], advance, every_kernel=first_of_all)
+        for counts, before in zip(fallbacks, counted):
+            counts.clear()
+            counts.update(before)
         if first_of_all:  # nothing was packed before; what was now is nonsense
             for module in network.modules():
                 if isinstance(module, FusedLayer):
@@ -80,7 +86,7 @@ def _is_harmless(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
         return known and quiet
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     library = (getattr(node.target, "__module__", "") or "torch").partition(".")[0]
-    if library not in ("torch", "_operator", "operator", "builtins", "math", "tritonnn"):
+    if library not in (*LIBRARIES, "tritonnn"):
         return False
     overwrites = (
         node.target is in_place or ends_in_place(name) or name == "setitem" or node.kwargs.get("out") is not None

@@ -35,21 +35,26 @@ KEEPS_STRIDES = (nn.Hardtanh, nn.PReLU, nn.ReLU6, "hardtanh", "prelu", "relu6")
 """Elementwise functions that keep their argument's strides where it fits both formats (one channel or one pixel)."""
 
 
+NEVER, ON_A_CPU, ALWAYS = range(3)
+"""Where what fits both formats is contiguous; elsewhere it is as its sources are."""
+
+
 @dataclass(frozen=True)
 class Format:
     """PyTorch's memory format of an image: channels_last if `always` or one of `sources` is, else contiguous.
 
-    `pixel`: an image of one pixel, which decides nothing where it meets a larger one. `settled`: what fits both formats
-    is contiguous. `single`: it has one channel, None where that is not known. `part`: of a larger image, not dense.
-    `odd`: its dimensions may lie in another order than in both formats.
+    `pixel`: an image of one pixel, which decides nothing where it meets a larger one. `settled`: where it is contiguous
+    if it fits both formats. `single`: it has one channel, None where that is not known. `part`: of a larger image, not
+    dense. `convolved`: made of a convolution's result. `odd`: its dimensions may lie in another order than in both.
     """
 
     sources: frozenset[fx.Node] = frozenset()
     always: bool = False
     pixel: bool = False
-    settled: bool = False
+    settled: int = NEVER
     single: bool | None = None
     part: bool = False
+    convolved: bool = False
     odd: bool = False
 
     @property
@@ -61,12 +66,13 @@ class Format:
 class _Value:
     """`exact`: it lies in memory as PyTorch's does. `format` is None where it is no image of a format that is known.
 
-    `parts`: a tuple or list of such.
+    `parts`: a tuple or list of such. `like`: in PyTorch it is the memory of that node, which was overwritten.
     """
 
     exact: bool
     format: Format | None
     parts: bool = False
+    like: fx.Node | None = None
 
 
 def keep_formats(traced: FunctionalGraph) -> None:
@@ -74,25 +80,35 @@ def keep_formats(traced: FunctionalGraph) -> None:
     _Formats(traced).run()
 
 
-def as_pytorch_puts_it(x: object, always: bool, settled: bool, *sources: object) -> object:
+def as_pytorch_puts_it(x: object, always: bool, settled: int, convolved: bool, *sources: object) -> object:
     """The image x [(N,) C, H, W] in channels_last if `always` or one of the sources is, else contiguous.
 
-    What fits both formats is contiguous if `settled`.
+    What fits both formats is contiguous where `settled` says so.
     """
     if isinstance(x, (tuple, list)):
-        return tuple(as_pytorch_puts_it(part, always, settled, *sources) for part in x)
+        return tuple(as_pytorch_puts_it(part, always, settled, convolved, *sources) for part in x)
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.dim() not in (3, 4):
         return x
     channels_last = always or any(isinstance(source, torch.Tensor) and is_channels_last(source) for source in sources)
-    if x.dim() == 3 or (settled and 1 in (x.shape[1], x.shape[2] * x.shape[3])):
+    settles = settled == ALWAYS or (settled == ON_A_CPU and x.device.type == "cpu")
+    if x.dim() == 3 or (settles and 1 in (x.shape[1], x.shape[2] * x.shape[3])):
         channels_last = False
-    if x.is_cuda and x.dtype == torch.float64:  # of which PyTorch's convolutions make contiguous images
+    if convolved and x.is_cuda and x.dtype == torch.float64:  # of which PyTorch's convolutions make contiguous images
         channels_last = False
     strides = _strides(x.shape, channels_last)
     if x.stride() == strides:
         return x
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+def as_overwritten(y: object, x: object) -> object:
+    """y, computed beside x, with the strides that it would have had in its place."""
+    if not isinstance(y, torch.Tensor) or y.layout != torch.strided or y.stride() == x.stride():
+        return y
+    if all(ours == theirs for size, ours, theirs in zip(x.shape, y.stride(), x.stride()) if size > 1):
+        return y.as_strided(x.shape, x.stride())
+    return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
 def _strides(shape: torch.Size, channels_last: bool) -> tuple[int, ...]:
@@ -142,8 +158,12 @@ class _Formats:
             if name_of(node) in LAYOUT_FREE_VIEWS:
                 with self.graph.inserting_after(node):
                     copy = self.graph.node_copy(node, self._exact)
+            elif value.like is not None:
+                with self.graph.inserting_after(node):
+                    copy = self.graph.call_function(as_overwritten, (node, value.like))
             else:
-                arguments = (node, value.format.always, value.format.settled, *sorted(value.format.sources, key=str))
+                f = value.format
+                arguments = (node, f.always, f.settled, f.convolved, *sorted(f.sources, key=str))
                 with self.graph.inserting_after(node):
                     copy = self.graph.call_function(as_pytorch_puts_it, arguments)
             self.copies[node] = copy
@@ -164,11 +184,11 @@ class _Formats:
             # Padding that is no zeros is put into a copy of the image, whose format depends on the device.
             return self._convolved(node, module) if module.padding_mode == "zeros" else None
         if all(x.exact for x in inputs):
-            return None
+            return self._beside_its_input(node) if node in self.traced.once_in_place else None
         if node in self.traced.overwriting or node in self.traced.once_in_place:
             return self._in_place(node)
         if kind == "batch_norm2d":
-            return self._elementwise([node.all_input_nodes[0]], settles=True)
+            return self._elementwise([node.all_input_nodes[0]], ON_A_CPU)
         if kind in ("max_pool2d", "avg_pool2d") or node.target in POOLS or _is_upsampling(node, module):
             return self._resized(node, first, module)
         if node in self.traced.pure or is_elementwise(node, module):
@@ -183,27 +203,44 @@ class _Formats:
     def _convolved(self, node: fx.Node, layer: nn.Module) -> _Value:
         """What is known of a convolution: whatever its input, its result does not lie in memory as PyTorch's does."""
         x = node.all_input_nodes[0]
-        if self.values[x].format is None:
+        format = self.values[x].format
+        if format is None or (layer.in_channels == 1 and format.settled == ON_A_CPU):
             node.replace_input_with(x, self._exact(x))
             x = self._exact(x)
         format = self.values[x].format or Format(frozenset([x]))
-        if layer.in_channels == 1 and format.settled:
+        if layer.in_channels == 1 and format.settled == ALWAYS:
             format = replace(format, sources=frozenset(), always=False)
         one_tap = tuple(layer.kernel_size) == (1, 1) and layer.padding in ("valid", "same", 0, (0, 0))
         always = format.always or is_channels_last(layer.weight)
         single = layer.out_channels == 1
-        return _Value(False, Format(format.sources, always, pixel=format.pixel and one_tap, single=single))
+        pixel = format.pixel and one_tap
+        return _Value(False, Format(format.sources, always, pixel=pixel, single=single, convolved=True))
 
     @staticmethod
     def _resized(node: fx.Node, x: _Value, module: nn.Module | None) -> _Value | None:
-        if x.format is None or (x.format.settled and x.format.single is None):
+        if x.format is None or (x.format.settled == ALWAYS and x.format.single is None):
             return None
-        format, upsampling = replace(x.format, settled=False, part=False), _is_upsampling(node, module)
-        if x.format.settled and (x.format.single or (x.format.pixel and upsampling)):
+        format, upsampling = replace(x.format, settled=NEVER, part=False), _is_upsampling(node, module)
+        if x.format.settled == ON_A_CPU and (x.format.single is not False or x.format.pixel):
+            return None
+        if x.format.settled == ALWAYS and (x.format.single or (x.format.pixel and upsampling)):
             format = replace(format, sources=frozenset(), always=False)
         indices = getattr(module, "return_indices", False) or argument(node, 6, "return_indices", False) is True
         pixel = not upsampling and (format.pixel or _makes_pixels(node, module))
         return _Value(False, replace(format, pixel=pixel), bool(indices))
+
+    def _beside_its_input(self, node: fx.Node) -> _Value | None:
+        """What is known of an operation that was in place: its result lies as its input, which a fresh one may not."""
+        x = node.all_input_nodes[0]
+        format = self.values[x].format
+        if format is None or self._is_of_linear(x):  # what a linear layer makes is contiguous, either way
+            return None
+        return _Value(False, format, like=x)
+
+    def _is_of_linear(self, node: fx.Node) -> bool:
+        if kind_of(self.traced.module(node)) == "linear":
+            return True
+        return node in self.traced.pure and any(map(self._is_of_linear, node.all_input_nodes))
 
     def _in_place(self, node: fx.Node) -> _Value | None:
         """What is known of an operation in place: its result is the first operand, however the others lie in memory."""
@@ -214,7 +251,7 @@ class _Formats:
             return first if node not in self.traced.shared else None
         return replace(first, exact=False)
 
-    def _elementwise(self, operands: list[fx.Node], settles: bool) -> _Value | None:
+    def _elementwise(self, operands: list[fx.Node], settles: int) -> _Value | None:
         formats = [self.values[x].format for x in operands]
         if None in formats or not formats or any(format.odd for format in formats):
             return None
@@ -223,11 +260,12 @@ class _Formats:
             return None
         if len({format.channels_last for format in deciding}) > 1:
             return None
-        settled = settles and not any(format.part for format in formats)
-        settled = settled or all(format.settled for format in deciding)
+        settled = min(format.settled for format in deciding)
+        settled = settled if any(format.part for format in formats) else max(settled, settles)
         singles = {format.single for format in formats}
         single = False if False in singles else None if None in singles else True
-        return _Value(False, replace(deciding[0], settled=settled, single=single, part=False))
+        convolved = any(format.convolved for format in formats)
+        return _Value(False, replace(deciding[0], settled=settled, single=single, part=False, convolved=convolved))
 
     def _concatenated(self, operands: list[fx.Node]) -> _Value | None:
         formats = [self.values[x].format for x in operands]
@@ -235,21 +273,29 @@ class _Formats:
             return None
         if any(format.settled for format in formats) and any(format.single is not False for format in formats):
             return None
+        if any(format.settled == ON_A_CPU and format.pixel for format in formats):
+            return None
         if len({format.settled for format in formats}) > 1 and formats[0].pixel:
             return None
         settled = all(format.settled and format.pixel for format in formats)
-        format = replace(formats[0], single=False, settled=False, part=False)
+        convolved = any(format.convolved for format in formats)
+        format = replace(formats[0], single=False, settled=NEVER, part=False, convolved=convolved)
         return _Value(False, replace(format, sources=frozenset(), always=False) if settled else format)
 
     @staticmethod
     def _viewed(node: fx.Node, x: _Value, name: str) -> _Value:
         one = x.format is not None and x.format.single is True
-        part = x.format and replace(x.format, part=True, settled=one and x.format.settled, single=one or None)
+        part = x.format and replace(
+            x.format,
+            part=x.format.part or not (one and _is_whole_channels(node, name)),
+            settled=x.format.settled if one else NEVER,
+            single=one or None,
+        )
         if name in PARTS:
             return replace(x, format=part, parts=name != "narrow")
         if name == "getitem" and x.parts:
             return replace(x, parts=False) if isinstance(node.args[1], int) else _Value(False, None)
-        if name == "getitem" and isinstance(node.args[1], tuple) and all(isinstance(i, slice) for i in node.args[1]):
+        if name == "getitem" and _is_slices(node.args[1]):
             return replace(x, format=part)
         converts = name in CONVERSIONS and not node.kwargs
         return x if converts else _Value(False, None)
@@ -273,11 +319,26 @@ def _reorders(node: fx.Node, traced: FunctionalGraph) -> bool:
     return name_of(node) not in (*PARTS, *CONVERSIONS, "contiguous", "detach", "dropout", "flatten")
 
 
-def _settles(node: fx.Node, module: nn.Module | None, operands: list[fx.Node]) -> bool:
-    """Whether an elementwise result that fits both formats is contiguous: where all operands are of one shape."""
+def _is_slices(index: object) -> bool:
+    return isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
+
+
+def _is_whole_channels(node: fx.Node, name: str) -> bool:
+    """Whether a part of images is one of whole channels: dense, if there is but one channel."""
+    if name == "getitem":
+        if not _is_slices(node.args[1]):
+            return False
+        images, _, *pixels = [*node.args[1], *[slice(None)] * 4][:4]
+        return images.step in (None, 1) and all(pixel == slice(None) for pixel in pixels)
+    return argument(node, 1 if name == "narrow" else 2, "dim", 0) in (0, 1, -3, -4)
+
+
+def _settles(node: fx.Node, module: nn.Module | None, operands: list[fx.Node]) -> int:
+    """Where an elementwise result that fits both formats is contiguous: if all operands are of one shape."""
     if type(module) in KEEPS_STRIDES or name_of(node) in KEEPS_STRIDES:
-        return False
-    return module is not None or name_of(node) not in BINARY or all(x in operands for x in node.args[:2])
+        return NEVER
+    alike = module is not None or name_of(node) not in BINARY or all(x in operands for x in node.args[:2])
+    return ALWAYS if alike else NEVER
 
 
 def _makes_pixels(node: fx.Node, module: nn.Module | None) -> bool:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..layers.fused.base import FusedLayer
 from ..layers.fused.linear import FusedPooledLinear
 from ..layers.layer import TritonLayer
-from ..swap import few, kind_of, swap
+from ..swap import check_is_module, few, kind_of, swap
 from .cuda_graphs import CudaGraphs
 from .first_calls import FirstCalls
 from .functionalize import functionalize
@@ -25,7 +25,7 @@ from .fused_graph import FusedGraph
 from .norm_act import split_norm_acts
 from .report import FusionReport, join
 from .rewrite import fuse_graph
-from .tracing import WRAPPERS, has_hooks, in_a_line, is_layer
+from .tracing import CALLS_OTHERWISE, WRAPPERS, calls_otherwise, has_hooks, in_a_line, is_layer
 
 
 class FusedForward:
@@ -112,8 +112,8 @@ class FusedNetwork(nn.Module):
         self.unfused = unfused
         self.report = report
         self._with_options = None if unfused is None else FusedForward(network, unfused.forward)
-        self.graphs = CudaGraphs(copy_output) if cuda_graph else None
         self._first_calls = FirstCalls(network)
+        self.graphs = CudaGraphs(copy_output, self._first_calls) if cuda_graph else None
         super().train(False)
 
     def forward(self, *args, **kwargs) -> object:
@@ -124,8 +124,8 @@ class FusedNetwork(nn.Module):
             call = self._with_options or self.network
             if torch.compiler.is_compiling():
                 return call(*args, **kwargs)
-            self._first_calls.before(call, self, args, kwargs, self.graphs is not None)
             if self.graphs is None:
+                self._first_calls.before(call, self, args, kwargs, in_graphs=False)
                 return call(*args, **kwargs)
             return self.graphs(call, self, args, kwargs)
 
@@ -156,7 +156,8 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     Batch norms are folded into the convolutions before them, in float64: into float32 and float64 weights, rounded
     once; beside 16-bit weights, which stay as they are, the kernel scales the sums. Bias, residual sum and activation
     run in the kernel of the convolution or linear layer, whose images are channels_last; what leaves the network lies
-    in memory as the model's output would. Operand types follow autocast and PyTorch's TF32 switches at each call.
+    in memory as the model's output would, for images in one of both memory formats and parts of such. Operand types
+    follow autocast and PyTorch's TF32 switches at each call.
 
     Activations are ReLU, ReLU6, LeakyReLU, SiLU, Hardswish, Hardsigmoid, Sigmoid and both kinds of GELU, as modules,
     functions or methods, in place or not; others stay PyTorch's.
@@ -173,8 +174,10 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
 
     Raises:
         RuntimeError: the model or a part of it is in training mode.
+        TypeError: it is no module.
         ValueError: it is a fused network already.
     """
+    check_is_module(model)
     if isinstance(model, FusedNetwork):
         raise ValueError("the network is fused already")
     while isinstance(model, WRAPPERS) and not has_hooks(model):
@@ -184,7 +187,7 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
         raise RuntimeError(f"fuse wants a network in eval mode: call model.eval() first; training: {few(training)}")
     report, parts = FusionReport(), {}
     with torch.inference_mode(False), torch.no_grad():
-        network = copy.deepcopy(model)
+        network = copy.deepcopy(model, _computed_attributes(model))
         split_norm_acts(network)
         if is_layer(network):
             network = nn.Sequential(network)
@@ -196,10 +199,21 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     return fused
 
 
+def _computed_attributes(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Copies of results with a gradient among the attributes of modules, such as pruned weights, by their identity.
+
+    PyTorch's deepcopy refuses these; hooks compute them anew at each call.
+    """
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    return {id(t): t.detach().clone() for t in attributes if isinstance(t, torch.Tensor) and not t.is_leaf}
+
+
 def _graph_of(module: nn.Module, name: str, report: FusionReport, parts: dict[str, FusedGraph]) -> FusedGraph | None:
     """The module as a fused graph; None where it cannot be traced, and its parts, by name, have become graphs."""
     if has_hooks(module):
         reason = "it has hooks"
+    elif calls_otherwise(module) and not is_layer(module):
+        reason = CALLS_OTHERWISE
     elif isinstance(module, WRAPPERS):
         reason = f"it is a {type(module).__name__}"
     else:

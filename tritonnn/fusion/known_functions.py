@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..swap import kind_of
 
-LIBRARIES = ("torch", "_operator", "operator", "builtins", "math")
+LIBRARIES = ("torch", "_operator", "operator", "builtins", "math", "collections")
 
 ELEMENTWISE = frozenset(
     """abs add ceil celu clamp clamp_max clamp_min cos div elu eq exp floor floordiv ge gelu gt hardshrink hardsigmoid

@@ -15,7 +15,7 @@ from ..layers.fused.linear import FusedLinear, FusedLinearOfImages, FusedPooledL
 from ..layers.layer import FLOATING_POINT, pair
 from ..swap import kind_of, swap
 from .as_convolutions import is_of_linear
-from .formats import as_pytorch_puts_it, keep_formats
+from .formats import as_overwritten, as_pytorch_puts_it, keep_formats
 from .functionalize import FunctionalGraph
 from .fused_graph import FusedGraph
 from .known_functions import flattens_images, operands, unused_name
@@ -26,7 +26,8 @@ from .round_ahead import round_ahead
 from .tracing import in_place, is_changed, why_changed
 
 # Functions that only look at tensors.
-NO_COMPUTATION = ("getattr", "getitem", "size", "dim", as_pytorch_puts_it.__name__, "eq", "_assert")
+LAYOUT = (as_pytorch_puts_it.__name__, as_overwritten.__name__)
+NO_COMPUTATION = ("getattr", "getitem", "size", "dim", *LAYOUT, "eq", "_assert")
 
 
 @dataclass

@@ -8,7 +8,9 @@ attributes, or switches autocast or TF32.
 import inspect
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import is_dataclass
 
 import torch
 from torch import fx, nn
@@ -22,6 +24,8 @@ from ..swap import LAYERS
 LAYER_TYPES = tuple(torch_class for pairs in LAYERS.values() for torch_class in pairs)
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 IN_PLACE = ("add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+KEPT = (dict, tuple, list, torch.Size, fx.immutable_collections.immutable_list)
+CALLS_OTHERWISE = "its class has a __call__ of its own"
 CHANGES_SHAPE = (
     *("as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_"),
     "unsqueeze_",
@@ -49,6 +53,11 @@ def is_changed(module: nn.Module) -> bool:
 
 def why_changed(module: nn.Module) -> str:
     return "it has hooks" if has_hooks(module) else "its forward was replaced"
+
+
+def calls_otherwise(module: nn.Module) -> bool:
+    """Whether its class has a `__call__` of its own around the forward."""
+    return type(module).__call__ is not nn.Module.__call__
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -144,6 +153,16 @@ class _Tracer(fx.Tracer):
                 raise TraceError(f"it overwrites {args[0].target}")
         return super().create_node(kind, target, args, kwargs, name, type_expr)
 
+    def create_arg(self, a: object) -> object:
+        """torch.fx would make plain dictionaries, lists and tuples of classes that are derived from them."""
+        kind = type(a)
+        if kind is OrderedDict:
+            return self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}).node
+        if issubclass(kind, (dict, tuple, list)) and kind not in KEPT:
+            if not (is_dataclass(kind) or hasattr(kind, "_fields")):
+                raise TraceError(f"it makes a {kind.__name__}")
+        return super().create_arg(a)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
@@ -153,6 +172,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
+            if calls_otherwise(m):  # the graph would have it beside the call that does it
+                raise TraceError(CALLS_OTHERWISE)
             return super().call_module(m, forward, args, kwargs)
         if has_hooks(m):
             self.opaque[name] = "it has hooks"

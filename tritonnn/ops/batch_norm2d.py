@@ -1,9 +1,8 @@
 """2-D batch normalisation forward: y = (x - mean) / sqrt(var + eps) * weight + bias, per channel.
 
-x: [N, C, H, W], read where it is if dense; y likewise, channels_last where x is. Inference takes mean and variance from
-the running statistics; training takes them (the biased variance) from the batch in one pass over x: those of four
-pixels at a time in each lane, and Chan et al.'s combination of these, of lanes and of programs, so that a large mean
-costs no digits.
+x: [N, C, H, W], read where it is if dense; y lies as PyTorch's does. Inference takes mean and variance from the running
+statistics; training takes them (the biased variance) from the batch in one pass over x: those of four pixels at a time
+in each lane, and Chan et al.'s combination of these, of lanes and of programs, so that a large mean costs no digits.
 """
 
 from collections.abc import Iterator
@@ -232,13 +231,37 @@ def _contiguous(*parameters: torch.Tensor | None) -> Iterator[torch.Tensor | Non
     return (t if t is None else t.contiguous() for t in parameters)
 
 
-def _output(x, *_) -> torch.Tensor:
+def _keeps_strides(x, weight, bias, training: bool) -> bool:
+    """Whether PyTorch's output has the order of x's dimensions, whatever it is: on a GPU where cuDNN is not asked.
+
+    PyTorch's `_select_batch_norm_backend` in ATen/native/Normalization.cpp.
+    """
+    if x.device.type == "cpu":
+        return False
+    plain = weight is None or bias is None or torch.bfloat16 in (x.dtype, weight.dtype)
+    plain = plain or weight.dtype == torch.float16
+    large = x.shape[0] > (880_801 if training else 65_535) or x.numel() >= 2**31 - 1
+    return plain or large or not torch.backends.cudnn.enabled
+
+
+def _output(x, weight, bias, training: bool) -> torch.Tensor:
+    if _keeps_strides(x, weight, bias, training):
+        return torch.empty_like(x)
     return empty_image(x.shape, x, _is_channels_last(x))
 
 
+def _as_pytorch_lies(y, x, weight, bias, training: bool) -> torch.Tensor:
+    """y, contiguous or channels_last, or a copy with the order of x's dimensions where PyTorch's has it."""
+    if y.stride() == x.stride() or not _keeps_strides(x, weight, bias, training):
+        return y
+    copy = torch.empty_like(x)
+    return y if y.stride() == copy.stride() else copy.copy_(y)
+
+
 def normalize(x, weight, bias, mean, var, eps, inverted=False, residual=None, relu=False) -> torch.Tensor:
+    """y, contiguous or channels_last."""
     channels_last = _is_channels_last(x)
-    x, y = _dense(x), _output(x)
+    x, y = _dense(x), empty_image(x.shape, x, channels_last)
     if y.numel() == 0:
         return y
     weight, bias, mean, var = _contiguous(weight, bias, mean, var)
@@ -272,6 +295,14 @@ def normalize(x, weight, bias, mean, var, eps, inverted=False, residual=None, re
         **blocks._asdict(),
     )
     return y
+
+
+def _launch_inference(x, weight, bias, mean, var, eps) -> torch.Tensor:
+    return _as_pytorch_lies(normalize(x, weight, bias, mean, var, eps), x, weight, bias, training=False)
+
+
+def _outputs_inference(x, weight, bias, *_) -> torch.Tensor:
+    return _output(x, weight, bias, training=False)
 
 
 def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -323,12 +354,13 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _launch_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mean, var, inverse = batch_statistics(x, eps)
-    return normalize(x, weight, bias, mean, inverse, eps, inverted=True), mean, var
+    y = normalize(x, weight, bias, mean, inverse, eps, inverted=True)
+    return _as_pytorch_lies(y, x, weight, bias, training=True), mean, var
 
 
 def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     C, dtype = x.shape[1], statistics_dtype(x)
-    return _output(x), x.new_empty(C, dtype=dtype), x.new_empty(C, dtype=dtype)
+    return _output(x, weight, bias, training=True), x.new_empty(C, dtype=dtype), x.new_empty(C, dtype=dtype)
 
 
 def _launch_update(mean, var, running_mean, running_var, momentum, count) -> None:
@@ -390,8 +422,8 @@ def _gradients(ctx, grad_y, x, weight, mean, var, training: bool) -> Iterator[to
 
 batch_norm2d_inference = register(
     "batch_norm2d_inference(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor",
-    normalize,
-    _output,
+    _launch_inference,
+    _outputs_inference,
     _setup_context_inference,
     _backward_inference,
 )

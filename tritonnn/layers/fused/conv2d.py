@@ -50,7 +50,8 @@ class FusedConv2d(FusedLayer):
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         (input,) = autocast(input)
-        kept = self._recent.get((input.dtype, convolutions_in_tf32())) if plain_eager() else None
+        dtype = getattr(input, "dtype", None)  # what is no tensor is PyTorch's to refuse
+        kept = self._recent.get((dtype, convolutions_in_tf32())) if plain_eager() else None
         if kept is None or not kept.is_of(self._buffers["weight"], self._buffers["scale"]):
             return self._compute(input, residual)
         return self._compute_again(input, residual, kept.packed, kept.scale)
@@ -83,6 +84,8 @@ class FusedConv2d(FusedLayer):
         reason = self._reason_to_fall_back(x)
         if reason is not None:
             return self._fall_back(reason, self._with_pytorch, x, residual)
+        if x.dim() == 3 and self.scale is not None:  # as a batch norm says it
+            raise ValueError("expected 4D input (got 3D input)")
         R, S = self.weight.shape[2:]
         apart = self._reason_to_add_apart(x, (*x.shape[:-3], *self.output_shape(x)), residual)
         if is_recorded():
