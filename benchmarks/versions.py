@@ -272,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="+", metavar="NAME[=FOLDER]")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
+    parser.add_argument("--networks", action="store_true", help="leave out convolutions alone")
     parser.add_argument("--compile", action="store_true", help="compile, and time nothing")
     parser.add_argument("--compiled", action="store_true", help="all is compiled")
     parser.add_argument("--processes", type=int, default=12, help="that compile, of each version")
@@ -290,6 +291,8 @@ def main() -> None:
             return dict(zip(servers, pool.map(functools.partial(ask, **order), servers.values())))
 
     chosen = [case for case in NETWORKS + CONVOLUTIONS + LOADS if case[0] in options.types]
+    if options.networks:
+        chosen = [case for case in chosen if "alone" not in case[2]]
     if not options.compiled:
         ours = [case for case in chosen if "PyTorch's" not in case[2]]
         for name, compiled in ask_all(compile=ours, processes=options.processes).items():

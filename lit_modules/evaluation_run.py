@@ -26,7 +26,6 @@ from lit_modules.progress import Progress
 from lit_modules.side import STEPS, Call, Replayed, Side, in_format, modules_called, named_outputs, replay
 from lit_modules.trees import batch_size, mapped, named_tensors
 from lit_modules.verdict import judge_variant
-from tritonnn.compile_ahead import compile_swapped
 from tritonnn.latency import twin
 
 
@@ -236,27 +235,27 @@ class EvaluationRun:
                     side.module.get_submodule(part).__dict__["forward"] = fused.__call__
 
     def _compile(self) -> None:
-        """The kernels of the swapped layers beside each other; each side's step would compile one after the other."""
-        context, done = self.trainer.precision_plugin.forward_context, 0
+        """What the swapped layers launch, beside each other; each side's step would compile one after the other."""
+        done = 0
 
         def advance(total: int) -> None:
             nonlocal done
             done += 1
             self._progress.tell("ahead", "", done, total)
 
-        copied = Side(self.module, self.trainer, self.stage, context, self.format).module
-        tritonnn.swap(copied, list(self._variants.values())[-1])
-        network, inputs = self._network(copied)
-        with context(), torch.cuda.device(self.module.device):
-            compile_swapped(partial(network, *inputs), advance, in_graphs=self.options.latency)
+        kinds = [[layers] if isinstance(layers, str) else list(layers) for layers in self._variants.values()]
+        with self.trainer.precision_plugin.forward_context():
+            network, inputs = self._network()
+            tritonnn.compile_swapped(
+                network, *inputs, layers=sum(kinds, []), in_graphs=self.options.latency, advance=advance
+            )
 
-    def _network(self, module: LightningModule | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
-        """What makes the calls of the first step again, with the layers of the module, by default the run's; inputs."""
-        module = module or self.module
+    def _network(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """A module with the layers of the run's, and inputs, that make the calls of the first step again."""
         (call, *more) = self._calls
         if call.name == "" and not more and not call.kwargs and all(isinstance(x, Tensor) for x in call.args):
-            return module, call.args
-        return replay(module, self._calls), self._any_input()
+            return self.module, call.args
+        return replay(self.module, self._calls), self._any_input()
 
     def _any_input(self) -> tuple[Tensor, ...]:
         return (next(x for call in self._calls for _, x in named_tensors((call.args, call.kwargs))),)

@@ -1,5 +1,6 @@
 """What an evaluation does next, and how much of it is done: bars in a terminal, lines elsewhere."""
 
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -16,7 +17,7 @@ STEPS = {
 
 
 class Progress:
-    """A bar for each of `STEPS` that has begun; on a console that is no terminal, a line for each as it begins.
+    """A bar for each of `STEPS` that has begun; on a console that is no terminal a line, from the first process.
 
     Args:
         console: where they are drawn.
@@ -38,7 +39,7 @@ class Progress:
             self._tasks[step] = TaskID(len(self._tasks))
             if self._bars:
                 self._tasks[step] = self._bars.add_task(STEPS[step], total=total, now="")
-            elif step != "compiling":
+            elif step != "compiling" and rank_zero_only.rank == 0:
                 self.console.print(f"{STEPS[step]} ...", highlight=False)
         if self._bars:
             self._bars.update(self._tasks[step], completed=done, total=total, now=now)

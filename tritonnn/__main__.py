@@ -111,7 +111,7 @@ def run(args: argparse.Namespace, console: Console) -> bool:
         if args.fuse:
             networks["fused"] = tritonnn.fuse(model, cuda_graph=args.cuda_graph)
         if device.type == "cuda":
-            compile_networks(networks, images, args.cuda_graph)
+            compile_networks(networks, images, args.layers, args.cuda_graph)
         with console.status("proving"):
             proof = prove(model, networks, images, strict=_is_strict(images))
 

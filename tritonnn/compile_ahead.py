@@ -1,12 +1,13 @@
 """Compiles kernels in parallel before their first launch: in threads, as most of compiling releases Python's lock."""
 
+import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,9 @@ from torch.utils._pytree import tree_map_only
 
 from .ops.conv2d.forms import FORMS
 from .runtime.capabilities import knows
-from .runtime.dependent_launch import launches_as_in_graphs
 from .runtime.launch_plan import forget_plans
 
+LOG = logging.getLogger(__name__)
 PACKAGE = __name__.partition(".")[0]
 MOST_THREADS = 16
 _noting = threading.RLock()
@@ -47,38 +48,35 @@ def compile_ahead(
     device = torch.cuda.current_device()
 
     def compile(kernel: Kernel) -> None:
+        key.result()
         with torch.cuda.device(device), suppress(Exception):
-            kernel.function.preload(kernel.specialization)
+            compiled = kernel.function.preload(kernel.specialization)
+            if knows("launches"):
+                _ = compiled.run  # builds its launcher, with a C compiler, and loads it on the GPU
 
-    pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS))
+    pool, start = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS)), time.perf_counter()
     try:
         futures: dict[Kernel, Future] = {}
+        key = pool.submit(_hash_of_triton)
         for call in calls:
             for kernel in kernels_of(call, every_kernel):
                 if kernel not in futures:
                     futures[kernel] = pool.submit(compile, kernel)
+        found = time.perf_counter()
         for _ in as_completed(futures.values()):
             advance(len(futures))
+        LOG.info(
+            "%d kernels: %.1f s to find, %.1f s to compile", len(futures), found - start, time.perf_counter() - start
+        )
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, kernels that have not begun to compile are dropped
 
 
-def compile_swapped(
-    call: Callable[[], object], advance: Callable[[int], None] | None = None, in_graphs: bool = True
-) -> None:
-    """Compiles ahead what a call of a network with swapped layers needs, and with `in_graphs` in a CUDA graph too.
-
-    On the current GPU; `advance` is as in `compile_ahead`, without it there is a bar in a terminal. The call is gone
-    through without launches, so the network is to be a copy that nobody misses, if it keeps anything of what it
-    computes.
-    """
-
-    def in_a_graph() -> None:
-        with launches_as_in_graphs():
-            call()
-
-    with nullcontext(advance) if advance else progress_after() as tell:
-        compile_ahead([call, in_a_graph] if in_graphs else [call], tell, every_kernel=True)
+def _hash_of_triton() -> None:
+    """Has Triton read all of its own files once, as its cache asks for; else each thread would, a second of work."""
+    known = getattr(triton.runtime.cache, "triton_key", None)
+    if callable(known):
+        known()
 
 
 def kernels_of(call: Callable[[], object], every_kernel: bool = False) -> list[Kernel]:

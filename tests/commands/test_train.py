@@ -49,7 +49,8 @@ def start(*args: str) -> subprocess.Popen:
     """train.py on CPUs, with kernels in Triton's interpreter."""
     command = [sys.executable, str(ROOT / "train.py"), *args]
     threads = {"OMP_NUM_THREADS": "1"}  # other tests run beside it, and threads that wait spin
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **threads}
+    on_cpus = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, **on_cpus, "PYTHONUNBUFFERED": "1", **threads}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=environment, preexec_fn=heed_ctrl_c, **pipes)
 
@@ -491,8 +492,9 @@ def test_two_processes_train_and_count_every_test_image_once():
     parallel = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
     evaluation = ["--evaluation.layers=relu", "--evaluation.budget_s=0", "--evaluation.time_interpreter=true"]
     process = start(*QUIET, *data, *parallel, *evaluation, "--model.width=4", "--model.lr=0.01")
-    _, stderr = process.communicate(timeout=240)
+    stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
+    assert stdout.count("Proving: ") == stdout.count("Timing each layer") == 1
 
     (best,) = Path("checkpoints/pets/version_0").glob("best*.ckpt")
     classifier, checkpoint = load_classifier(best)

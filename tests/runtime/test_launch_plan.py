@@ -260,7 +260,8 @@ def test_gradients_by_plan_are_those_of_the_launchers(name, replays):
         expected.append(gradients(*call))
     replays.clear()
     actual = [gradients(*call) for call in calls]
-    assert len(replays) >= 2 * len(calls) - 2  # the first of each kind may have to make its plans
+    planned = 1 if DEVICE.type == "cuda" and name.startswith("conv2d") else 2  # PyTorch has gradients in float32 there
+    assert len(replays) >= planned * len(calls) - 2  # the first of each kind may have to make its plans
     for a, e in zip(actual, expected, strict=True):
         assert_identical(a, e)
 

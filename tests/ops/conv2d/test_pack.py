@@ -24,24 +24,26 @@ def test_a_split_weight_is_the_weight_and_on_hopper_what_will_be_lost(monkeypatc
     weight = image(64, 32, 3, 3)
     high, rest, whole = pack_weight(weight, "tf32x3").double().chunk(3)
     expected = weight.permute(0, 2, 3, 1).double()
-    assert torch.equal(whole, expected)
-    assert share(high + rest - expected, expected) == pytest.approx(pack.TRUNCATED if is_hopper else 0, abs=3e-9)
+    lost = pack.TRUNCATED if is_hopper else 0.0
+    assert share(high + rest - expected, expected) == pytest.approx(lost, abs=3e-9)
+    assert share(whole - expected, expected) == pytest.approx(lost, rel=0.2)  # which is about its last digit
 
 
 def test_a_weight_in_tf32_stays_exact(monkeypatch):
     monkeypatch.setattr(hardware, "gpu", lambda device: SimpleNamespace(is_hopper=True))
     weight = torch.randint(-4, 5, (16, 8, 3, 3)).float().to(image(1, 1, 1, 1).device)
-    high, rest, _ = pack_weight(weight, "tf32x3").chunk(3)
-    assert torch.equal(high, weight.permute(0, 2, 3, 1)) and not rest.any()
+    high, rest, whole = pack_weight(weight, "tf32x3").chunk(3)
+    assert torch.equal(high, weight.permute(0, 2, 3, 1)) and torch.equal(whole, high) and not rest.any()
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("images", [1, 64])
 @pytest.mark.parametrize("filter", [1, 3])
-def test_layers_of_strict_float32_do_not_shrink_what_they_compute(filter, channels_last):
+def test_layers_of_strict_float32_do_not_shrink_what_they_compute(filter, images, channels_last):
     layer = tritonnn.TritonConv2d(256, 256, filter, padding=filter // 2, bias=False).cuda()
-    x = image(64, 256, 14, 14, channels_last=channels_last).relu()
+    x = image(images, 256, 14, 14, channels_last=channels_last).relu()
     with torch.no_grad():
         y, expected = layer(x), torch.nn.functional.conv2d(x.double(), layer.weight.double(), padding=filter // 2)
-    assert abs(share(y.double() - expected, expected)) < 3e-8
+    assert abs(share(y.double() - expected, expected)) < 4e-8

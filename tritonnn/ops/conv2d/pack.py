@@ -15,7 +15,8 @@ from ...runtime.launch_plan import launch
 TRUNCATED = 8.6e-8
 """The share of a sum of 32 products that Hopper's tensor cores lose on average, as they truncate each sum of eight.
 
-It is always toward zero, so that it adds up from layer to layer, where roundings cancel. Measured on an H200.
+It is always toward zero, so that it adds up from layer to layer, where roundings cancel: without it, the outputs of a
+trained ResNet18 are off float64 by 7.6e-7 on average, with it by 1.9e-7, and PyTorch's by 3.8e-7 (H200, 1,000 images).
 """
 
 
@@ -40,8 +41,8 @@ def channels_last_kernel(
 ):
     """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels.
 
-    SPLIT: y is followed by what the rounding to TF32 left, and by x as it was. To what was left is added the share LOST
-    of x, which the products will lose; where nothing was left, sums may be exact, and are to stay so.
+    SPLIT: y is followed by what the rounding to TF32 left, and by x as it was. To both is added the share LOST of x,
+    which the products will lose; where nothing was left, sums may be exact, and are to stay so.
     """
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -54,12 +55,14 @@ def channels_last_kernel(
     x = tl.load(x_ptr + offs[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask=mask)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * C + c[None, :]
     if SPLIT:
-        tl.store(y_ptrs + 2 * tl.cast(M, tl.int64) * C, x, mask=mask)
-        whole = x
-        x, rest = split_to_tf32(x)
+        high, rest = split_to_tf32(x)
         if LOST > 0:
-            rest = tl.where(rest == 0, rest, round_to_tf32(whole - x + LOST * whole))
+            exact = rest == 0
+            rest = tl.where(exact, rest, round_to_tf32(x - high + LOST * x))
+            x = tl.where(exact, x, x + LOST * x)
+        tl.store(y_ptrs + 2 * tl.cast(M, tl.int64) * C, x, mask=mask)
         tl.store(y_ptrs + tl.cast(M, tl.int64) * C, rest, mask=mask)
+        x = high
     elif ROUND_TO_TF32:
         x = round_to_tf32(x)
     tl.store(y_ptrs, x, mask=mask)
@@ -78,8 +81,8 @@ def channels_last(x: torch.Tensor, round_to_tf32: bool = False) -> torch.Tensor:
 def pack_weight(weight: torch.Tensor, input_precision: str) -> torch.Tensor:
     """A filter [K, C, R, S] as the convolution's kernels read it for that precision: [K, R, S, C], contiguous.
 
-    For "tf32" rounded to it. For "tf32x3" [3 * K, R, S, C]: rounded, what the rounding left, and as it was; what was
-    left has also what tensor cores will lose by truncation.
+    For "tf32" rounded to it. For "tf32x3" [3 * K, R, S, C]: rounded, what the rounding left, and as it was; the last
+    two with what tensor cores will lose by truncation.
     """
     if input_precision != "tf32x3":
         return channels_last(weight, round_to_tf32=input_precision == "tf32")

@@ -26,7 +26,7 @@ from ....runtime.blocks import INTERPRETER_TILE, ceil_div, power_of_2
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
-from ....runtime.memory_format import pixel_strides
+from ....runtime.memory_format import pixel_strides, stride_unit
 from ..problem import Choice, Problem, Product, spans_taps
 from .form import Config, Form, by_waves
 
@@ -100,6 +100,8 @@ def conv2d_pointers_forward_kernel(
     FLUSH: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -111,8 +113,11 @@ def conv2d_pointers_forward_kernel(
     its rounding to TF32 left. A block of the reduction lies within one filter tap, whose mask and address are then a
     column each; with SPAN_TAPS (few channels) it runs over the whole filter. The residual has the strides of y. In
     "tf32x3" the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. A single
-    filter (BLOCK_N = 1) is no matrix product: threads share its sum, whose error is smaller for it.
+    filter (BLOCK_N = 1) is no matrix product: threads share its sum, whose error is smaller for it. Strides, but for
+    those of channels, are in units of X_UNIT and Y_UNIT elements.
     """
+    x_stride_n, x_stride_h, x_stride_w = x_stride_n * X_UNIT, x_stride_h * X_UNIT, x_stride_w * X_UNIT
+    y_stride_n, y_stride_pixel = y_stride_n * Y_UNIT, y_stride_pixel * Y_UNIT
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = (R * S * C + BLOCK_K - 1) // BLOCK_K if SPAN_TAPS else R * S * BLOCKS_C
@@ -260,6 +265,10 @@ class PointersForm(Form):
         R, S = weight.shape[1:3]
         C, K, M = C // groups, K // groups, N * P * Q
         grid = (ceil_div(M, config.BLOCK_M) * ceil_div(K, config.BLOCK_N) * groups,)
+        size, (x_n, x_c, x_h, x_w) = x.element_size(), x.stride()
+        y_n, y_k, y_pixel = pixel_strides(y, product.channels_last_y)
+        x_unit = stride_unit(size, x_n, x_h, x_w) if x_c == 1 else 1
+        y_unit = stride_unit(size, y_n, y_pixel) if y_k == 1 else 1
         launch(
             conv2d_pointers_forward_kernel,
             grid,
@@ -272,8 +281,13 @@ class PointersForm(Form):
             W,
             P * Q,
             Q,
-            *x.stride(),
-            *pixel_strides(y, product.channels_last_y),
+            x_n // x_unit,
+            x_c,
+            x_h // x_unit,
+            x_w // x_unit,
+            y_n // y_unit,
+            y_k,
+            y_pixel // y_unit,
             C,
             K,
             R,
@@ -290,6 +304,8 @@ class PointersForm(Form):
             FLUSH=FLUSH_STEPS,
             ACC=accumulator(x.dtype),
             INDEX=index_type(M + config.BLOCK_M),
+            X_UNIT=x_unit,
+            Y_UNIT=y_unit,
             GROUP_M=8,
             **config.constants,
         )
