@@ -14,7 +14,7 @@ demo: venv
 
 # TensorBoard with an evaluation that was recorded on a GPU.
 dashboard: venv
-	@echo "then open http://localhost:6006/?smoothing=0#timeseries"
+	@echo "then open http://localhost:6006/?smoothing=0#timeseries&_smoothingWeight=0"
 	$(BIN)/tensorboard --logdir docs/recorded_run --port 6006
 
 lint: venv

@@ -238,8 +238,10 @@ def main(args: ArgsType = None) -> None:
         cli = command_line(args)
         resumed = checkpoint_to_resume(cli)
         evaluation = cli.config_init.evaluation
-        if evaluation and evaluation.every_n_epochs:
-            cli.trainer.callbacks.append(evaluation)
+        if evaluation:
+            evaluation.check_device(cli.trainer.strategy.root_device)
+            if evaluation.every_n_epochs:
+                cli.trainer.callbacks.append(evaluation)
         with cli.run_folders():
             train(cli, resumed)
             test(cli)

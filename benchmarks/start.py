@@ -29,7 +29,7 @@ def child(args: argparse.Namespace) -> None:
 
     The second call of a fused network captures a CUDA graph, the third one replays it.
     """
-    sys.path[0] = str(ROOT)
+    sys.path[:1] = [str(ROOT), os.getcwd()]  # for networks of your own
     import torch
 
     if not torch.cuda.is_available():

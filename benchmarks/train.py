@@ -104,12 +104,13 @@ def measure(name: str, variants: list[str]) -> dict[str, dict[str, float]]:
         torch.cuda.synchronize()
         row["memory MiB"] = (torch.cuda.max_memory_allocated() - before) / MIB
         row["eager ms"] = loop_ms(training.eager)
-        run = training.as_train_py()
-        row["train.py ms"] = loop_ms(lambda run=run, training=training: run(training.images, training.labels))
         try:
             graphs[variant] = clock(capture(training.eager)[0], device)
         except RuntimeError as error:
             print(f"{name} {variant}: not captured: {first_line(error)}")
+        run = training.as_train_py()
+        row["train.py ms"] = loop_ms(lambda run=run, training=training: run(training.images, training.labels))
+        print(f"{name} {variant}: {', '.join(f'{column} {value:.4g}' for column, value in row.items())}", flush=True)
     timings, _ = alternate(graphs, BUDGET_S, device)
     for variant, timing in timings.items():
         measured[variant]["GPU ms"] = timing.median

@@ -4,16 +4,18 @@
     python docs/versions.py --times times.json
 
 The first version is that of this Python; of the others a folder is given that holds the package `triton`. Kernels in
-Gluon run with all of them. Each version has a process, which forks a child for each case. The children of a type of
-numbers compile and capture their graphs beside each other, and are then timed one at a time, the versions in turns.
-From Triton 3.7 on TF32 is also timed with x rounded by the descriptors that load it, and its convolutions alone beside
-PyTorch's.
+Gluon run with all of them. Each version has a process, whose children first compile each kernel once, beside each other
+(`--compile` ends there, `--compiled` begins after that: Triton keeps kernels on disk). Then it forks a child for each
+case. Those of a type of numbers capture their graphs beside each other, and are timed one at a time, the versions in
+turns; where two versions differ by more than 2 %, twice as often. From Triton 3.7 on TF32 is also timed with x rounded
+by the descriptors that load it, and its convolutions alone beside PyTorch's.
 """
 
 import argparse
 import ctypes
 import datetime
 import functools
+import importlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -22,35 +24,34 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 Case = tuple[str, int, str]
-NETWORKS: list[Case] = [
-    (dtype, n, what) for dtype in ("bf16", "tf32", "fp32") for n in (1024, 128, 1) for what in ("fused", "swapped")
-]
+TYPES = ["bf16", "tf32", "fp32"]
+NETWORKS: list[Case] = [(dtype, n, what) for dtype in TYPES for n in (1024, 128, 1) for what in ("fused", "swapped")]
+CONVOLUTIONS: list[Case] = [("bf16", 1024, "convolutions alone"), ("tf32", 1024, "convolutions alone")]
 LOADS: list[Case] = [
-    ("tf32", 1024, "swapped, rounded on load"),
-    ("tf32", 128, "swapped, rounded on load"),
-    ("tf32", 1024, "convolutions alone, PyTorch's"),
-    ("tf32", 1024, "convolutions alone"),
+    *(("tf32", n, f"{what}, rounded on load") for n in (1024, 128, 1) for what in ("fused", "swapped")),
     ("tf32", 1024, "convolutions alone, rounded on load"),
+    ("tf32", 1024, "convolutions alone, PyTorch's"),
 ]
 """Of versions whose descriptors can round."""
-THREADS = 4
-"""Compilers of a child."""
+Kernel = tuple[str, str, str]
+"""What a process needs to compile one: module, name and specialization."""
 
 
 def capture(call: Callable[[], object]) -> Callable[[], None]:
     import torch
 
-    from tritonnn.compile_ahead import compile_ahead
+    from tritonnn.runtime.dependent_launch import launches_as_in_graphs
 
-    compile_ahead([call], lambda number: None)
-    for _ in range(3):
-        call()
+    with launches_as_in_graphs():
+        for _ in range(3):
+            call()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
@@ -59,49 +60,83 @@ def capture(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def prepare(dtype: str, n: int, what: str) -> Callable[[], object]:
-    """What is to be timed."""
+def network(dtype: str, n: int, what: str) -> tuple:
+    """PyTorch's, and images for it; the flags are set as `what` needs them."""
     import torch
 
-    import tritonnn
     from lit_modules.resnet import ResNet18
-    from tritonnn import compile_ahead
+    from tritonnn.ops.conv2d import tables
     from tritonnn.runtime import capabilities, hardware
 
-    compile_ahead.MOST_THREADS = THREADS
     hardware.GLUON_VERSIONS = ("",)
-    capabilities.ROUNDS_ON_LOAD = "rounded on load" in what
+    capabilities.ROUNDS_ON_LOAD = ("",) if "rounded on load" in what else ()
+    tables.forget()  # choices depend on it
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     number = torch.bfloat16 if dtype == "bf16" else torch.float32
     model = ResNet18().cuda().eval().to(number).to(memory_format=torch.channels_last)
-    x = torch.randn(n, 3, 32, 32, device="cuda", dtype=number).contiguous(memory_format=torch.channels_last)
-    if what == "fused":
-        plain = tritonnn.fuse(model)
-        capture(lambda: plain(x))  # compiles ahead
-        fused = tritonnn.fuse(model, cuda_graph=True)
-        for _ in range(3):
-            fused(x)
-        return lambda: fused(x)
-    if what.startswith("swapped"):
-        tritonnn.swap(model)
-        return capture(lambda: model(x))
-    inputs: dict[tuple, tuple] = {}
+    x = torch.randn(n, 3, 32, 32, dtype=number).cuda().contiguous(memory_format=torch.channels_last)
+    return model, x
+
+
+def convolutions(model: Callable, x: object, what: str) -> dict[str, Callable[[], object]]:
+    """Calls of the network's convolutions, each once, by its sizes."""
+    import torch
+
+    import tritonnn
+
+    inputs: dict[str, tuple[torch.nn.Conv2d, torch.Tensor]] = {}
 
     def note(module: torch.nn.Conv2d, args: tuple, y: torch.Tensor) -> None:
-        inputs.setdefault((args[0].shape, module.weight.shape, module.stride), (module, args[0].clone()))
+        sizes, window = ["x".join(map(str, image.shape[1:])) for image in (args[0], y)], module.kernel_size
+        inputs.setdefault(f", {' to '.join(sizes)}, {window[0]}x{window[1]}", (module, args[0].clone()))
 
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.in_channels > 3:
-            module.register_forward_hook(note)
+    found = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    hooks = [module.register_forward_hook(note) for module in found]
     model(x)
-    for module in model.modules():
-        module._forward_hooks.clear()
+    for hook in hooks:
+        hook.remove()
     if "PyTorch's" not in what:
         tritonnn.swap(model, layers="conv2d")
-    return capture(lambda: [module(x) for module, x in inputs.values()])
+    return {name: functools.partial(*one) for name, one in inputs.items()}
+
+
+def kernels(dtype: str, n: int, what: str) -> list[Kernel]:
+    """Those that are launched in CUDA graphs."""
+    import tritonnn
+    from tritonnn.compile_ahead import kernels_of
+    from tritonnn.runtime.dependent_launch import launches_as_in_graphs
+
+    model, x = network(dtype, n, what)
+    calls = [functools.partial(model, x)]
+    if what.startswith("fused"):
+        calls = [functools.partial(tritonnn.fuse(model), x)]
+    elif "alone" in what:
+        calls = list(convolutions(model, x, what).values())
+    else:
+        tritonnn.swap(model)
+    with launches_as_in_graphs():
+        found = [kernel for call in calls for kernel in kernels_of(call, every_kernel=True)]
+    return [(kernel.function.fn.__module__, kernel.function.fn.__name__, kernel.specialization) for kernel in found]
+
+
+def prepare(dtype: str, n: int, what: str) -> dict[str, Callable[[], object]]:
+    """What is to be timed: the whole, whose name is empty, and of the convolutions alone each."""
+    import tritonnn
+
+    model, x = network(dtype, n, what)
+    if what.startswith("fused"):
+        fused = tritonnn.fuse(model)
+        return {"": capture(lambda: fused(x))}
+    if what.startswith("swapped"):
+        tritonnn.swap(model)
+        return {"": capture(lambda: model(x))}
+    calls = convolutions(model, x, what)
+    return {"": capture(lambda: [call() for call in calls.values()])} | {
+        name: capture(call) for name, call in calls.items()
+    }
 
 
 def clock(call: Callable[[], object]) -> float:
@@ -134,17 +169,62 @@ def child(case: Case, pipe: multiprocessing.connection.Connection) -> None:
 
     with torch.no_grad():
         try:
-            call = prepare(*case)
+            calls = prepare(*case)
         except Exception as error:  # of the compiler, or for want of memory
             pipe.send({"failed": f"{type(error).__name__}: {error}"[:300]})
             return
         pipe.send({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__.partition("+")[0]})
         while pipe.recv():
-            pipe.send({"us": clock(call)})
+            pipe.send({"us": {name: clock(call) for name, call in calls.items()}})
+
+
+def compiler(tasks: multiprocessing.Queue, done: multiprocessing.Queue) -> None:
+    """Notes the kernels of cases, and compiles kernels, until there is None."""
+    follow_parent()
+    import torch
+
+    for task in iter(tasks.get, None):
+        found: list[Kernel] | str = []
+        try:
+            if isinstance(task[1], int):
+                with torch.no_grad():
+                    found = kernels(*task)
+                torch.cuda.empty_cache()
+            else:
+                module, name, specialization = task
+                getattr(importlib.import_module(module), name).preload(specialization)
+        except Exception as error:  # of the compiler, or for want of memory; the timing meets it again
+            found = f"{' '.join(map(str, task[:2]))}: {type(error).__name__}: {error}"[:300]
+        done.put(found)
+
+
+def compile_kernels(cases: list[Case], processes: int) -> dict:
+    """Compiles what the cases launch, each kernel once, in processes beside each other."""
+    start, tasks, done = time.perf_counter(), multiprocessing.Queue(), multiprocessing.Queue()
+    workers = [multiprocessing.Process(target=compiler, args=(tasks, done), daemon=True) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    open_tasks, seen, failed = len(cases), set(), []
+    for case in cases:
+        tasks.put(case)
+    while open_tasks:
+        found = done.get()
+        open_tasks -= 1
+        if isinstance(found, str):
+            failed.append(found)
+            continue
+        for kernel in found:
+            if kernel not in seen:
+                seen.add(kernel)
+                open_tasks += 1
+                tasks.put(kernel)
+    for worker in workers:
+        worker.kill()
+    return {"kernels": len(seen), "seconds": round(time.perf_counter() - start), "failed": failed}
 
 
 def serve() -> None:
-    """One version: {"prepare": cases} and {"time": case}, a line each, are answered by lines."""
+    """One version: {"compile": cases}, {"prepare": cases} and {"time": case}, a line each, are answered by lines."""
     follow_parent()
     import lit_modules.resnet  # noqa: F401  # nothing of it touches the GPU, so children may be forked
     import tritonnn.compile_ahead  # noqa: F401
@@ -159,7 +239,11 @@ def serve() -> None:
     pipes, children = {}, []
     for line in sys.stdin:
         order = json.loads(line)
-        if "prepare" in order:
+        if "compile" in order:
+            cases = [tuple(case) for case in order["compile"]]
+            cases = [case for case in cases if can_round_on_load() or case not in LOADS]
+            print(json.dumps(compile_kernels(cases, order["processes"])), flush=True)
+        elif "prepare" in order:
             for process in children:
                 process.kill()
                 process.join()
@@ -187,8 +271,12 @@ def ask(server: subprocess.Popen, **order: object) -> object:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="+", metavar="NAME[=FOLDER]")
-    parser.add_argument("--types", nargs="+", choices=("bf16", "tf32", "fp32"), default=["bf16", "tf32", "fp32"])
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
+    parser.add_argument("--networks", action="store_true", help="leave out convolutions alone")
+    parser.add_argument("--compile", action="store_true", help="compile, and time nothing")
+    parser.add_argument("--compiled", action="store_true", help="all is compiled")
+    parser.add_argument("--processes", type=int, default=12, help="that compile, of each version")
+    parser.add_argument("--output", type=Path, default=Path("times.json"))
     options = parser.parse_args()
     servers = {}
     for version in options.versions:
@@ -197,28 +285,39 @@ def main() -> None:
         command = [sys.executable, "-c", "from benchmarks.versions import serve; serve()"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         servers[name] = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, **pipes)
-    us: dict[str, dict[str, float]] = {}
-    told: dict = {}
-    for dtype in options.types:
-        cases = [case for case in NETWORKS + LOADS if case[0] == dtype]
+
+    def ask_all(**order: object) -> dict:
         with ThreadPoolExecutor() as pool:
-            begin = functools.partial(ask, prepare=cases)
-            answers = dict(zip(servers, pool.map(begin, servers.values())))
-        ready = {
-            name: [tuple(case) for case, answer in found if "failed" not in answer] for name, found in answers.items()
-        }
-        for name, found in answers.items():
-            for case, answer in found:
-                told.update(answer)
+            return dict(zip(servers, pool.map(functools.partial(ask, **order), servers.values())))
+
+    chosen = [case for case in NETWORKS + CONVOLUTIONS + LOADS if case[0] in options.types]
+    if options.networks:
+        chosen = [case for case in chosen if "alone" not in case[2]]
+    if not options.compiled:
+        ours = [case for case in chosen if "PyTorch's" not in case[2]]
+        for name, compiled in ask_all(compile=ours, processes=options.processes).items():
+            print(name, compiled, flush=True)
+    us: dict[str, dict[str, float]] = {}
+    for dtype in () if options.compile else options.types:
+        cases = [case for case in chosen if case[0] == dtype]
+        ready: dict[Case, list[str]] = {case: [] for case in cases}
+        told: dict = {}
+        for name, answers in ask_all(prepare=cases).items():
+            for case, answer in answers:
+                told |= answer
                 if "failed" in answer:
                     print(name, *case, answer["failed"], flush=True)
-        for turn in (1, -1):
+                else:
+                    ready[tuple(case)].append(name)
+        for turn in range(4):
             for case in cases:
-                for name in list(servers)[::turn]:
-                    if case in ready.get(name, ()):
-                        found = us.setdefault(" ".join(map(str, case)), {})
-                        sample = ask(servers[name], time=case).get("us", float("inf"))
-                        found[name] = min(sample, found.get(name, float("inf")))
+                key = " ".join(map(str, case))
+                if turn >= 2 and not differ(us.get(key, {})):
+                    continue
+                for name in ready[case][:: -1 if turn % 2 else 1]:
+                    for part, sample in ask(servers[name], time=case).get("us", {}).items():
+                        found = us.setdefault(key + part, {})
+                        found[name] = min(sample, found.get(name, sample))
         for case, found in us.items():
             if case.startswith(dtype):
                 print(case, found, flush=True)
@@ -228,6 +327,11 @@ def main() -> None:
     for server in servers.values():
         server.stdin.close()
         server.wait()
+
+
+def differ(us: dict[str, float]) -> bool:
+    """Whether times of versions do by more than 2 %."""
+    return len(us) > 1 and max(us.values()) > 1.02 * min(us.values())
 
 
 if __name__ == "__main__":

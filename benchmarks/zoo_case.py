@@ -3,13 +3,16 @@
 import copy
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import peers
 from benchmarks.cases import DTYPES, Case
@@ -23,12 +26,16 @@ from tritonnn import kind_of, swap
 from tritonnn.clocks import Timing
 from tritonnn.command.networks import build, calibrate, random_images
 from tritonnn.compiler import backend
+from tritonnn.compiler.measured import measuring_alone
 from tritonnn.latency import LayerCall, record_calls, time_alternately, twin
 
 PYTORCH = ("eager", "graph", "compile-reduce-overhead", "compile-max-autotune")
 OURS = ("swapped-graph", "fused-graph", "compile-tritonnn")
 INCEPTION_SIZE, SIZE = 299, 224
 BUDGET_S, LAYER_BUDGET_S = 2.0, 0.05
+PROFILED_CALLS = 3
+CHOOSES_ALGORITHMS = ("eager", "graph", "swapped-graph")
+"""Ways in which cuDNN times its algorithms while they get ready."""
 ERROR_OF_EAGER = 3.0
 """How many times the error of PyTorch's eager network a right result may have, or the limit of its type."""
 
@@ -113,11 +120,12 @@ class ZooResult:
 class ZooSetup(Setup):
     """Batch norms have the statistics of images in float32: random weights alone overflow or vanish."""
 
-    def __init__(self, case: ZooCase, device: torch.device) -> None:
+    def __init__(self, case: ZooCase, device: torch.device, calibrated: bool = True) -> None:
         self.case, self.device = case, device
-        model = build(case.network)
+        model = build(case.network).to(device)
         size = INCEPTION_SIZE if "inception" in case.task else SIZE
-        calibrate(model.to(device), random_images(model, 16, size).to(device))
+        if calibrated:
+            calibrate(model, random_images(model, 16, size).to(device))
         self._model = model.requires_grad_(False).to(DTYPES[case.dtype])
         self._images = random_images(model, case.batch_size, size).to(device, DTYPES[case.dtype])
         self._in_layout: dict[str, tuple[nn.Module, Tensor]] = {}
@@ -140,16 +148,29 @@ PEERS: dict[str, Callable[[Setup], Call]] = {
 
 
 def measure_network(
-    case: ZooCase, device: torch.device, names: Iterable[str], say: Say, budget_s: float = BUDGET_S
+    case: ZooCase,
+    device: torch.device,
+    names: Sequence[str],
+    say: Say,
+    budget_s: float = BUDGET_S,
+    turn: Callable[[], AbstractContextManager] = nullcontext,
+    calls: dict[str, Call] | None = None,
 ) -> dict[str, Peer]:
-    """Every way to run the network: its first call, its error, and its time, taken in turns."""
+    """Every way to run the network: its first call, its error, and its time, taken in turns, within `turn()`.
+
+    `calls` gets those that gave right results.
+    """
     setup = ZooSetup(case, device)
     limit = LIMITS[case.dtype]
-    measured, calls, first = {}, {}, {}
+    measured, first = {}, {}
+    calls = {} if calls is None else calls
 
     def check(y: Tensor) -> Measured:
         return checked(y, setup.reference, case.batch_size, limit)
 
+    if "eager" not in names:
+        with measuring_alone(device):
+            limit = max(limit, ERROR_OF_EAGER * check(PEERS["eager"](setup)()).rms_error)
     for name in names:
 
         def builder(name: str = name) -> Call:
@@ -160,20 +181,38 @@ def measure_network(
             first[name] = time.perf_counter() - start
             return call
 
-        measured[name], call = prepared(builder, check, device)
+        with measuring_alone(device) if name in CHOOSES_ALGORITHMS else nullcontext():
+            measured[name], call = prepared(builder, check, device)
         if name == "eager" and measured[name].rms_error is not None:
             limit = max(limit, ERROR_OF_EAGER * measured[name].rms_error)
             measured[name] = check(call())
         if measured[name].status == OK:
             calls[name] = call
         say(f"{name}: {outcome(measured[name])}, first result after {first.get(name, float('nan')):.1f} s")
-    time_right_ones(measured, calls, check, device, budget_s)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # others get ready on the same GPU
+    with turn():
+        time_right_ones(measured, calls, check, device, budget_s)
     return {name: Peer(found, first.get(name)) for name, found in measured.items()}
+
+
+def kernels_of(call: Call) -> list[tuple[str, float]]:
+    """The kernels of one call on the GPU, in the order in which they began, and their microseconds."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED_CALLS):
+            call()
+        torch.cuda.synchronize()
+    events = sorted(
+        (event for event in profiler.events() if event.device_type == DeviceType.CUDA),
+        key=lambda event: event.time_range.start,
+    )
+    last = events[len(events) - len(events) // PROFILED_CALLS :]
+    return [(event.name[:120], round(event.time_range.elapsed_us(), 2)) for event in last]
 
 
 def compile_only(case: ZooCase, device: torch.device, name: str) -> None:
     """Has the peer compile what it needs; the second call of a network that captures graphs captures one."""
-    call = PEERS[name](ZooSetup(case, device))
+    call = PEERS[name](ZooSetup(case, device, calibrated=False))
     for _ in range(3):
         call()
     _synchronize(device)

@@ -79,10 +79,12 @@ def compiled_ahead(network: nn.Module, x: Tensor) -> Network:
         )
 
 
-WAYS = {"`torch.save`": saved, "`torch.export`, any batch": exported, "`torch.jit.trace`": traced}
-COMPILED_AHEAD = "AOTInductor, any batch"
-TRIED_AHEAD = ("squeezenet1_1", "resnet18", "mobilenet_v3_small")
-"""Networks for which the page has it tried: on two CPU cores it takes minutes of a C++ compiler."""
+WAYS = {
+    "`torch.save`": saved,
+    "`torch.export`, any batch": exported,
+    "`torch.jit.trace`": traced,
+    "AOTInductor, any batch": compiled_ahead,
+}
 
 
 def check(model: nn.Module, way: Callable, fused: bool, images: Tensor) -> str:
@@ -110,8 +112,6 @@ def row(name: str) -> str:
         cells = []
         for fused in (False, True):
             cells += [check(model, way, fused, images[:3]) for way in WAYS.values()]
-            tried = name in TRIED_AHEAD
-            cells.append(check(model, compiled_ahead, fused, images[:3]) if tried else "not tried")
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -120,7 +120,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def main(names: list[str]) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    head = [f"{kind}: {way}" for kind in ("swapped", "fused") for way in (*WAYS, COMPILED_AHEAD)]
+    head = [f"{kind}: {way}" for kind in ("swapped", "fused") for way in WAYS]
     lines = [f"| network | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for name in names or NETWORKS:
         start = time.perf_counter()

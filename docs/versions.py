@@ -155,7 +155,11 @@ def sentence() -> list[str]:
             on_gpus.setdefault(s["device"], {})[s["triton"]] = None
     ran = "; ".join(f"on an {gpu} with Triton {' and '.join(found)}" for gpu, found in on_gpus.items())
     only = ", ".join(name for capability, (name, _) in CARDS.items() if capability not in RUN_ON)
-    text = f"Tested on a CPU: {pairs}; {ran}. Only compiled: {only}. [All of it](docs/compatibility.md#versions)."
+    *others, last = (version.rstrip(".") for version in GLUON_VERSIONS)
+    gluon = f"The kernels in Gluon run on Hopper GPUs with Triton {', '.join(others)} and {last}"
+    text = (
+        f"Tested on a CPU: {pairs}; {ran}. {gluon}. Only compiled: {only}. [All of it](docs/compatibility.md#versions)."
+    )
     return [f"{BEGIN}{text}{END}"]
 
 

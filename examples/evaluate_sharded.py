@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+sys.path.append(os.getcwd())  # for networks of your own
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 

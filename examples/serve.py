@@ -9,17 +9,22 @@ The answer has the five likeliest classes and their probabilities. /health answe
 import argparse
 import io
 import os
+import sys
 from typing import Annotated, ClassVar
 
 import torch
 
+sys.path.append(os.getcwd())  # for networks of your own
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-import litserve
-import numpy as np
-from PIL import Image
-from pydantic import AfterValidator, Base64Bytes, BaseModel
+try:
+    import litserve
+    import numpy as np
+    from PIL import Image
+    from pydantic import AfterValidator, Base64Bytes, BaseModel
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error.name} is not installed: pip install '.[serve]'") from error
 
 import tritonnn
 from tritonnn.command.networks import UserError, build

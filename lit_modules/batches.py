@@ -9,6 +9,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lit_modules.augmentation import Augmentation, normalise
 
+AT_ONCE = 2**26
+"""Bytes of images in memory that are augmented at once, as float32: the CPU launches kernels for several batches."""
+
 
 class Batches:
     """Iterates over (images, labels) on a device: normalised float32 [B, 3, S, S] and int64 [B].
@@ -56,20 +59,22 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         draws = None
-        resident = isinstance(self.dataset, TensorDataset)
+        resident, size = isinstance(self.dataset, TensorDataset), self.batch_sampler.batch_size
         for images, labels, chosen, indices in self._resident() if resident else self._loaded():
-            if not self.augmentation:
-                yield normalise(images[chosen] if resident else images), labels
-                continue
-            if draws is None:
-                draws = self._draw(images.shape[-1])
-            yield self.augmentation.apply(images, chosen, draws[indices]), labels
+            if self.augmentation:
+                if draws is None:
+                    draws = self._draw(images.shape[-1])
+                images = self.augmentation.apply(images, chosen, draws[indices])
+            else:
+                images = normalise(images[chosen] if resident else images)
+            yield from zip(images.split(size), labels.split(size))
 
     def _resident(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """All images, a batch's labels, which images of all are its, and their numbers."""
+        """All images, the labels of the next batches, which images of all are theirs, and their numbers."""
         images, labels = self.dataset.tensors
-        order = self._sent(torch.tensor(list(self.batch_sampler.sampler), dtype=torch.int64))
-        for chosen in order.split(self.batch_sampler.batch_size)[: len(self)]:
+        size = self.batch_sampler.batch_size
+        order = self._sent(torch.tensor(list(self.batch_sampler.sampler), dtype=torch.int64))[: len(self) * size]
+        for chosen in order.split(size * max(AT_ONCE // (size * images[0].numel() * 4), 1)):
             yield images, labels[chosen], chosen, chosen
 
     def _loaded(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

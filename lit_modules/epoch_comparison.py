@@ -38,6 +38,7 @@ class EpochComparison:
         self._sides: dict[str, Side] = {}
         self._ms: dict[str, list[float]] = {}
         self._size = 0
+        self._writers: dict[str, SummaryWriter] = {}
 
     def start(self, trainer: Trainer, module: LightningModule, memory_format: torch.memory_format) -> None:
         """Before a validation."""
@@ -75,8 +76,16 @@ class EpochComparison:
         self.epochs[:] = [*(before for before in self.epochs if before.epoch < epoch.epoch), epoch]
         if folder is not None and trainer.is_global_zero:
             for side in SIDES:
-                with SummaryWriter(str(folder / side), filename_suffix=f".epoch-{epoch.epoch}") as writer:
-                    dashboard.write_epochs(writer, [epoch], side)
+                if side not in self._writers:  # one file: TensorBoard may read those of one second in another order
+                    self._writers[side] = SummaryWriter(str(folder / side))
+                dashboard.write_epochs(self._writers[side], [epoch], side)
+                self._writers[side].flush()
+
+    def close(self) -> None:
+        """After the training."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
 
 
 def _wait_for(device: torch.device) -> None:

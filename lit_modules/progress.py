@@ -6,7 +6,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 STEPS = {
-    "compiling": "Compiling the kernels, with the first batch",
+    "ahead": "Compiling the kernels of swapped layers beside each other",
+    "compiling": "The first batch, which compiles what is left",
     "proving": "Proving: every batch through each network",
     "layers": "Timing each layer alone, PyTorch's and Triton's in turns",
     "kernels": "Timing each kernel of the fused network alone",

@@ -132,17 +132,24 @@ class GraphedStep:
         return loss.clone(), hits.clone()
 
     def _run(self, compute: Compute, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self._flat is None:
-            for parameter in self.parameters:
-                parameter.grad = None
-        else:
-            self._flat.zero_()
-            for parameter, view in zip(self.parameters, self._views):
-                parameter.grad = view
+        for parameter in self.parameters:
+            parameter.grad = None
         loss, hits = compute(images, labels)
         with torch.autocast(images.device.type, enabled=False):
             loss.backward()
+        if self._flat is not None:
+            self._gather()
         return loss.detach(), hits
+
+    def _gather(self) -> None:
+        """Moves the gradients to where they lie one after the other."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        if any(gradient is None for gradient in gradients):
+            self._flat.zero_()
+        views = [view for view, gradient in zip(self._views, gradients) if gradient is not None]
+        torch._foreach_copy_(views, [gradient for gradient in gradients if gradient is not None])
+        for parameter, view in zip(self.parameters, self._views):
+            parameter.grad = view
 
 
 def _one_after_the_other(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:

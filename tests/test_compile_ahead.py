@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -20,6 +21,7 @@ from torch import nn
 
 import tritonnn
 from tritonnn.compile_ahead import Kernel, compile_ahead, kernels_of
+from tritonnn.compile_swapped import calls_of_swapped, compile_swapped
 from tritonnn.ops.conv2d.forms.pointers import conv2d_pointers_forward_kernel
 from tritonnn.ops.conv2d.pack import channels_last_kernel
 from tritonnn.runtime import dependent_launch
@@ -127,6 +129,41 @@ def test_a_fused_network_gives_zeros_and_stays_right():
         kernels_of(lambda: seen.append(network(x)))
         assert seen[0].shape == model(x).shape and not seen[0].any()
         assert torch.allclose(network(x), model(x))
+
+
+def test_a_swapped_network_tells_each_kind_of_layer_once():
+    """Also before it is swapped; it is left as it is, and gives what it gave."""
+    layers = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(4)
+    model, x, ran = trained(nn.Sequential(*layers), torch.float64), image(1, 4, 6, 6, dtype=torch.float64), []
+    calls = calls_of_swapped(model, x)
+    hook = nn.modules.module.register_module_forward_hook(lambda layer, args, y: ran.append((type(layer), y.shape)))
+    with hook:
+        for call in calls:
+            call()
+    kinds = tritonnn.TritonConv2d, tritonnn.TritonReLU, tritonnn.TritonBatchNorm2d
+    assert ran == [(kind, x.shape) for kind in kinds]
+    assert [type(layer) for layer in model] == [type(layer) for layer in layers]
+    expected = model(x)
+    with tritonnn.swapped(model):
+        assert len(calls_of_swapped(model, x, layers="conv2d")) == 1 and type(model[0]) is tritonnn.TritonConv2d
+        assert torch.allclose(model(x), expected)
+    model[4].train()
+    assert len(calls_of_swapped(model, x)) == 2, "in training mode a call would change the batch norm"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_graphs", [False, True])
+def test_a_swapped_network_compiles_nothing_afterwards(tmp_path, monkeypatch, in_graphs):
+    """Neither kernels nor their launchers."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    layers = nn.Conv2d(24, 40, 3), nn.BatchNorm2d(40), nn.SiLU(), nn.MaxPool2d(2), nn.Conv2d(40, 16, 1)
+    model = trained(nn.Sequential(*layers), torch.bfloat16)
+    x = image(3, 24, 15, 15, dtype=torch.bfloat16, channels_last=True)
+    compile_swapped(model, x, in_graphs=in_graphs)
+    files = len(list(tmp_path.iterdir()))
+    with torch.no_grad(), tritonnn.swapped(model), launches_as_in_graphs() if in_graphs else nullcontext():
+        model(x)
+    assert files == len(list(tmp_path.iterdir())) > 0
 
 
 @pytest.mark.gpu

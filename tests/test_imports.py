@@ -24,9 +24,10 @@ MAY_IMPORT = {
     "roofline": {"clocks", "runtime"},
     "latency": BELOW_LAYERS | {"clocks", "layers", "swap", "roofline", "latency"},
     "compile_ahead": BELOW_LAYERS | {"compile_ahead"},
+    "compile_swapped": {"compile_ahead", "latency", "runtime", "swap"},
     "fusion": BELOW_LAYERS | {"compile_ahead", "layers", "swap", "fusion"},
     "compiler": BELOW_LAYERS | {"clocks", "compile_ahead", "layers", "fusion", "compiler"},
-    "command": {"clocks", "swap", "latency", "command"},
+    "command": {"clocks", "compile_swapped", "runtime", "swap", "latency", "command"},
     "__main__": {"latency", "command"},  # and the public names
     "lightning": set(),  # the door to lit_modules, through which nothing here goes
     "tuning": BELOW_LAYERS | {"clocks", "compile_ahead", "layers", "swap", "latency", "fusion", "tuning"},

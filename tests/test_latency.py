@@ -205,9 +205,13 @@ class TestOnAGpu:
 
     def test_device_time_of_known_work(self):
         x = torch.empty(2**28, dtype=torch.float32, device="cuda")  # 1 GiB read, 1 GiB written
-        once, twice = time_alternately([lambda: x.neg_(), lambda: (x.neg_(), x.neg_())], x.device, budget_s=0.2)
-        assert twice.device.median == pytest.approx(2 * once.device.median, rel=0.1)
-        assert once.eager.median == pytest.approx(once.device.median, rel=0.2)
+        calls = [lambda: x.neg_(), lambda: (x.neg_(), x.neg_())]
+        for _ in range(8):  # until no other process had a part of the GPU meanwhile
+            once, twice = time_alternately(calls, x.device, budget_s=0.1)
+            times = twice.device.p10, once.eager.p10
+            if times == (pytest.approx(2 * once.device.p10, rel=0.1), pytest.approx(once.device.p10, rel=0.2)):
+                return
+        pytest.fail(f"{times} for {once.device.p10}")
 
     def test_what_cannot_be_captured_is_timed_by_events(self):
         x = torch.randn(64, device="cuda")

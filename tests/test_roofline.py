@@ -89,3 +89,18 @@ def test_kernels_of_a_fused_network_and_the_layers_they_stand_for():
     assert told == [(0, 2), (1, 2)] and all(kernel.latency.eager.median > 0 for kernel in kernels)
     both, head = kernels
     assert both.work.flop == 2 * 2 * 8 * 64 * (36 + 4) and head.work.flop == 2 * 2 * 3 * 8
+
+
+def test_kernels_count_once_where_the_first_call_goes_through_the_network_twice(monkeypatch):
+    """On a GPU it does, to compile ahead."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network, x = tritonnn.fuse(Block().eval().to(device)), torch.randn(2, 4, 8, 8, device=device)
+    seen = []
+
+    def twice(call, network, args, kwargs, in_graphs):
+        if not seen:
+            seen.append(call(*args))
+
+    monkeypatch.setattr(network._first_calls, "before", twice)
+    with torch.inference_mode():
+        assert len(time_kernels(network, x, budget_s=0)) == 2

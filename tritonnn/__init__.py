@@ -1,5 +1,6 @@
 """PyTorch's CNN layers on Triton kernels: swap them in, prove that nothing changed but the speed."""
 
+from .compile_swapped import compile_swapped
 from .fusion.fuse import FusedNetwork, fuse
 from .fusion.report import FusionReport
 from .fusion.training import TrainingReport, fuse_for_training
@@ -30,6 +31,7 @@ __all__ = [
     "TritonReLU",
     "TuningReport",
     "__version__",
+    "compile_swapped",
     "fuse",
     "fuse_for_training",
     "kind_of",

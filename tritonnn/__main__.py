@@ -13,6 +13,7 @@ from torch import nn
 
 import tritonnn
 
+from .command.compiling import compile_networks
 from .command.networks import CALIBRATION_IMAGES, UserError, build, calibrate, describe, random_images
 from .command.proof import prove
 from .command.report import proof_line, proof_table, time_table
@@ -109,7 +110,9 @@ def run(args: argparse.Namespace, console: Console) -> bool:
         swap_report = tritonnn.swap(networks["swapped"], args.layers)
         if args.fuse:
             networks["fused"] = tritonnn.fuse(model, cuda_graph=args.cuda_graph)
-        with console.status("compiling the kernels and proving them"):
+        if device.type == "cuda":
+            compile_networks(networks, images, args.layers, args.cuda_graph)
+        with console.status("proving"):
             proof = prove(model, networks, images, strict=_is_strict(images))
 
         say(str(swap_report))
@@ -135,8 +138,10 @@ def _title(args: argparse.Namespace, model: nn.Module, images: torch.Tensor) -> 
     device = torch.cuda.get_device_name(images.device) if on_gpu else "a CPU (Triton's interpreter)"
     flags = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
     tf32 = f", TF32 in convolutions {_on(flags[0])}, in matrix products {_on(flags[1])}" if args.dtype == "fp32" else ""
+    parameters = sum(p.numel() for p in model.parameters())
+    number = f"{parameters / 1e6:.1f} million" if parameters >= 1e6 else f"{parameters:,}"
     return (
-        f"{args.network}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million random parameters; images of "
+        f"{args.network}: {number} random parameters; images of "
         f"{'x'.join(map(str, images.shape))} in {args.dtype}, {'channels_last' if args.channels_last else 'NCHW'}"
         f"{tf32 if on_gpu else ''}; on {device}\n"
     )

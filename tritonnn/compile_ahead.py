@@ -1,5 +1,6 @@
 """Compiles kernels in parallel before their first launch: in threads, as most of compiling releases Python's lock."""
 
+import logging
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from .ops.conv2d.forms import FORMS
 from .runtime.capabilities import knows
 from .runtime.launch_plan import forget_plans
 
+LOG = logging.getLogger(__name__)
 PACKAGE = __name__.partition(".")[0]
 MOST_THREADS = 16
 _noting = threading.RLock()
@@ -46,20 +48,35 @@ def compile_ahead(
     device = torch.cuda.current_device()
 
     def compile(kernel: Kernel) -> None:
+        key.result()
         with torch.cuda.device(device), suppress(Exception):
-            kernel.function.preload(kernel.specialization)
+            compiled = kernel.function.preload(kernel.specialization)
+            if knows("launches"):
+                _ = compiled.run  # builds its launcher, with a C compiler, and loads it on the GPU
 
-    pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS))
+    pool, start = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS)), time.perf_counter()
     try:
         futures: dict[Kernel, Future] = {}
+        key = pool.submit(_hash_of_triton)
         for call in calls:
             for kernel in kernels_of(call, every_kernel):
                 if kernel not in futures:
                     futures[kernel] = pool.submit(compile, kernel)
+        found = time.perf_counter()
         for _ in as_completed(futures.values()):
             advance(len(futures))
+        LOG.info(
+            "%d kernels: %.1f s to find, %.1f s to compile", len(futures), found - start, time.perf_counter() - start
+        )
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, kernels that have not begun to compile are dropped
+
+
+def _hash_of_triton() -> None:
+    """Has Triton read all of its own files once, as its cache asks for; else each thread would, a second of work."""
+    known = getattr(triton.runtime.cache, "triton_key", None)
+    if callable(known):
+        known()
 
 
 def kernels_of(call: Callable[[], object], every_kernel: bool = False) -> list[Kernel]:

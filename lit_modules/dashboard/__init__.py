@@ -7,6 +7,7 @@ its time counts where it multiplies, and the others take none.
 """
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from lit_modules.dashboard.style import LIGHT, Theme, png
 from lit_modules.evaluation_result import Epoch, EvaluationResult, LatencyResult, LayerRow, timing
 from tritonnn.latency import Latency
 
+LOOK = "?smoothing=0#timeseries&_smoothingWeight=0"
+"""Of TensorBoard's address: where to begin, and curves as they are, in "Time series" and in "Custom scalars"."""
 RUNS = ("pytorch", "triton", "fused")
 UP_TO_LAYER, OF_LAYER = "3_layers/1 ms of all layers up to this one", "3_layers/2 ms of each layer"
 QUANTILES = {
@@ -70,7 +73,7 @@ def runs_of(result: EvaluationResult) -> list[str]:
 def how_to_open(log_dir: Path, port: int = 6006) -> str:
     return (
         f"TensorBoard:  tensorboard --logdir {shlex.quote(str(log_dir))} --port {port}\n"
-        f"then open     http://localhost:{port}/?smoothing=0#timeseries"
+        f"then open     http://localhost:{port}/{LOOK}"
     )
 
 
@@ -80,7 +83,7 @@ def write_epochs(writer: SummaryWriter, epochs: list[Epoch], run: str) -> None:
         for name, value in epoch.metrics.get(run, {}).items():
             writer.add_scalar(f"2_training/{name} after each epoch".replace("val/", ""), value, epoch.epoch)
         if run in epoch.batch_ms:
-            writer.add_scalar("2_training/ms a batch", epoch.batch_ms[run], epoch.epoch)
+            writer.add_scalar("2_training/wall-clock ms a batch", epoch.batch_ms[run], epoch.epoch)
 
 
 def _numbers(result: EvaluationResult, run: str) -> dict[str, float]:
@@ -112,7 +115,7 @@ def _is_timed(result: EvaluationResult, run: str) -> bool:
 
 
 def _curves(latency: LatencyResult, run: str) -> Iterator[tuple[str, int, float]]:
-    """Tag, step and value: over the layers, and a point for each layer and each kind."""
+    """Tag, step and value: over all layers, over those of each kind, and a point for each layer."""
     kinds: dict[str, float] = dict.fromkeys(latency.breakdowns[latency.clock].kinds, 0.0)
     total = 0.0
     for row, ms, measured in _layer_times(latency, run):
@@ -122,9 +125,8 @@ def _curves(latency: LatencyResult, run: str) -> Iterator[tuple[str, int, float]
         yield OF_LAYER, row.index, ms
         for quantile, tag in QUANTILES.items():
             yield tag, row.index, getattr(timing(measured, latency.clock), quantile) if measured else 0.0
+        yield f"5_kinds_ms/{row.kind} up to this layer", row.index, kinds[row.kind]
         yield f"6_layers_ms/{row.index:03d} {row.name}", row.index, ms
-    for index, (kind, ms) in enumerate(kinds.items()):
-        yield f"5_kinds_ms/{kind}", index, ms
 
 
 def _layer_times(latency: LatencyResult, run: str) -> list[tuple[LayerRow, float, Latency | None]]:
@@ -191,14 +193,17 @@ def _write_page(writer: SummaryWriter, result: EvaluationResult, theme: Theme) -
 def _layout(latency: LatencyResult) -> dict[str, dict[str, list]]:
     """The few curves that matter, for the page "Custom scalars"."""
     quantiles = [QUANTILES["median"], QUANTILES["p10"], QUANTILES["p90"]]
-    kinds = [f"5_kinds_ms/{kind}" for kind in latency.breakdowns[latency.clock].kinds]
-    return {
+    calls = Counter(row.kind for row in latency.layers)
+    several = [kind for kind in latency.breakdowns[latency.clock].kinds if calls[kind] > 1]  # of one there is no curve
+    layout = {
         "Layers, in network order": {
             "all layers up to this one, ms": ["Multiline", [UP_TO_LAYER]],
-            "each layer, ms": ["Multiline", [OF_LAYER]],
             "each layer, ms: median between the 10th and the 90th percentile": ["Margin", quantiles],
         },
-        "Kinds of layers": {
-            "all layers of a kind, ms": ["Multiline", kinds],
-        },
     }
+    if several:
+        layout["Kinds of layers"] = {
+            f"{kind}, all up to this one, ms": ["Multiline", [f"5_kinds_ms/{kind} up to this layer"]]
+            for kind in several
+        }
+    return layout

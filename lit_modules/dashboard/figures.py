@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -18,6 +20,8 @@ LABELS = {"pytorch": "PyTorch", "triton": "Triton, layer by layer", "fused": "Tr
 MARGIN = 0.035
 MOST_LABELS = 60
 """Names below a chart of layers; of more, some are left out."""
+LONGEST = 12
+"""Letters of such a name; the rest of a longer one is left out."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def layers_figure(result: EvaluationResult, theme: Theme) -> Figure:
     clock, blocks = latency.clock, list(latency.blocks())
     sides = [side for side in ("pytorch", "triton", "fused") if _has(result, side)]
     figure = new_figure(theme, max(WIDTH, 0.32 * len(blocks)), HEIGHT + 0.6)
-    axes = figure.add_axes((0.07, 0.33, 0.92, 0.50))
+    axes = figure.add_axes((0.07, 0.27, 0.92, 0.56))
     bare(axes, theme)
     width = 0.84 / len(sides)
     for place, side in enumerate(sides):
@@ -75,19 +79,14 @@ def layers_figure(result: EvaluationResult, theme: Theme) -> Figure:
     for index, bound in enumerate(bounds):
         if bound:
             axes.hlines(bound, index - 0.47, index + 0.47, color=theme.ink, linewidth=2, zorder=3)
-    step = -(-len(blocks) // MOST_LABELS)
-    names = _short([_name(layers, kernel) for layers, kernel in blocks])
-    axes.set_xticks(range(0, len(blocks), step), names[::step], size=TINY)
-    axes.tick_params(axis="x", rotation=55)
-    for label in axes.get_xticklabels():
-        label.set(ha="right", rotation_mode="anchor")
+    _name_blocks(axes, _short([_name(layers) for layers, _ in blocks]), theme)
     axes.set_xlim(-0.6, len(blocks) - 0.4)
     axes.grid(axis="y", color=theme.line, zorder=0)
     axes.set_ylabel("ms", color=theme.faint, size=SMALL)
     legend: list[Artist] = [Patch(color=theme.sides[side], label=LABELS[side]) for side in sides]
     if any(bounds):
         legend.append(Line2D([], [], color=theme.ink, linewidth=2, label="roofline"))
-    title = "Every layer in network order" + (", in groups that a fused kernel does" if latency.kernels else "")
+    title = "Every layer in network order" + (": what one fused kernel does is one group" if latency.kernels else "")
     _write(figure, 0.93, title, MEDIUM, theme.ink, weight="bold")
     figure.legend(
         handles=legend,
@@ -213,11 +212,29 @@ def _bound(layers: list[LayerRow], kernel: KernelRow | None, fused: bool) -> flo
     return sum(layer.bound_ms or 0.0 for layer in layers) or None
 
 
-def _name(layers: list[LayerRow], kernel: KernelRow | None) -> str:
+def _name_blocks(axes: Axes, names: list[str], theme: Theme) -> None:
+    """Below each group the last part of its name and, once for all that share it, what stands before that."""
+    step = -(-len(names) // MOST_LABELS)
+    parents, parts = zip(*[name.rpartition(".")[::2] for name in names], strict=True)
+    shown = [part if len(part) <= LONGEST else part[: LONGEST - 1] + "…" for part in parts]
+    axes.set_xticks(range(0, len(names), step), shown[::step], size=SMALL - 2)
+    for label in axes.get_xticklabels():
+        label.set(rotation=55, ha="right", rotation_mode="anchor")
+    below: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+    first = 0
+    for parent, group in groupby(parents):
+        last = first + len(list(group)) - 1
+        if parent:
+            axes.hlines(-0.26, first - 0.42, last + 0.42, color=theme.faint, linewidth=1.5, **below)
+            size = min(SMALL - 2.0, 110 * (last - first + 1) / len(parent) * 12 / len(names))
+            middle = (first + last) / 2
+            axes.text(middle, -0.29, parent, size=size, color=theme.faint, ha="center", va="top", **below)
+        first = last + 1
+
+
+def _name(layers: list[LayerRow]) -> str:
     """Of the layer that multiplies, or the first."""
-    multiplies = [layer.name for layer in layers if layer.kind in ("conv2d", "linear")]
-    more = f" +{len(layers) - 1}" if len(layers) > 1 else ""
-    return (multiplies or [layers[0].name])[0] + more
+    return next((layer.name for layer in layers if layer.kind in ("conv2d", "linear")), layers[0].name)
 
 
 def _short(names: list[str]) -> list[str]:

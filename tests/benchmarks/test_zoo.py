@@ -1,6 +1,7 @@
 """`benchmarks/zoo.py`: all of it but the GPU."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def made_up(network: str, faster: float) -> ZooResult:
         "eager": peer(4.0),
         "graph": peer(2.0),
         "compile-reduce-overhead": peer(1.0, None),
+        "compile-max-autotune": peer(1.1),
         "fused-graph": peer(1.0 / faster),
         "compile-tritonnn": peer(0.8),
         "swapped-graph": Peer(Measured(FAILED, note="RuntimeError: out of memory")),
@@ -134,6 +136,64 @@ def test_ahead_compiles_what_has_something_to_compile(tmp_path, children):
     compiled = sorted(children[:-1])
     assert compiled == [("compile", "resnet18", "compile-tritonnn"), ("compile", "resnet18", "fused-graph")]
     assert children[-1][0] == "measure"
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+name, folder = sys.argv[sys.argv.index("--networks") + 1], Path(sys.argv[sys.argv.index("--output") + 1])
+end, moments = time.time() + 1.5, []
+if name == "alexnet":
+    time.sleep(0.4)
+    print("ready to be timed", flush=True)
+    assert sys.stdin.readline()
+    end = time.time() + 0.4
+while time.time() < end:
+    time.sleep(0.005)
+    moments.append(time.time())
+print("timed", flush=True)
+(folder / f"{name}.txt").write_text(" ".join(map(str, moments)))
+"""
+
+
+def test_who_is_timed_has_the_gpu_alone(tmp_path, monkeypatch):
+    """Of two that run together, the other one is stopped meanwhile, and goes on afterwards."""
+    (script := tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.setattr(zoo, "SCRIPT", str(script))
+    monkeypatch.setattr(zoo, "devices", lambda: ["0"])
+    saved(tmp_path, made_up("alexnet", 2.0), made_up("vgg11", 2.0))
+    assert run(tmp_path, "alexnet", "vgg11", options=("--again", "--together", "2")) == 0
+    timed, other = ([*map(float, (tmp_path / f"{name}.txt").read_text().split())] for name in ("alexnet", "vgg11"))
+    assert not [moment for moment in other if timed[0] < moment < timed[-1]]
+    assert min(other) < timed[0] and max(other) > timed[-1]
+
+
+def test_within_ends_as_if_interrupted():
+    with pytest.raises(KeyboardInterrupt), zoo.interrupted_after(0.05):
+        time.sleep(5)
+
+
+def test_only_what_was_compiled_is_measured_and_more_of_it_later(tmp_path, children, monkeypatch):
+    """What fails to compile is left out; a case that lacks a peer is measured again once that was compiled."""
+    peers, measured, child = ("graph", "fused-graph", "compile-tritonnn"), [], zoo.Run._child
+    failing = ["compile-tritonnn"]
+
+    def noting(self, case, what, peers, *args, **kwargs):
+        status = child(self, case, what, peers, *args, **kwargs)
+        if what == "measure":
+            measured.append(sorted(peers))
+            result = made_up(case.task, 2.0)
+            result.peers = {name: result.peers[name] for name in peers}
+            saved(tmp_path, result)
+        return int(peers == failing) or status
+
+    monkeypatch.setattr(zoo.Run, "_child", noting)
+    options = "--ahead", "2", "--only-compiled", "--peers", *peers
+    for _ in range(2):
+        run(tmp_path, "resnet18", options=options)
+    failing.clear()
+    run(tmp_path, "resnet18", options=options)
+    assert measured == [["fused-graph", "graph"], ["compile-tritonnn", "fused-graph", "graph"]]
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def browser() -> Iterator:
 def page(request: pytest.FixtureRequest, browser, url: str) -> Iterator:
     page = browser.new_page(viewport={"width": request.param, "height": 900})
     page.set_default_timeout(30_000)
-    page.goto(f"{url}?smoothing=0#timeseries")
+    page.goto(f"{url}{dashboard.LOOK}")
     page.locator("image-card img").first.wait_for()
     yield page
     page.close()

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton
 import yaml
 from helpers.ctrl_c import heed_ctrl_c, interrupt
+from helpers.interpreter import needs_interpreter
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 from torch.nn.functional import cross_entropy
@@ -32,6 +34,8 @@ ROOT = Path(train.__file__).parent
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 DIGITS = ["--config", str(ROOT / "configs" / "digits.yaml"), "--evaluation=null", *QUIET]
 EVALUATION = ["--evaluation=TritonEvaluation", "--evaluation.layers=relu"]
+# Where there is a GPU, Triton's layers run nowhere else in this process.
+WHERE_TRITON_RUNS = ["--trainer.accelerator=auto", "--trainer.devices=1"]
 BRIEF = [*DIGITS, "--model.width=4", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
 
 
@@ -45,7 +49,8 @@ def start(*args: str) -> subprocess.Popen:
     """train.py on CPUs, with kernels in Triton's interpreter."""
     command = [sys.executable, str(ROOT / "train.py"), *args]
     threads = {"OMP_NUM_THREADS": "1"}  # other tests run beside it, and threads that wait spin
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", **threads}
+    on_cpus = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, **on_cpus, "PYTHONUNBUFFERED": "1", **threads}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=environment, preexec_fn=heed_ctrl_c, **pipes)
 
@@ -132,9 +137,7 @@ def test_each_run_has_a_number_for_its_checkpoints_and_its_logs():
             ],
             id="callbacks that write",
         ),
-        pytest.param(
-            ["--evaluation=TritonEvaluation", "--evaluation.layers=relu", "--evaluation.budget_s=0"], id="evaluation"
-        ),
+        pytest.param([*EVALUATION, "--evaluation.budget_s=0", *WHERE_TRITON_RUNS], id="evaluation"),
     ],
 )
 def test_a_dry_run_leaves_no_trace(options):
@@ -255,7 +258,7 @@ ready = Tiny(10)
         assert model.network(torch.zeros(2, 3, 224, 224)).shape == (2, 2)
 
     def test_is_evaluated_after_another_optimizer(self):
-        train.main([*BRIEF, "--optimizer=Adam", *EVALUATION, "--evaluation.latency=false"])
+        train.main([*BRIEF, "--optimizer=Adam", *EVALUATION, "--evaluation.latency=false", *WHERE_TRITON_RUNS])
         assert json.loads(Path("logs/digits/version_0/results.json").read_text())["proof"]["passed"]
 
     def test_another_optimizer_and_schedule(self):
@@ -281,7 +284,8 @@ def test_a_callback_whose_default_is_no_plain_value():
 
 
 def test_what_is_said_about_the_interpreter_is_not_printed_into_a_config(monkeypatch, capsys):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # so that what the command sets is undone, too
+    monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     command_line.start_command()
@@ -379,6 +383,13 @@ def test_wrong_input_is_a_users_error_and_writes_nothing(args, message):
     assert contents() == before
 
 
+def test_a_cpu_without_the_interpreter_is_refused_before_the_training(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(UserError, match="the Trainer runs on cpu: leave the accelerator to it, or set TRITON"):
+        train.main([*BRIEF, *EVALUATION])
+    assert contents() == {}
+
+
 def test_wrong_option_ends_the_command_with_one_line():
     process = start("--trainer.max_epoch", "3")
     _, stderr = process.communicate(timeout=120)
@@ -451,6 +462,7 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_where():
     assert load_classifier(last)[0].hparams.width == 4
 
 
+@needs_interpreter
 def test_ctrl_c_in_the_test_says_what_is_kept():
     process = start(*BRIEF, *EVALUATION, "--trainer.limit_test_batches=1", "--data.batch_size=8")
     stderr = interrupt(process, once="Timing")
@@ -461,6 +473,7 @@ def test_ctrl_c_in_the_test_says_what_is_kept():
     assert not {path.name for path in Path("logs").rglob("*")} & {"results.json", "results.md", "pytorch", "triton"}
 
 
+@needs_interpreter
 def test_two_processes_train_and_count_every_test_image_once():
     generator = np.random.default_rng(0)
     for split, count in (("train", 16), ("test", 7)):  # 7 on two ranks: a padding sampler would count 8

@@ -1,6 +1,7 @@
 """tritonnn.fuse: what blocks of newer networks have besides convolutions: layer norms, layer scale, gates."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tritonnn
-from tritonnn.layers.fused.gate import FusedGate
 from tritonnn.layers.fused.layer_norm import FusedLayerNorm
 from tritonnn.layers.fused.linear import FusedLinearOfImages
-from tritonnn.ops.gate import gate
+from tritonnn.layers.fused.scaled import FusedExcitation, FusedGate, FusedNorm, FusedScaledConv2d
+from tritonnn.ops.excitation import excitation
 from tritonnn.ops.layer_norm import layer_norm
+from tritonnn.ops.scaled_image import scaled_image
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -125,6 +127,87 @@ def test_squeeze_and_excitation(dtype, channels_last, gates_first):
     assert len(layers(network, FusedGate)) == 1 and not network.report.fallbacks
 
 
+class Scaled(nn.Module):
+    """Gates or a batch norm before a convolution of one tap; `code(module, x)` is what it computes."""
+
+    def __init__(self, code: Callable[[nn.Module, Tensor], Tensor], C: int = 4) -> None:
+        super().__init__()
+        K = 2 * C
+        self.a, self.squeeze, self.excite = nn.Conv2d(C, K, 3, padding=1), nn.Conv2d(K, 2, 1), nn.Conv2d(2, K, 1)
+        self.norm, self.b, self.after = nn.BatchNorm2d(K), nn.Conv2d(K, K, 1, bias=False), nn.BatchNorm2d(K)
+        self.wide, self.by_2 = nn.Conv2d(K, K, 3, padding=1), nn.Conv2d(K, K, 1, stride=2)
+        self.code = code
+
+    def gates(self, y: Tensor) -> Tensor:
+        return self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(self, self.a(x))
+
+
+def overwritten_between(n: nn.Module, y: Tensor) -> Tensor:
+    z = n.gates(y) * y
+    w = y.mul_(2)
+    return n.b(z) + w
+
+
+GATED, AFTER_NORM = "gate + conv2d", "batch_norm2d + relu + conv2d"
+SCALED = {
+    "gates": (lambda n, y: n.b(n.gates(y) * y), GATED),
+    "gates, residual, activation": (
+        lambda n, y: F.silu(n.after(n.b(y * n.gates(y))) + y),
+        f"{GATED} + batch_norm2d + residual + silu",
+    ),
+    "a batch norm before": (lambda n, y: n.b(n.norm(y + y).relu()) + y, f"{AFTER_NORM} + residual"),
+    "in place": (
+        lambda n, y: F.relu(n.after(n.b(F.relu_(n.norm(y * 2)))), inplace=True),
+        AFTER_NORM + " + batch_norm2d + relu",
+    ),
+    "another activation": (lambda n, y: n.b(F.silu(n.norm(y.tanh()))), "batch_norm2d + silu + conv2d"),
+    "two readers": (lambda n, y: (lambda z: n.b(z) + z)(n.gates(y) * y), None),
+    "read as the residual": (lambda n, y: n.b(y) + n.gates(y) * y, None),
+    "read as both": (lambda n, y: (lambda z: n.b(z) + z)(n.norm(y + y).relu()), None),
+    "nine taps": (lambda n, y: n.wide(n.gates(y) * y), None),
+    "stride 2": (lambda n, y: n.by_2(n.norm(y + y).relu()), None),
+    "overwritten in between": (overwritten_between, None),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("case", SCALED)
+def test_a_convolution_scales_what_it_reads(case, channels_last):
+    code, what = SCALED[case]
+    model = trained(Scaled(code), torch.float64)
+    network = tritonnn.fuse(model)
+    for n in (2, 1):
+        assert_right(network, model, image(n, 4, 7, 6, dtype=torch.float64, channels_last=channels_last))
+    [found] = [network.report.fused[name] for name in ("b", "wide", "by_2") if name in network.report.fused]
+    assert found == what if what else "gate" not in found and "relu" not in found
+    assert not network.report.fallbacks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True], ids=["", "graph"])
+@pytest.mark.parametrize("case", ["gates, residual, activation", "in place"])
+def test_it_scales_them_in_the_matrix_product(case, cuda_graph):
+    model = trained(Scaled(SCALED[case][0], 48), torch.bfloat16).to(memory_format=torch.channels_last)
+    network = tritonnn.fuse(model, cuda_graph=cuda_graph)
+    x = image(24, 48, 30, 28, dtype=torch.bfloat16, channels_last=True)
+    for _ in range(3):
+        assert_right(network, model, x)
+    assert type(network.network.b) is FusedScaledConv2d and not network.report.fallbacks
+
+
+def test_a_norm_of_other_types_and_shapes_and_shapes():
+    model = trained(Scaled(lambda n, y: n.b(n.norm(y + y).relu())), torch.bfloat16)
+    network = tritonnn.fuse(model)
+    assert_right(network, model, image(2, 4, 5, 5, dtype=torch.bfloat16))
+    [norm] = layers(network, FusedNorm)
+    assert norm.scale.dtype == tritonnn.fuse(model).half().get_submodule("network.b").first.scale.dtype == torch.float32
+    with pytest.raises(ValueError, match="expected 4D input"):
+        norm(torch.zeros(8, 5, 5))
+
+
 def test_a_product_of_other_shapes_is_pytorchs():
     model = trained(Net(lambda n, x: n.b(x).sigmoid() * n.a(x)), torch.float64)
     network, x = tritonnn.fuse(model), image(2, 4, 3, 3, dtype=torch.float64)
@@ -159,8 +242,50 @@ def test_gate(shape, dtype):
     gates = image(*shape[:2], 1, 1, dtype=dtype)
     for channels_last in (False, True):
         x = image(*shape, dtype=dtype, channels_last=channels_last)
-        y = gate(x, gates)
+        y = scaled_image(x, gates, None, "none")
         assert torch.equal(y, x * gates) and y.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 8, 2, 8), (3, 37, 5, 19), (2, 300, 70, 290), (5, 1, 1, 1)], ids=str)
+def test_excitation(sizes, dtype):
+    n, c, s, k = sizes
+    x, first, last = image(n, c, 1, 1, dtype=dtype), image(s, c, dtype=dtype) / c**0.5, image(k, s, dtype=dtype)
+    double = torch.float64 if dtype == torch.float64 else torch.float32
+    bias1, bias2 = image(s, dtype=double), image(k, dtype=double)
+    for biases in ((bias1, bias2), (None, bias2), (None, None)):
+        added = [0 if b is None else b.double() for b in biases]
+        inner = F.silu(x.double().flatten(1) @ first.double().T + added[0]).to(dtype).double()
+        exact = (inner @ last.double().T + added[1]).sigmoid()
+        y = excitation(x, first, biases[0], last, biases[1], "silu", 0.0, "sigmoid", 0.0)
+        assert y.shape == (n, k, 1, 1) and y.dtype == dtype
+        assert (y.flatten(1) - exact).abs().max() <= {torch.bfloat16: 2**-8}.get(dtype, TOLERANCE[dtype])
+
+
+def test_products_of_squeeze_and_excitation_are_one():
+    model = trained(Scaled(lambda n, y: n.gates(y) * y), torch.float32)
+    network = tritonnn.fuse(model)
+    assert_right(network, model, image(3, 4, 6, 5))
+    assert (
+        len(layers(network, FusedExcitation)) == 1
+        and network.report.fused["excite"] == "conv2d + relu + conv2d + sigmoid"
+    )
+    model = trained(Scaled(lambda n, y: n.excite(n.squeeze(y).relu()).sigmoid() * y), torch.float32)
+    assert not layers(tritonnn.fuse(model), FusedExcitation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+def test_scaled_and_shifted_channels(channels_last, dtype):
+    x, scale, shift = image(3, 24, 5, 7, dtype=dtype, channels_last=channels_last), image(24), image(24)
+    scale, shift = (t.to(torch.float64) if dtype == torch.float64 else t for t in (scale, shift))
+    for part in (x, x[:, 8:16]) if channels_last else (x,):
+        factors = [t[: part.shape[1], None, None] for t in (scale, shift)]
+        y, exact = scaled_image(part, *[t.flatten() for t in factors], "relu"), part.double() * factors[0] + factors[1]
+        assert y.shape == part.shape and y.is_contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        torch.testing.assert_close(y, exact.relu().to(dtype))
 
 
 def test_layers_fall_back_where_no_kernel_takes_their_input():

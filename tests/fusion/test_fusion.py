@@ -86,7 +86,9 @@ FUSED = [
     pytest.param(lambda n, x: n.norm(n.b(n.norm(n.a(x)))), [NORM, NORM], id="norm called twice"),
     pytest.param(lambda n, x: n.a(n.norm(n.a(x))), [NORM, CONV], id="convolution called twice"),
     pytest.param(lambda n, x: n.relu(n.b(n.relu(n.a(x)))), [f"{CONV} + relu"] * 2, id="ReLU called twice"),
-    pytest.param(lambda n, x: n.norm(x).relu(), [], id="nothing to fuse"),
+    pytest.param(lambda n, x: n.norm(x).tanh(), [], id="nothing to fuse"),
+    pytest.param(lambda n, x: n.norm(x).relu(), ["batch_norm2d + relu"], id="norm before ReLU"),
+    pytest.param(lambda n, x: (lambda y: y.relu() + y)(n.norm(x)), [], id="norm with two users"),
     pytest.param(in_place_then_read, [f"{CONV} + relu", CONV], id="read after ReLU in place"),
     pytest.param(conv_before_its_input_is_overwritten, [CONV, CONV], id="input overwritten before the sum"),
     pytest.param(overwritten_through_a_view, [CONV], id="overwritten through a view"),
@@ -97,7 +99,7 @@ FUSED = [
         id="overwritten, its shape read",
     ),
     pytest.param(input_overwritten, [f"{CONV} + relu"], id="the model overwrites its input"),
-    pytest.param(list_of_results, [CONV, CONV], id="list"),
+    pytest.param(list_of_results, [CONV, CONV, "concatenation"], id="list"),
     pytest.param(lambda n, x: n.a(x).view(x.shape[0], -1), [CONV], id="view of an image"),
     pytest.param(
         lambda n, x: F.adaptive_avg_pool2d(F.max_pool2d(F.avg_pool2d(n.a(x), 2, padding=1), 2, 1), 1),
@@ -131,7 +133,8 @@ def test_arguments_of_a_convolution(layer, reason):
     if reason is None:
         assert fused.report.fused == {"0": "conv2d + batch_norm2d + relu"} and not fused.report.apart
     else:
-        assert fused.report.apart["0"] == reason and list(fused.report.swapped) == ["0", "1", "2"]
+        assert fused.report.apart["0"] == reason and list(fused.report.swapped) == ["0"]
+        assert fused.report.fused == {"1_relu": "batch_norm2d + relu"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -653,8 +656,8 @@ Inception = sys.modules["torchvision.models.googlenet"].Inception  # the name is
 NETWORKS = [
     pytest.param(small_resnet, 18, 4, id="resnet"),
     pytest.param(lambda: models.MobileNetV2(4, width_mult=0.1), 53, 11, id="mobilenet_v2"),
-    pytest.param(lambda: models.ShuffleNetV2([1, 1, 1], [4, 8, 16, 32, 32], 4), 18, 0, id="shufflenet"),
-    pytest.param(lambda: models.DenseNet(4, (1, 2), 8, 2, num_classes=4), 9, 0, id="densenet"),
+    pytest.param(lambda: models.ShuffleNetV2([1, 1, 1], [4, 8, 16, 32, 32], 4), 21, 0, id="shufflenet"),
+    pytest.param(lambda: models.DenseNet(4, (1, 2), 8, 2, num_classes=4), 15, 0, id="densenet"),
     pytest.param(lambda: models.vgg.make_layers([4, "M", 8, "M"], batch_norm=True), 2, 0, id="vgg"),
     pytest.param(
         lambda: sys.modules["torchvision.models.googlenet"].Inception(3, 4, 4, 4, 4, 4, 4), 6, 0, id="inception"

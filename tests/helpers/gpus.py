@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import triton
 
-from tritonnn.runtime import hardware
+from tritonnn.runtime import capabilities, hardware
 from tritonnn.runtime.hardware import Gpu
 
 H100 = Gpu((9, 0), 132, 232448)
@@ -16,9 +16,11 @@ RTX_5090 = Gpu((12, 0), 170, 101376)
 
 @contextmanager
 def posing(gpu: Gpu) -> Iterator[None]:
-    """Forms and configurations are chosen as on that GPU, with the Triton for which kernels in Gluon were verified."""
+    """Forms and configurations are chosen as on that GPU with Triton 3.6, of whose descriptors none rounds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.knobs.runtime, "interpret", False)
         patch.setattr(hardware, "gpu", lambda device: gpu)
         patch.setattr(hardware, "GLUON_VERSIONS", triton.__version__)
+        patch.setattr(capabilities, "ROUNDS_ON_LOAD", ())
+        patch.setattr(capabilities, "LOADS_BEFORE_PRODUCTS", False)
         yield

@@ -37,6 +37,15 @@ def test_a_loader_gives_the_same_batches_as_images_in_memory(num_workers):
         assert torch.equal(images, images_again) and torch.equal(labels, labels_again)
 
 
+def test_how_many_are_augmented_at_once_changes_nothing(monkeypatch):
+    all_at_once = list(shuffled(RESIDENT))
+    monkeypatch.setattr("lit_modules.batches.AT_ONCE", 2 * 5 * IMAGES[0].numel() * 4)
+    two_by_two = list(shuffled(RESIDENT))
+    assert [len(labels) for _, labels in two_by_two] == [5, 5, 5, 5, 2]
+    for batch, again in zip(all_at_once, two_by_two, strict=True):
+        assert all(torch.equal(*both) for both in zip(batch, again))
+
+
 @pytest.mark.parametrize("dataset", [RESIDENT, Decoded()], ids=["in memory", "loaded"])
 @pytest.mark.parametrize("drop_last, sizes", [(True, [5, 5, 5, 5]), (False, [5, 5, 5, 5, 2])])
 def test_every_image_comes_once(dataset, drop_last, sizes):

@@ -70,6 +70,7 @@ def test_both_sides_are_what_the_training_logs(tmp_path):
     assert len({epoch.metrics["pytorch"]["val/loss"] for epoch in epochs}) == 3  # it learns
     for side in ("pytorch", "triton"):
         assert curve(tmp_path, side, "loss") == [(e.epoch, e.metrics[side]["val/loss"]) for e in epochs]
+        assert len(list((tmp_path / side).glob("events*"))) == 1  # of several, TensorBoard may miss some
     assert module.validations == 2 * [4] + 3 * [4, 4, 2]  # copies do not touch it
     assert next(module.recorded) == 0
 

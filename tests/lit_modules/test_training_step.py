@@ -23,14 +23,15 @@ def test_a_network_that_gives_nan_hits_nothing():
 
 
 def batch(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """In float64: cuDNN's sums in float32 differ from run to run, and what ReLU lets through then does, too."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    images = torch.randn(count, 3, 32, 32, device="cuda", generator=generator)
+    images = torch.randn(count, 3, 32, 32, device="cuda", generator=generator, dtype=torch.float64)
     return images, torch.randint(10, (count,), device="cuda", generator=generator)
 
 
 def small_network() -> nn.Module:
     torch.manual_seed(0)
-    return ResNet18(width=8).cuda().to(memory_format=torch.channels_last)
+    return ResNet18(width=8).cuda().double().to(memory_format=torch.channels_last)
 
 
 @pytest.mark.gpu
@@ -49,14 +50,14 @@ class TestGraphed:
             optimizers[1].zero_grad()
             expected, expected_hit = plain(images.contiguous(memory_format=torch.channels_last), labels)
             expected.backward()
-            torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-5)
-            assert (hit - expected_hit).abs().max() <= 1
+            torch.testing.assert_close(loss, expected.detach())
+            assert torch.equal(hit, expected_hit)
             for p, q in zip(graphed.parameters(), eager.parameters()):
-                torch.testing.assert_close(p.grad, q.grad, rtol=1e-2, atol=1e-4)
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9)
             for optimizer in optimizers:
                 optimizer.step()
         for p, q in zip(graphed.buffers(), eager.buffers()):
-            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(p, q)
 
     def test_gradients_that_were_set_to_none_come_back(self):
         network = small_network()
@@ -67,7 +68,7 @@ class TestGraphed:
             network.zero_grad()
         step(*batch(4, 5))
         for p, q in zip(network.parameters(), expected):
-            torch.testing.assert_close(p.grad, q, rtol=1e-2, atol=1e-5)
+            torch.testing.assert_close(p.grad, q, rtol=1e-6, atol=1e-9)
 
     def test_what_was_given_out_is_not_overwritten(self):
         network = small_network()
@@ -89,7 +90,7 @@ class TestGraphed:
                 loss, _ = step(*batch(4, seed))
         network.zero_grad()
         expected, _ = compute(batch(4, 5)[0].contiguous(memory_format=torch.channels_last), batch(4, 5)[1])
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(loss, expected.detach())
         step = GraphedStep(waiting, list(network.parameters()), torch.channels_last, required=True)
         with pytest.raises(RuntimeError):
             for seed in range(6):

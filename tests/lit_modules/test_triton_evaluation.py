@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from helpers.tiny_classifier import TinyClassifier, evaluation_trainer, loader, random_images
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -158,6 +159,21 @@ class TestProof:
         assert [variant.verdict.passed for variant in result.proof.variants] == [True, False] and not result.passed
 
     @pytest.mark.gpu
+    def test_swapped_layers_are_compiled_before_they_run(self, tmp_path, monkeypatch):
+        """All of them, as in the proof and as they are timed alone, at once."""
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+        compiled, ahead, compile_swapped = [], [], tritonnn.compile_swapped
+        monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **of: compiled.append(of["src"].name))
+
+        def noting(*args, **kwargs):
+            compile_swapped(*args, **kwargs)
+            ahead.append(len(compiled))
+
+        monkeypatch.setattr(tritonnn, "compile_swapped", noting)
+        evaluate(tmp_path, data=random_images(8), layers="each", latency=True, budget_s=0.01)
+        assert ahead == [len(compiled)] and compiled
+
+    @pytest.mark.gpu
     def test_the_fused_network_in_cuda_graphs(self, tmp_path):
         result = evaluate(tmp_path, layers="all", fuse=True, cuda_graph=True, latency=True, budget_s=0.01)
         assert result.passed and result.proof.variants[-1].name == "fused, CUDA graph"
@@ -298,8 +314,10 @@ def test_nothing_is_timed_during_the_accuracy_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(measurement, "time_layers", no_time)
     with pytest.raises(InterruptedError):
         evaluate(tmp_path, Watched(), random_images(6), latency=True)
-    # A batch goes through test_step, PyTorch, the yardstick and Triton, the first also through PyTorch in float64.
-    assert seen == 5 * [4] + 4 * [2] + ["timing"]
+    # A batch goes through test_step, PyTorch, the yardstick and Triton, the first also through PyTorch in float64 and,
+    # on a GPU, once more, to compile ahead.
+    ahead = 1 if torch.cuda.is_available() else 0
+    assert seen == (5 + ahead) * [4] + 4 * [2] + ["timing"]
 
 
 @pytest.mark.parametrize(("rank", "places"), [(0, [0, 2, 4, 6]), (1, [1, 3, 5])])

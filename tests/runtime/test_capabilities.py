@@ -55,6 +55,10 @@ def knobs_without_hooks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(triton.knobs, "runtime", object())
 
 
+def knobs_without_instrumentation(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr(triton.knobs, "compilation")
+
+
 def a_descriptor_with_another_field(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(capabilities, "TensorDescriptor", DescriptorWithAnOffset)
 
@@ -83,6 +87,7 @@ UNKNOWN = [
     ("launches", a_launcher_with_other_arguments),
     ("launches", a_kernel_without_run),
     ("launches", knobs_without_hooks),
+    ("launches", knobs_without_instrumentation),
     ("descriptors", a_descriptor_with_another_field),
     ("preloading", preloading_of_several_kernels),
     ("cache keys", keys_that_are_methods),

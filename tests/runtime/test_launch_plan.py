@@ -238,6 +238,45 @@ def test_replays_give_what_the_launcher_gives(name, replays):
         assert_identical(actual[i], expected[i])
 
 
+DIFFERENTIABLE = ("conv2d, bias", "conv2d, groups", "linear", "relu", "max_pool2d, indices", "avg_pool2d")
+DIFFERENTIABLE += ("adaptive_avg_pool2d", "batch_norm2d", "batch_norm2d, training")
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_by_plan_are_those_of_the_launchers(name, replays):
+    """The backward pass is a plan as a whole, for each choice of gradients that are needed."""
+    operator, make = CASES[name]
+
+    def gradients(args, needed):
+        leaves = [arg.clone().requires_grad_() for arg in args[:needed] if isinstance(arg, torch.Tensor)]
+        y = operator(*leaves, *args[len(leaves) :])
+        y = y[0] if isinstance(y, tuple) else y
+        return torch.autograd.grad(y, leaves, y.detach() * 2)
+
+    calls = [(make(), needed) for _ in range(2) for needed in (2, 1)]
+    expected = []
+    for call in calls:
+        forget_plans()
+        expected.append(gradients(*call))
+    replays.clear()
+    actual = [gradients(*call) for call in calls]
+    planned = 1 if DEVICE.type == "cuda" and name.startswith("conv2d") else 2  # PyTorch has gradients in float32 there
+    assert len(replays) >= planned * len(calls) - 2  # the first of each kind may have to make its plans
+    for a, e in zip(actual, expected, strict=True):
+        assert_identical(a, e)
+
+
+def test_gradients_by_plan_depend_on_constants(replays):
+    x = image(2, 3, 6, 6).requires_grad_()
+    grads = []
+    for _ in range(2):
+        for count_include_pad in (True, False):
+            y = avg_pool2d.avg_pool2d(x, (3, 3), (1, 1), (1, 1), False, count_include_pad, None)
+            grads += torch.autograd.grad(y, x, torch.ones_like(y))
+    assert len(replays) == 4
+    assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3]) and not torch.equal(grads[0], grads[1])
+
+
 def test_replays_of_a_copy_whose_pixels_overlap(replays, monkeypatch):
     config = FewChannelsConfig(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1)
     monkeypatch.setattr(conv2d, "choose", lambda product: Choice(config))

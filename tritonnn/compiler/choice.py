@@ -1,7 +1,7 @@
 """Which chains run as one kernel of this package: those that are no slower than what Inductor would run, measured.
 
 Inductor computes a convolution or linear layer by cuDNN or cuBLAS and what follows it in a kernel of its own, unless it
-joins that to what comes next. Each chain of a kind is timed alone, once, on random images of its shape.
+joins that to what comes next. Each chain of a kind is timed alone, once a machine, on random images of its shape.
 """
 
 import logging
@@ -19,6 +19,7 @@ from ..layers.fused.activation import Activation
 from ..ops.conv2d.op import conv2d_fused
 from ..runtime.dependent_launch import launches_as_in_graphs
 from .chains import STORED_FOR, Chain, base_name, has_neighbouring_channels, hint, value
+from .measured import Times, add, measuring_alone, path_of, read
 from .weights import Packed
 
 LOG = logging.getLogger(__name__)
@@ -142,16 +143,21 @@ def compile_kernels(
 ) -> None:
     """Has what packs the weights, and what all chains would launch, compiled beside each other.
 
-    They are timed in CUDA graphs, where kernels are others; unless they run `in_graphs` too, both are compiled.
+    They are timed in CUDA graphs, where kernels are others; unless they run `in_graphs` too, both are compiled. Chains
+    that are known to be slower launch nothing.
     """
     device = chains[0].result.device
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
 
+    known = read(path_of(device))
+
     def calls() -> Iterator[Callable[[], object]]:
         yield lambda: [one.compute(inputs) for one in packed]
         kinds = {kind_of(chain, one): one for chain, one in zip(chains, packed) if one.tensors}
-        yield from (_compiling(Trial(kind, one, device)) for kind, one in kinds.items())
+        for kind, one in kinds.items():
+            if repr(kind) not in known or known[repr(kind)].ours_is_no_slower:
+                yield _compiling(Trial(kind, one, device))
 
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), progress_after() as advance:
         with launches_as_in_graphs():
@@ -171,9 +177,14 @@ def faster_ones(chains: Sequence[Chain], packed: Sequence[Packed]) -> list[bool]
         return [False] * len(chains)
     kinds = [kind_of(chain, one) for chain, one in zip(chains, packed)]
     trials = {kind: Trial(kind, one, device) for kind, one in zip(kinds, packed)}
+    path = path_of(device)
+    known = read(path)
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), launches_as_in_graphs():
-        faster = {kind: _is_faster(trial) for kind, trial in trials.items()}
-    chosen = [faster[kind] for kind in kinds]
+        for kind, trial in trials.items():
+            if repr(kind) not in known and (times := _measured(trial)) is not None:
+                known[repr(kind)] = times
+                add(path, repr(kind), times)
+    chosen = [repr(kind) in known and known[repr(kind)].ours_is_no_slower for kind in kinds]
     LOG.info("%d of %d convolutions and linear layers run as kernels of tritonnn", sum(chosen), len(chosen))
     return chosen
 
@@ -188,21 +199,25 @@ def _compiling(trial: Trial) -> Callable[[], None]:
     return call
 
 
-def _is_faster(trial: Trial) -> bool:
-    """Whether ours is right to run and takes no longer; what cannot be measured, for want of memory say, is not."""
+def _measured(trial: Trial) -> Times | None:
+    """The times of both; None where they cannot be measured, for want of memory say.
+
+    Of several samples the tenth percentile counts: whoever else uses the GPU only adds to them.
+    """
     try:
         trial.make_tensors()
-        clocks = {name: _clock(call) for name, call in (("ours", trial.ours), ("theirs", trial.theirs))}
-        times, _ = alternate(clocks, BUDGET_S, ROUNDS)
+        with measuring_alone(trial.device):
+            clocks = {name: _clock(call) for name, call in (("ours", trial.ours), ("theirs", trial.theirs))}
+            samples, _ = alternate(clocks, BUDGET_S, ROUNDS)
     except RuntimeError as error:
         mend_generator()
         LOG.info("%s: not measured: %s", trial.kind, error)
-        return False
+        return None
     finally:
         trial.x = trial.residual = trial.weight = trial.x_theirs = None
-    ours, theirs = times["ours"].median, times["theirs"].median
-    LOG.info("%s: %.1f us, by PyTorch %.1f us", trial.kind, ours * 1e3, theirs * 1e3)
-    return ours <= theirs
+    times = Times(samples["ours"].p10 * 1e3, samples["theirs"].p10 * 1e3)
+    LOG.info("%s: %.1f us, by PyTorch %.1f us", trial.kind, *times)
+    return times
 
 
 def _clock(call: Callable[[], Tensor]) -> Clock:

@@ -149,7 +149,7 @@ class _Formats:
         """What is known of a node whose inputs lie in memory as PyTorch's do: so does its result."""
         formats = [self.values[x].format for x in node.all_input_nodes if self.values[x].format]
         module = self.traced.module(node)
-        pixel = _makes_pixels(node, module)
+        pixel = makes_pixels(node, module)
         if is_elementwise(node, module) or kind_of(module) in ("batch_norm2d", "conv2d"):
             pixel = bool(formats) and all(format.pixel for format in formats)
         odd = _reorders(node, self.traced) or (
@@ -244,7 +244,7 @@ class _Formats:
         if x.format.settled == ALWAYS and (x.format.single or (x.format.pixel and upsampling)):
             format = replace(format, sources=frozenset(), always=False)
         indices = getattr(module, "return_indices", False) or argument(node, 6, "return_indices", False) is True
-        pixel = not upsampling and (format.pixel or _makes_pixels(node, module))
+        pixel = not upsampling and (format.pixel or makes_pixels(node, module))
         return _Value(False, replace(format, pixel=pixel), bool(indices))
 
     def _beside_its_input(self, node: fx.Node) -> _Value | None:
@@ -359,7 +359,7 @@ def _settles(node: fx.Node, module: nn.Module | None, operands: list[fx.Node]) -
     return ALWAYS if alike else NEVER
 
 
-def _makes_pixels(node: fx.Node, module: nn.Module | None) -> bool:
+def makes_pixels(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether it makes images of one pixel, as view(n, c, 1, 1) does."""
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return pair(module.output_size) == (1, 1)

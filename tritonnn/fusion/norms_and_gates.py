@@ -7,8 +7,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ..layers.fused.base import FusedLayer
-from ..layers.fused.gate import FusedGate
 from ..layers.fused.layer_norm import FusedLayerNorm
+from ..layers.fused.scaled import FusedGate
 from .known_functions import argument, operands, unused_name
 from .tracing import is_changed, is_parameter
 

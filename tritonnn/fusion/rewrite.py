@@ -15,6 +15,7 @@ from ..layers.fused.linear import FusedLinear, FusedLinearOfImages, FusedPooledL
 from ..layers.layer import FLOATING_POINT, pair
 from ..swap import kind_of, swap
 from .as_convolutions import is_of_linear
+from .concatenations import fuse_concatenations
 from .formats import as_overwritten, as_pytorch_puts_it, is_in_channels_last, keep_formats
 from .functionalize import FunctionalGraph
 from .fused_graph import FusedGraph
@@ -23,6 +24,7 @@ from .norms_and_gates import rewrite_norms_and_gates
 from .report import FusionReport, join
 from .rest import drop_signs_of_zeros, rewrite_rest
 from .round_ahead import round_ahead
+from .scaled import fuse_excitations, fuse_norms, only_user, scale_as_they_read
 from .tracing import in_place, is_changed, why_changed
 
 # Functions that only look at tensors.
@@ -91,10 +93,14 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
         layers = [node.target for node in chain.nodes if kind_of(traced.module(node)) is not None]
         report.stands_for[join(name, target)] = [join(name, layer) for layer in layers]
     _join_shortcuts(traced, modules, name, report)
+    fuse_norms(traced, modules, name, report)
     rewrite_rest(traced, modules)
     for target, what in rewrite_norms_and_gates(root, graph, modules).items():
         report.fused[join(name, target)] = what
         report.modules[join(name, target)] = modules[target]
+    scale_as_they_read(traced, modules, name, report)
+    fuse_excitations(traced, modules, name, report)
+    fuse_concatenations(traced, modules, name, report)
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
             report.stayed[join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
@@ -155,15 +161,15 @@ def _chains(traced: FunctionalGraph) -> list[_Chain]:
         if kind_of(traced.module(node)) not in ("conv2d", "linear") or _reason_to_leave(node, traced):
             continue
         chain = _Chain(node, _pool_before(node, traced))
-        follower = _only_user(node, traced)
+        follower = only_user(node, traced)
         if follower and _is_norm(follower, traced) and _reason_not_to_fold(follower, traced) is None:
             chain.norm = follower
-            follower = _only_user(chain.tail, traced)
+            follower = only_user(chain.tail, traced)
         if _is_plain_sum(follower, traced) and follower not in claimed:
             summands = _summands(follower)
             chain.add_first = summands[0] is chain.tail
             chain.add = follower
-            follower = _only_user(follower, traced)
+            follower = only_user(follower, traced)
         if follower in traced.pure and traced.activation(follower):
             chain.activation = follower
         claimed.update(chain.nodes)
@@ -181,13 +187,7 @@ def _pool_before(node: fx.Node, traced: FunctionalGraph) -> fx.Node | None:
     pool = flatten.all_input_nodes[0]
     if kind_of(traced.module(pool)) != "avg_pool2d" or _hooked(pool, traced) or _input(pool) is None:
         return None
-    return pool if _only_user(pool, traced) is flatten and _only_user(flatten, traced) is node else None
-
-
-def _only_user(node: fx.Node, traced: FunctionalGraph) -> fx.Node | None:
-    """The one node that uses the result, if nothing is overwritten up to there."""
-    users = list(node.users)
-    return users[0] if len(users) == 1 and traced.stage[users[0]] == traced.stage[node] else None
+    return pool if only_user(pool, traced) is flatten and only_user(flatten, traced) is node else None
 
 
 def _is_plain_sum(node: fx.Node | None, traced: FunctionalGraph) -> bool:

@@ -7,8 +7,10 @@ which those are shows at each call: a convolution knows such readers of its resu
 from torch import fx, nn
 
 from ..layers.fused.base import Filters
+from ..layers.fused.concatenation import FusedConcatenation
 from ..layers.fused.conv2d import FusedConv2d, FusedSum
 from ..layers.fused.linear import FusedLinearOfImages
+from ..layers.fused.scaled import FusedScaledConv2d
 from ..swap import kind_of
 
 
@@ -34,17 +36,24 @@ class _RoundAhead:
         """The convolutions of a node."""
         for conv, x in self.convolutions(node):
             source = self.selected_from(x)
-            conv.rounded_input = source in self.rounded and bool(self.convolutions(source))
+            conv.rounded_input = source in self.rounded and bool(self.makers(source))
             conv.fellow_readers = self.undecided_readers(source)
-        for conv, _ in self.convolutions(node)[:1]:  # the other one of a sum gives no result of its own
+        for conv in self.makers(node):
             conv.round_output = node in self.rounded
             conv.readers = self.undecided_readers(node)
 
     def can_be_rounded(self, node: fx.Node) -> bool:
         """Whether convolutions make the result and only they read it, or selections of which that holds."""
-        makers_known = self.convolutions(node) or self.selects(node)
-        readers_known = all(self.convolutions(user) or user in self.rounded for user in node.users)
+        makers_known = self.makers(node) or self.selects(node)
+        readers_known = all(self.only_convolves(user, node) or user in self.rounded for user in node.users)
         return bool(makers_known) and readers_known and self.is_multiplied(node) and self.readers_see_its_size(node)
+
+    def only_convolves(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether convolutions read a node, as their image or residual, and it is not also copied."""
+        convolutions = self.convolutions(user)
+        if user.op == "call_module" and isinstance(self.modules[user.target], FusedConcatenation):
+            return user.args.count(node) == sum(x is node for _, x in convolutions)
+        return bool(convolutions)
 
     def is_multiplied(self, node: fx.Node) -> bool:
         """Whether it is more than a residual: the input of a convolution or of a selection."""
@@ -65,7 +74,21 @@ class _RoundAhead:
                 return [(conv, node.args[0])]
             case FusedSum() as both:
                 return list(zip((both.last, both.other), node.args))
+            case FusedConcatenation() as several:
+                pairs = zip(several.layers, node.args[-len(several.layers) :])
+                return [(layer, x) for layer, x in pairs if isinstance(layer, FusedConv2d)]
         return []
+
+    def makers(self, node: fx.Node) -> list[FusedConv2d]:
+        """The convolutions that make a node's whole result; the other one of a sum gives none of its own."""
+        convolutions = [conv for conv, _ in self.convolutions(node)]
+        match self.modules[node.target] if node.op == "call_module" else None:
+            case FusedScaledConv2d() as scaled:
+                return [scaled.last]
+            case FusedConcatenation() as several:
+                whole = len(convolutions) == len(several.layers) == len(node.args)
+                return convolutions if whole else []
+        return convolutions[:1]
 
     def selects(self, node: fx.Node) -> bool:
         """Whether its results are among its inputs, or zero."""

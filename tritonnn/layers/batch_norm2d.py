@@ -7,12 +7,17 @@ from ..ops.batch_norm2d import batch_norm2d_inference, batch_norm2d_training, ba
 from .layer import TritonLayer, by_plan, is_empty, parameters, reason_to_fall_back_image
 
 
-def _running_statistics(layer: nn.BatchNorm2d) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def running_statistics(layer: nn.BatchNorm2d) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Running mean and variance, read from the dictionary as in `parameters`."""
     try:
         return layer._buffers["running_mean"], layer._buffers["running_var"]
     except KeyError:
         return layer.running_mean, layer.running_var
+
+
+def _normalize(layer: nn.BatchNorm2d, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, and mean and variance of the batch."""
+    return batch_norm2d_training(input, *parameters(layer), layer.eps)
 
 
 class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
@@ -25,11 +30,30 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._compute(input) if self.training else self._evaluate(input)
 
-    @by_plan(lambda self: (*parameters(self), *_running_statistics(self), self.eps))
+    @by_plan(lambda self: (*parameters(self), *running_statistics(self), self.eps))
     def _evaluate(self, input: torch.Tensor) -> torch.Tensor:
         return self._compute(input)
 
+    @by_plan(
+        lambda self: (*parameters(self), *running_statistics(self), self.eps),
+        direct=lambda self, input: None if self._reason_against_a_batch(input) else _normalize,
+    )
+    def _from_batch(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """y, mean and variance; None where PyTorch's own op is to run."""
+        return None if self._reason_against_a_batch(input) else _normalize(self, input)
+
+    def _reason_against_a_batch(self, input: torch.Tensor) -> str | None:
+        self._check_input_dim(input)
+        return "empty" if is_empty(input) else self._reason_to_fall_back(input, from_batch=True)
+
     def _compute(self, input: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            found = self._from_batch(input)
+            if found is not None:
+                y, mean, var = found
+                if self.track_running_stats:
+                    self._update_running_statistics(mean, var, input.numel() // input.shape[1])
+                return y
         self._check_input_dim(input)
         if is_empty(input):  # nothing to compute, and PyTorch's formulas for the gradient do not expect it
             return super().forward(input)
@@ -39,20 +63,18 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
             return self._fall_back(reason, super().forward, input)
         if not from_batch:
             return batch_norm2d_inference(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-        y, mean, var = batch_norm2d_training(input, self.weight, self.bias, self.eps)
-        if self.training and self.track_running_stats:
-            self._update_running_statistics(mean, var, input.numel() // input.shape[1])
-        return y
+        return _normalize(self, input)[0]
 
     def _update_running_statistics(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
-        momentum = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        momentum, tracked = self.momentum, self.num_batches_tracked
+        if tracked is not None:
+            tracked.add_(1)
         if momentum is None:  # cumulative average
-            momentum = 1.0 / float(self.num_batches_tracked) if self.num_batches_tracked is not None else 0.0
-        if self.running_mean is not None:
-            batch_norm2d_update_(mean, var, self.running_mean, self.running_var, momentum, count)
-            torch.autograd.graph.increment_version((self.running_mean, self.running_var))
+            momentum = 1.0 / float(tracked) if tracked is not None else 0.0
+        running_mean, running_var = running_statistics(self)
+        if running_mean is not None:
+            batch_norm2d_update_(mean, var, running_mean, running_var, momentum, count)
+            torch.autograd.graph.increment_version((running_mean, running_var))
 
     def _reason_to_fall_back(self, x: torch.Tensor, from_batch: bool) -> str | None:
         tensors = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]

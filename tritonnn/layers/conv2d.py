@@ -10,6 +10,22 @@ from ..runtime.precision import autocast, convolutions_in_tf32
 from .layer import TritonLayer, batched, by_plan, is_empty, pair, parameters, reason_to_fall_back_image, windows_fit
 
 
+def _unchecked(layer: "TritonConv2d", input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+    """What `_convolve` comes down to for batches of images like this one that are not copied."""
+    if not isinstance(input, torch.Tensor) or is_empty(input) or is_empty(weight) or input.dim() != 4:
+        return None
+    reason, x, window = layer._operands(input, weight, bias)
+    if reason is not None or x is not input:
+        return None
+    groups = layer.groups
+
+    def convolve(layer: TritonConv2d, *tensors: torch.Tensor | None) -> torch.Tensor:
+        count_backward_in(layer)
+        return conv2d(*tensors, *window, groups)
+
+    return convolve
+
+
 class TritonConv2d(TritonLayer, nn.Conv2d):
     """`torch.nn.Conv2d` with a Triton kernel: the same arguments, state_dict, results and errors.
 
@@ -34,20 +50,29 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
             self._reversed_padding_repeated_twice,
         ),
         convolutions_in_tf32,
+        _unchecked,
     )
     def _convolve(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if is_empty(input) or is_empty(weight):  # nothing to compute but PyTorch's strides and errors
             return super()._conv_forward(input, weight, bias)
-        stride, dilation = pair(self.stride), pair(self.dilation)
-        reason = self._reason_to_fall_back(input, weight, bias)
-        if reason is None:
-            x, padding = self._padded(input)
-            if not windows_fit(x, weight.shape[-2:], stride, padding, dilation):
-                reason = "no output, or arguments that PyTorch refuses"
+        reason, x, window = self._operands(input, weight, bias)
         if reason is not None:
             return self._fall_back(reason, super()._conv_forward, input, weight, bias)
         count_backward_in(self)
-        return batched(conv2d, x, weight, bias, stride, padding, dilation, self.groups)
+        return batched(conv2d, x, weight, bias, *window, self.groups)
+
+    def _operands(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[str | None, torch.Tensor, tuple]:
+        """Why no kernel takes them, or None; the input, padded where no kernel can do it; stride, padding, dilation."""
+        reason = self._reason_to_fall_back(input, weight, bias)
+        if reason is not None:
+            return reason, input, ()
+        x, padding = self._padded(input)
+        window = pair(self.stride), padding, pair(self.dilation)
+        if not windows_fit(x, weight.shape[-2:], *window):
+            reason = "no output, or arguments that PyTorch refuses"
+        return reason, x, window
 
     def _padded(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int] | None]:
         """x, padded where no kernel can do it, and the (rows, columns) of zeros that the kernel adds on each side."""

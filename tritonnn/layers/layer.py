@@ -11,7 +11,7 @@ from torch import nn
 from ..ops.window import output_size
 from ..runtime.capabilities import current_level, transforms_are_active
 from ..runtime.hardware import reason_against
-from ..runtime.launch_plan import Plans, launch_key, plain_eager
+from ..runtime.launch_plan import MOST_PLANS, UNSEEN, Plans, launch_key, plain_eager
 from ..runtime.operator import PLAIN
 
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -46,28 +46,58 @@ class TritonLayer:
         return y
 
 
-def by_plan(attributes: Callable[[Any], tuple], state: Callable[[], object] | None = None) -> Callable:
+def by_plan(
+    attributes: Callable[[Any], tuple],
+    state: Callable[[], object] | None = None,
+    direct: Callable[..., Callable | None] | None = None,
+) -> Callable:
     """Decorates a layer's method of tensors that hands out what kernels compute, by plan (see launch_plan.py).
 
     `attributes(layer)` are the constants and tensors of the layer that it depends on, `state()` all the rest. In
-    subclasses, which may depend on more, only the operators have plans.
+    subclasses, which may depend on more, only the operators have plans. So it is where autograd records the method;
+    there `direct(layer, *tensors)` is asked once for each kind of tensors what does the same without its checks, a
+    function of the layer and the tensors, or None.
     """
 
     def decorate(method: Callable) -> Callable:
         plans: Any = Plans(state)
+        shortcuts: dict[tuple, Any] = {}
 
         @functools.wraps(method)
-        def planned(self: TritonLayer, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        def planned(self: TritonLayer, *tensors: torch.Tensor) -> Any:
             if plain_eager() and type(self).__dict__.get(method.__name__) is planned:
                 args = (*tensors, *attributes(self))
-                key = launch_key(args, torch.is_grad_enabled())
-                if key is not None:
+                key = launch_key(args)
+                if key is not None and not (torch.is_grad_enabled() and _requires_grad(args)):
                     return plans.run(key, args, method, self, *tensors)
+                if key is not None and direct is not None:
+                    shortcut = shortcut_for(self, key[0], tensors)
+                    if shortcut is not None:
+                        return shortcut(self, *tensors)
             return method(self, *tensors)
+
+        def shortcut_for(self: TritonLayer, kind: tuple, tensors: tuple) -> Any:
+            try:
+                shortcut = shortcuts.get(kind, UNSEEN)
+            except TypeError:  # a tuple of what has no hash
+                return None
+            if shortcut is UNSEEN:
+                if len(shortcuts) >= MOST_PLANS:
+                    shortcuts.clear()
+                shortcut = shortcuts[kind] = direct(self, *tensors)
+            return shortcut
 
         return planned
 
     return decorate
+
+
+def _requires_grad(args: tuple) -> bool:
+    """Whether a tensor among the arguments of a launch key does."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.requires_grad:
+            return True
+    return False
 
 
 def parameters(layer: nn.BatchNorm2d | nn.Conv2d | nn.Linear) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 
 import torch
@@ -175,11 +176,8 @@ def any_autocast() -> bool:
     return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
 
-ROUNDS_ON_LOAD = False
-"""Whether descriptors are to round float32 to TF32 as they load, where they can, from triton 3.7 on.
-
-Off until a GPU has shown that they round to nearest: tests/ops/conv2d/test_rounding_on_load.py.
-"""
+ROUNDS_ON_LOAD: tuple[str, ...] = ("3.8.", "3.9.")
+"""Versions of Triton whose descriptors were shown on a GPU to round float32 to TF32, to nearest, as they load."""
 
 
 @functools.lru_cache
@@ -190,7 +188,7 @@ def can_round_on_load() -> bool:
 
 def rounds_on_load() -> bool:
     """Whether x that is to be rounded to TF32 is so by the descriptors that load it, at no cost."""
-    return ROUNDS_ON_LOAD and can_round_on_load()
+    return triton.__version__.startswith(ROUNDS_ON_LOAD) and can_round_on_load()
 
 
 def rounding_on_load(round_x: bool) -> dict[str, bool]:
@@ -200,7 +198,7 @@ def rounding_on_load(round_x: bool) -> dict[str, bool]:
 
 def options_of_launches() -> dict[str, bool]:
     """What every launch tells the compiler: from triton 3.9 on, to fuse products with sums, as before by itself."""
-    return {"enable_fp_fusion": True} if hasattr(triton.knobs.language, "fp_fusion_enabled") else {}
+    return {"enable_fp_fusion": True} if hasattr(getattr(triton.knobs, "language", None), "fp_fusion_enabled") else {}
 
 
 @functools.lru_cache
@@ -215,9 +213,12 @@ def check_interpreter() -> None:
         )
 
 
-def _version(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+def _version(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+LOADS_BEFORE_PRODUCTS = _version(triton.__version__) >= (3, 7)
+"""Whether LLVM has all operands of a step in registers before its first product, where there are no tensor cores."""
 
 
 def forget() -> None:

@@ -22,7 +22,7 @@ MOST_PLANS = 4096
 """Kinds of arguments an operator remembers."""
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 UNSEEN = object()
-COMPILATION = triton.knobs.compilation
+COMPILATION = getattr(triton.knobs, "compilation", None)
 is_capturing = torch.cuda.is_current_stream_capturing
 OPTIONS = {} if triton.knobs.runtime.interpret else capabilities.options_of_launches()
 
@@ -59,17 +59,17 @@ def launch_semaphores(device: torch.device, tiles: int) -> torch.Tensor:
     return counts
 
 
-def launch_key(args: tuple, grad: bool = False) -> tuple[tuple, list[int]] | None:
+def launch_key(args: tuple) -> tuple[tuple, list[int]] | None:
     """The kind of these arguments, captured in a CUDA graph or not, and the addresses of the tensors among them.
 
-    None where one is neither a plain tensor nor a constant or, with `grad`, requires a gradient.
+    None where one is neither a plain tensor nor a constant.
     """
     kind, addresses, on_gpu = [], [], False
     try:
         for arg in args:
             cls = type(arg)
             if cls in TENSORS:
-                if (grad and arg.requires_grad) or arg.is_neg():
+                if arg.is_neg():
                     return None
                 address = arg.data_ptr()
                 addresses.append(address)

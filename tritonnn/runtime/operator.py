@@ -9,6 +9,7 @@ import triton
 
 from .capabilities import check_interpreter, transforms_are_active
 from .launch_plan import TENSORS, Plans, launch_key, plain_eager
+from .recording import CONSTANTS
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
 PLAIN = (*TENSORS, type(None))
@@ -74,28 +75,106 @@ def _differentiable_by_transforms(op: Callable, setup_context: Callable, backwar
     return Transformable.apply
 
 
-def _shortest_way(plans: Plans, on_gpu: Callable, on_cpu: Callable, op: Callable, transformed: Callable) -> Callable:
-    """Runs the kernel directly in plain eager mode, which saves the time of PyTorch's dispatcher, and `op` otherwise.
-    What counts against plain eager mode: autograd, compilers, tracers, the transforms of torch.func (which call
-    `transformed`), and modes and subclasses of tensors that see the operators called. The call raises RuntimeError for
-    ONNX, which has no operator to put in the kernel's place.
+class _Context:
+    """A context of autograd whose saved tensors have been unpacked, which may be done once only."""
+
+    def __init__(self, ctx, saved_tensors: tuple) -> None:
+        self.ctx, self.saved_tensors = ctx, saved_tensors
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.ctx, name)
+
+
+def _recorded(
+    name: str, run: Callable, setup_context: Callable, backward: Callable, state: Callable[[], object] | None
+) -> Callable:
+    """run(*args) as autograd records it in plain eager mode, in less time than the operator's own way takes.
+
+    The backward pass goes by plan, too, as a whole: it depends on the gradients, what was saved, which gradients are
+    needed, the constants of the call, and `state()`.
     """
+    plans = Plans(state)
+
+    def forward(ctx, *args):
+        outputs = run(*args)
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, args, outputs)
+        ctx.constants = tuple(arg for arg in args if type(arg) not in TENSORS)
+        return outputs
+
+    def backward_by_plan(ctx, *grads):
+        if grads[0] is None and all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() or not plain_eager():
+            return backward(ctx, *grads)
+        saved = ctx.saved_tensors
+        arguments = *grads, *saved, ctx.needs_input_grad, ctx.constants
+        key = launch_key(arguments)
+        context = _Context(ctx, saved)
+        return backward(context, *grads) if key is None else plans.run(key, arguments, backward, context, *grads)
+
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward_by_plan)}
+    return type(torch.autograd.Function)(name, (torch.autograd.Function,), parts).apply
+
+
+def _shortest_way(
+    plans: Plans,
+    on_gpu: Callable,
+    on_cpu: Callable,
+    op: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    state: Callable[[], object] | None = None,
+) -> Callable:
+    """Runs the kernel directly in plain eager mode, which saves the time of PyTorch's dispatcher, and `op` otherwise.
+
+    What counts against plain eager mode: compilers, tracers, the transforms of torch.func, and modes and subclasses of
+    tensors that see the operators called. The call raises RuntimeError for ONNX, which has no operator to put in the
+    kernel's place.
+    """
+    defaults = [argument.default_value for argument in op._schema.arguments]
+
+    def run(*args):
+        key = launch_key(args)
+        if key is not None:
+            x = args[0]
+            if x.is_cuda:
+                return plans.run(key, args, on_gpu, *args)
+            if x.is_cpu:
+                return plans.run(key, args, on_cpu, *args)
+        _refuse_onnx()
+        return op(*args)
+
+    recorded = transformed = op
+    if setup_context is not None and backward is not None:
+        recorded = _recorded(op._schema.name.rpartition(":")[2], run, setup_context, backward, state)
+        transformed = _differentiable_by_transforms(op, setup_context, backward)
 
     def call(*args):
         if plain_eager():
-            key = launch_key(args, torch.is_grad_enabled())
-            if key is not None:
-                x = args[0]
-                if x.is_cuda:
-                    return plans.run(key, args, on_gpu, *args)
-                if x.is_cpu:
-                    return plans.run(key, args, on_cpu, *args)
+            wanted = torch.is_grad_enabled() and _wants_gradient(args)
+            if wanted:
+                return recorded(*args, *defaults[len(args) :])
+            if wanted is not None:
+                return run(*args)
         elif transforms_are_active():
             return transformed(*args)
         _refuse_onnx()
         return op(*args)
 
     return call
+
+
+def _wants_gradient(args: tuple) -> bool | None:
+    """Whether a tensor among them requires a gradient; None where one is neither a plain tensor nor a constant."""
+    wanted = False
+    for arg in args:
+        cls = type(arg)
+        if cls in TENSORS:
+            wanted = wanted or arg.requires_grad
+        elif cls not in CONSTANTS:
+            return None
+    return wanted
 
 
 def _refuse_onnx() -> None:
@@ -148,11 +227,10 @@ def register(
     LIBRARY.impl(name, _by_plan(plans, on_cpu), "CPU")
     torch.library.register_fake(f"tritonnn::{name}", _unless_for_onnx(fake), lib=LIBRARY)
     op = getattr(torch.ops.tritonnn, name).default
-    if backward is None:
-        return _shortest_way(plans, on_gpu, on_cpu, op, op)
-    torch.library.register_vmap(f"tritonnn::{name}", each_example(op), lib=LIBRARY)
-    torch.library.register_autograd(f"tritonnn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return _shortest_way(plans, on_gpu, on_cpu, op, _differentiable_by_transforms(op, setup_context, backward))
+    if backward is not None:
+        torch.library.register_vmap(f"tritonnn::{name}", each_example(op), lib=LIBRARY)
+        torch.library.register_autograd(f"tritonnn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    return _shortest_way(plans, on_gpu, on_cpu, op, setup_context, backward, state)
 
 
 def register_gradient(
@@ -181,7 +259,9 @@ def register_gradient(
                 arguments[i] = t.view_as(t)  # not t, from which another argument may have been computed
             gradients = formula(*arguments)
             gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-            outputs = [(y, grad) for y, grad in zip(gradients, grads) if y is not None and y.requires_grad]
+            outputs = [
+                (y, grad) for y, grad in zip(gradients, grads) if grad is not None and y is not None and y.requires_grad
+            ]
             wanted = [i for i in ctx.positions if ctx.needs_input_grad[i]]
             if outputs and wanted:
                 ys, cotangents = zip(*outputs)

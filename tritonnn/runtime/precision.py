@@ -131,15 +131,19 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tenso
     """
     if not (torch.compiler.is_compiling() or any_autocast()) or not isinstance(x, torch.Tensor):
         return x, *others
-    return tuple(t if t is None else t.to(autocast_type(t)) for t in (x, *others))
+    return tuple([None if t is None else _as_autocast(t) for t in (x, *others)])
+
+
+def _as_autocast(t: torch.Tensor) -> torch.Tensor:
+    dtype = autocast_type(t)
+    return t if dtype == t.dtype else t.to(dtype)
 
 
 def autocast_type(t: torch.Tensor) -> torch.dtype:
     """The type to which `autocast` converts a tensor."""
-    if t.device.type == "meta" or not torch.is_autocast_enabled(t.device.type):
-        return t.dtype
-    keeps = not t.is_floating_point() or t.dtype == torch.float64
-    return t.dtype if keeps else torch.get_autocast_dtype(t.device.type)
+    device, dtype = t.device.type, t.dtype
+    keeps = not dtype.is_floating_point or dtype == torch.float64 or device == "meta"
+    return dtype if keeps or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
 
 
 def convolution_state() -> tuple:

@@ -128,10 +128,10 @@ class Recording(TorchDispatchMode):
         return Pointer(position, 0, 0)
 
     def plan(self, results: object) -> Plan | None:
-        """Of what was noted, with these results: an allocation, a tuple of such, or None."""
+        """Of what was noted, with these results: an allocation, a tuple of such and of None, or None."""
         device = self.tensors[0].device
         if isinstance(results, tuple):
-            returned = [self._allocation(y) for y in results]
+            returned = [None if y is None else self._allocation(y) for y in results]
         else:
             returned = None if results is None else self._allocation(results)
         if not self.complete or any(y.device != device for y in self.created):

@@ -10,6 +10,10 @@ from . import capabilities
 from .semaphores import semaphores
 
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_stream = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+"""The address of a device's stream, as Triton asks for it."""
 
 
 class Pointer(NamedTuple):
@@ -104,11 +108,9 @@ class Plan:
         results = self.results
         if results is None:
             return None
-        return created[results] if type(results) is int else tuple(created[i] for i in results)
-
-
-def current_stream(device: int) -> int:
-    return triton.runtime.driver.active.get_current_stream(device)
+        if type(results) is int:
+            return created[results]
+        return tuple([None if i is None else created[i] for i in results])
 
 
 def _launch_hooks() -> tuple | None:

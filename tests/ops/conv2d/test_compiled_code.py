@@ -19,6 +19,7 @@ FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATI
 EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, ACTIVATION="relu", SLOPE=0.01, ROUND_Y=False)
 EPILOGUE |= dict(DEPENDENT=True, scale_ptr=None, bias_ptr=None, residual_ptr=None)
 POINTERS = FILTER | EPILOGUE | dict(ROUND_X=False, GROUPS=1, FLUSH=8, GROUP_M=8, BLOCK_M=128, BLOCK_N=64)
+POINTERS |= dict(X_UNIT=1, Y_UNIT=1)
 POINTERS |= dict(C=64, K=64, SPAN_TAPS=False, BLOCK_K=32, INPUT_PRECISION="ieee")
 # ResNet18's first layer. Its rows' columns are elements; sizes that Triton knows nothing of are named.
 FEW_CHANNELS = POINTERS | dict(
@@ -42,7 +43,7 @@ RESIDENT |= dict(
     HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False
 )
 RESIDENT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
-RESIDENT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, BLOCK_N=16, BLOCK_K=64, num_warps=8)
+RESIDENT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, Y_STEP=128, BLOCK_N=16, BLOCK_K=64, num_warps=8)
 RESIDENT_1X1 = dict(C=64, R=1, S=1, PADDING_H=0, PADDING_W=0, HAS_SHORTCUT=False, num_warps=4)
 RESIDENT_TF32X3 = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
 TMA = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_AB=True, FLUSH=8)
@@ -61,10 +62,18 @@ HALO_BY_2 = HALO | dict(C=64, K=128, N=None, TILE_N=1, TILE_P=8, TILE_Q=16, BLOC
 HALO_BY_2 |= dict(X_SLOTS=3, W_SLOTS=7, STAGED=True, IN_SLOT=True, num_warps=8)
 MATMUL = EPILOGUE | dict(INPUT_PRECISION="ieee", ROUND_X=False, CHANNELS_LAST_X=True, CHANNELS_LAST_Y=True, FLUSH=0)
 MATMUL |= dict(HAS_RESIDUAL=True, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, X_SLOTS=3, RESIDENT=0, num_warps=8)
+MATMUL |= dict(X_SCALE="none", HAS_X_SHIFT=False, X_ACTIVATION="none", x_scale_ptr=None, x_shift_ptr=None)
+MATMUL_GATED = MATMUL | dict(X_SCALE="gates", BLOCK_M=64, num_warps=4)
+del MATMUL_GATED["x_scale_ptr"]
+MATMUL_OF_NORM = MATMUL_GATED | dict(X_SCALE="channels", HAS_X_SHIFT=True, X_ACTIVATION="relu")
+MATMUL_OF_NORM["types"] = dict(x_scale_ptr="*fp32", x_shift_ptr="*fp32")
+del MATMUL_OF_NORM["x_shift_ptr"]
 MATMUL_SPLIT = dict(INPUT_PRECISION="tf32x3", FLUSH=8, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4)
 MATMUL_NCHW = dict(CHANNELS_LAST_X=False, CHANNELS_LAST_Y=False)
+IN_UNITS = dict(odd=("K", "weight_stride_tap", *(f"{t}_stride_{d}" for t in "xy" for d in ("n", "h", "w", "pixel"))))
+"""Sizes that are known to be multiples of 8 by how the kernel computes them."""
 DIRECT = FILTER | EPILOGUE | dict(GROUP_C=8, GROUP_K=8, STRIP=7, BLOCK_M=128, BLOCK_N=8, num_warps=4)
-DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, num_warps=4)
+DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, UNIT=1, num_warps=4)
 MAX_POOL = FILTER | dict(
     DEPENDENT=True,
     RETURN_INDICES=False,
@@ -88,7 +97,9 @@ GRADIENT_OF_INPUT |= dict(
     descriptors=dict(g_desc=[1, 8, 16, 64], weight_desc=[128, 64], grad_x_desc=[1, 8, 1, 16, 128]), num_stages=3
 )
 BY_PIXELS, BY_CHANNELS = dict(BLOCK_M=1024, BLOCK_C=1), dict(BLOCK_M=16, BLOCK_C=64)
-GATE = dict(DEPENDENT=True, LANES=8, BLOCK=512, odd=("VECTORS", "RUN", "PER_IMAGE"))
+GATE = dict(GATES=True, HAS_SHIFT=False, shift_ptr=None, ACTIVATION="none", DEPENDENT=True, LANES=8, BLOCK=512)
+GATE |= dict(odd=("VECTORS", "RUN", "STEP", "PER_IMAGE"))
+GATE_KERNEL = "ops.scaled_image:scaled_image_forward_kernel"
 LAST, FIRST = "channels_last", "contiguous"
 
 KERNEL_OF = {
@@ -188,7 +199,7 @@ KERNELS = {
         KERNEL_OF["in_registers"],
         "bf16",
         LAST,
-        RESIDENT | dict(C=256, K=256, BLOCK_N=8),
+        RESIDENT | dict(C=256, K=256, Y_STEP=256, BLOCK_N=8),
     ),
     "conv2d, in registers, 1x1": (
         KERNEL_OF["in_registers"],
@@ -203,6 +214,7 @@ KERNELS = {
         RESIDENT | RESIDENT_TF32X3,
     ),
     "conv2d, TMA": (KERNEL_OF["tma"], "bf16", LAST, TMA),
+    "conv2d, TMA, 96 channels": (KERNEL_OF["tma"], "bf16", LAST, TMA | dict(C=96)),
     "conv2d, TMA, TF32": (
         KERNEL_OF["tma"],
         "fp32",
@@ -303,12 +315,26 @@ KERNELS = {
     ),
     "conv2d, matrix product, float32": (KERNEL_OF["matmul"], "fp32", LAST, MATMUL | MATMUL_SPLIT),
     "conv2d, matrix product, float32, NCHW": (KERNEL_OF["matmul"], "fp32", FIRST, MATMUL | MATMUL_SPLIT | MATMUL_NCHW),
+    "conv2d, matrix product, gates": (KERNEL_OF["matmul"], "bf16", LAST, MATMUL_GATED),
+    "conv2d, matrix product, batch norm before": (KERNEL_OF["matmul"], "bf16", LAST, MATMUL_OF_NORM),
     "conv2d, direct, contiguous": (KERNEL_OF["direct"], "fp32", FIRST, DIRECT),
     "conv2d, depthwise": (
         KERNEL_OF["depthwise"],
         "bf16",
         LAST,
         DEPTHWISE | dict(BLOCK_M=16, BLOCK_C=64),
+    ),
+    "conv2d, depthwise, 72 channels": (
+        KERNEL_OF["depthwise"],
+        "bf16",
+        LAST,
+        DEPTHWISE | IN_UNITS | dict(UNIT=8, BLOCK_M=16, BLOCK_C=64),
+    ),
+    "conv2d, 24 channels": (
+        KERNEL_OF["pointers"],
+        "bf16",
+        LAST,
+        POINTERS | IN_UNITS | dict(C=24, K=24, X_UNIT=8, Y_UNIT=8, BLOCK_N=32, BLOCK_K=32),
     ),
     "conv2d, depthwise, contiguous": (
         KERNEL_OF["depthwise"],
@@ -397,16 +423,17 @@ KERNELS = {
         dict(HAS_WEIGHT=True, HAS_BIAS=True, DEPENDENT=True, BLOCK_M=32, BLOCK_C=128),
     ),
     # Sizes in vectors of eight are no multiples of 16.
-    "gate": ("ops.gate:gate_forward_kernel", "bf16", LAST, GATE | dict(CHANNELS_LAST=True)),
-    "gate, contiguous": ("ops.gate:gate_forward_kernel", "bf16", FIRST, GATE | dict(CHANNELS_LAST=False)),
+    "scaled_image": (GATE_KERNEL, "bf16", LAST, GATE | dict(CHANNELS_LAST=True)),
+    "scaled_image, contiguous": (GATE_KERNEL, "bf16", FIRST, GATE | dict(CHANNELS_LAST=False)),
 }
 OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
 ON_TENSOR_CORES += ["gradient of the weight", "gradient of the weight, tiles of several taps"]
 BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
-COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[2:]]
+COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[3:]]
 COMPUTED_OPERANDS += ["conv2d, matrix product, float32", "conv2d, matrix product, float32, NCHW"]
-"""Kernels that round or split x in registers, from which, or from one place of shared memory, tensor cores read it."""
+COMPUTED_OPERANDS += ["conv2d, matrix product, gates", "conv2d, matrix product, batch norm before"]
+"""Kernels that compute x in registers, from which, or from one place of shared memory, tensor cores read it."""
 WITH_HALO = [name for name in KERNELS if "halo" in name]
 PRODUCTS = [name for name in KERNELS if "matrix product" in name]
 RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
@@ -415,13 +442,13 @@ BY_TMA = BY_TAPS + WITH_HALO + PRODUCTS + GRADIENTS_BY_TMA
 FEW_PIXELS = ["conv2d, sliced-K", *RESIDENT_KERNELS]
 ROUNDS = [
     *[name for name in WITH_HALO if "rounded" in name],
-    *PRODUCTS[2:],
+    *[name for name in PRODUCTS if "32" in name],
     "conv2d, TF32",
     "conv2d, float32",
     "conv2d, in registers, float32",
     "conv2d, few channels, float32",
     "padded rows",
-    *BY_TAPS[2:],
+    *BY_TAPS[3:],
 ]
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last", "padded rows"]
 GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous"]

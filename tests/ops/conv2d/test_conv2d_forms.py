@@ -274,23 +274,32 @@ def test_precision_of_operands(input_precision, form):
     assert float((y.double() - exact).norm() / exact.norm()) < 3e-7
 
 
-ONE_TAP = {"24 to 40": (24, 40, (1, 1)), "stride 2": (104, 72, (2, 1)), "whole blocks, stride 3": (64, 64, (3, 3))}
+ENDS_OF_BLOCKS = {
+    "24 to 40": (24, 40, (1, 1), (1, 1)),
+    "stride 2": (104, 72, (2, 1), (1, 1)),
+    "whole blocks, stride 3": (64, 64, (3, 3), (1, 1)),
+    "nine taps": (40, 24, (1, 1), (3, 3)),
+    "seven in a row": (72, 16, (1, 1), (1, 7)),
+    "seven in a column": (104, 72, (1, 1), (7, 1)),
+}
+"""Channels of x and y, strides, and rows and columns of the filter."""
 
 
 @pytest.mark.parametrize("order", [("ieee", True), ("tf32", True), ("tf32", False), ("tf32x3", False)], ids=str)
-@pytest.mark.parametrize("name", ONE_TAP)
-def test_tma_of_one_tap_takes_any_channels_and_stride(name, order):
+@pytest.mark.parametrize("name", ENDS_OF_BLOCKS)
+def test_tma_takes_any_channels_and_with_one_tap_any_stride(name, order):
     """The last block of the reduction ends with zeros, whatever lies behind."""
     if DEVICE.type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    (c, k, stride), (input_precision, swap_ab) = ONE_TAP[name], order
+    (c, k, stride, taps), (input_precision, swap_ab) = ENDS_OF_BLOCKS[name], order
+    padding = taps[0] // 2, taps[1] // 2
     dtype = torch.bfloat16 if DEVICE.type == "cuda" and input_precision == "ieee" else torch.float32
-    x, weight = image(3, c, 8, 10, dtype=dtype, channels_last=True), image(k, c, 1, 1, dtype=dtype)
+    x, weight = image(3, c, 8, 10, dtype=dtype, channels_last=True), image(k, c, *taps, dtype=dtype)
     rounded = (tf32(x), tf32(weight)) if input_precision == "tf32" else (x, weight)
-    exact = F.conv2d(*(t.double() for t in rounded), None, stride)
+    exact = F.conv2d(*(t.double() for t in rounded), None, stride, padding)
     y = torch.full(exact.shape, float("nan"), dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)
     packed = pack_weight(weight, input_precision)
-    window = stride, (0, 0), (1, 1), 1, input_precision, input_precision == "tf32"
+    window = stride, padding, (1, 1), 1, input_precision, input_precision == "tf32"
     operands = Product(x, packed, y, True, *window, Epilogue())
     block_k, box = block_k_of(c, dtype.itemsize), best_box(3, *exact.shape[2:], 64)
     run(operands, Choice(config_of(box, 64, block_k, swap_ab, 4, 1 if DEVICE.type == "cpu" else 3)))
@@ -343,7 +352,8 @@ class TestWhatTmaCanRun:
             "a list": (dict(stride=[2, 2]), True),
             "odd sides": (dict(side=7, stride=(2, 2)), False),
             "two strides": (dict(stride=(1, 2)), False),
-            "half a line": (dict(c=32), False),
+            "half a line": (dict(c=32), True),
+            "half a line, stride 2": (dict(c=32, stride=(2, 2)), False),
             "half a line, one tap": (dict(c=32, taps=1), True),
             "no whole blocks, one tap": (dict(c=104, taps=1), True),
             "no multiple of 16 bytes, one tap": (dict(c=100, taps=1), False),

@@ -15,6 +15,7 @@ from tritonnn.ops.conv2d.forms import BY_NAME
 from tritonnn.ops.conv2d.forms.matmul import MatmulConfig, shared_memory
 from tritonnn.ops.conv2d.pack import pack_weight
 from tritonnn.ops.conv2d.problem import Choice, Product
+from tritonnn.ops.conv2d.prologue import Prologue
 
 
 def config(
@@ -128,5 +129,41 @@ def test_every_image(sizes, precision, channels_last, resident, epilogue):
     assert worst_image(y, exact) < LIMIT[precision]
     first = y.clone()
     for _ in range(3):  # the same bits every time: no race
+        run(operands, Choice(chosen))
+        assert torch.equal(y, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("resident", [False, True], ids=["", "resident"])
+@pytest.mark.parametrize("gates", [True, False], ids=["gates", "batch norm"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_prologue_on_some_channels_of_an_image(sizes, precision, gates, resident):
+    """x is the middle of a wider image, whose other channels are no numbers."""
+    n, c, h, w, k = SIZES[sizes]
+    dtype, input_precision, _ = PRECISIONS[precision]
+    wide = image(n, c + 16, h, w, dtype=dtype, channels_last=True).fill_(float("nan"))
+    x = wide[:, 8 : c + 8].copy_(image(n, c, h, w, dtype=dtype))
+    weight = image(k, c, 1, 1, dtype=dtype) / math.sqrt(c)
+    scale, shift = (image(n, c, dtype=dtype), None) if gates else (image(c), image(c))
+    exact = scale.double().view(-1, c, 1, 1) * x.double()
+    exact = exact if gates else (exact + shift.double().view(-1, 1, 1)).relu()
+    exact = F.conv2d(exact, weight.double())
+    y = torch.empty_like(image(*exact.shape, dtype=dtype, channels_last=True)).fill_(float("nan"))
+    prologue = Prologue(scale, shift, "none" if gates else "relu")
+    window = (1, 1), (0, 0), (1, 1), 1
+    packed, round_x = pack_weight(weight, input_precision), input_precision == "tf32"
+    operands = Product(x, packed, y, True, *window, input_precision, round_x, Epilogue(), prologue=prologue)
+    chosen = HALF if dtype.itemsize == 2 else SINGLE
+    if resident:
+        chosen = config(64, 64, chosen.BLOCK_K, 2, 4, 1, resident=True)
+    form = BY_NAME["matmul"]
+    assert form.fits(operands)
+    if not form.takes(operands, Choice(chosen)):
+        pytest.skip("too large a weight")
+    run(operands, Choice(chosen))
+    assert worst_image(y, exact) < 2 * LIMIT[precision]  # the operand is rounded too
+    first = y.clone()
+    for _ in range(3):
         run(operands, Choice(chosen))
         assert torch.equal(y, first)

@@ -1,4 +1,4 @@
-"""Tensor descriptors that round float32 to TF32 as they load: off, until a GPU says that they round to nearest."""
+"""Tensor descriptors that round float32 to TF32 as they load, with versions of Triton that a GPU has shown to do so."""
 
 import pytest
 import torch
@@ -22,12 +22,14 @@ def copied_by_descriptors_kernel(x_desc, y_desc):
     y_desc.store([0, 0], x_desc.load([0, 0]))
 
 
-def test_it_is_off(monkeypatch):
-    assert capabilities.rounding_on_load(True) == {}
-    monkeypatch.setattr(capabilities, "ROUNDS_ON_LOAD", True)
+def test_it_takes_a_version_that_was_shown_to_round(monkeypatch):
     monkeypatch.setattr(capabilities, "can_round_on_load", lambda: True)
-    assert capabilities.rounding_on_load(True) == {"round_f32_to_tf32": True}
-    assert capabilities.rounding_on_load(False) == {}
+    monkeypatch.setattr(capabilities, "ROUNDS_ON_LOAD", ("4.1.", "4.2."))
+    for version, rounds in {"4.1.3": True, "4.2.0": True, "4.3.0": False}.items():
+        monkeypatch.setattr(triton, "__version__", version)
+        assert capabilities.rounding_on_load(True) == ({"round_f32_to_tf32": True} if rounds else {})
+        assert capabilities.rounding_on_load(False) == {}
+    monkeypatch.setattr(triton, "__version__", "4.1.3")
     monkeypatch.setattr(capabilities, "can_round_on_load", lambda: False)
     assert capabilities.rounding_on_load(True) == {}
 
@@ -39,7 +41,7 @@ def tf32(n: int, c: int, side: int, k: int, stride: int, round_x: bool = True) -
 
 @pytest.fixture
 def as_if_on_load(monkeypatch):
-    monkeypatch.setattr(capabilities, "ROUNDS_ON_LOAD", True)
+    monkeypatch.setattr(capabilities, "ROUNDS_ON_LOAD", ("",))
     monkeypatch.setattr(capabilities, "can_round_on_load", lambda: True)
 
 
@@ -72,6 +74,7 @@ def test_without_it_x_is_copied_or_rounded_in_the_kernel():
 def test_choices_of_a_triton_that_did_not_round_on_load_are_left_out(tables_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     monkeypatch.setattr(capabilities, "can_round_on_load", lambda: True)
+    monkeypatch.setattr(capabilities, "ROUNDS_ON_LOAD", ())
     by_tma = Entry(Choice(config_of((1, 8, 16), 128, 32, True, 8, 3)), 1.0, 2.0)
     copied = by_tma._replace(choice=by_tma.choice._replace(copies_x=True))
     rounded, as_it_is = (problem_of(tf32(8, 64, 8, 64, 1, round_x)) for round_x in (True, False))
@@ -80,7 +83,7 @@ def test_choices_of_a_triton_that_did_not_round_on_load_are_left_out(tables_fold
     tables.add(tables.SHIPPED / tables.file_name("GPU"), {rounded._replace(n=6): copied})
     assert len(tables.tuned_choices(0)) == 5
     tables.forget()
-    monkeypatch.setattr(capabilities, "ROUNDS_ON_LOAD", True)
+    monkeypatch.setattr(capabilities, "ROUNDS_ON_LOAD", ("",))
     assert set(tables.tuned_choices(0)) == {as_it_is, as_it_is._replace(n=7), rounded._replace(n=6)}
 
 
@@ -113,7 +116,7 @@ def test_both_forms_ask_the_descriptors_of_x_alone(form, stride, rounds_on_load,
 def rounds_on_load(monkeypatch):
     if not capabilities.can_round_on_load():
         pytest.skip("descriptors round from triton 3.7 on")
-    monkeypatch.setattr(capabilities, "ROUNDS_ON_LOAD", True)
+    monkeypatch.setattr(capabilities, "ROUNDS_ON_LOAD", ("",))
 
 
 @pytest.mark.gpu

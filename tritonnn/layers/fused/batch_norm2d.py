@@ -6,8 +6,12 @@ from torch.nn import functional as F
 
 from ...ops.batch_norm2d_relu import batch_norm2d_relu
 from ...runtime.memory_format import is_channels_last
-from ..batch_norm2d import TritonBatchNorm2d
-from ..layer import TritonLayer, is_empty
+from ..batch_norm2d import TritonBatchNorm2d, running_statistics
+from ..layer import TritonLayer, by_plan, is_empty, parameters
+
+
+def _normalize(layer: "BatchNormReLU2d", input: torch.Tensor, residual: torch.Tensor | None) -> tuple:
+    return batch_norm2d_relu(input, residual, *parameters(layer.norm), layer.norm.eps)
 
 
 class BatchNormReLU2d(TritonLayer, nn.Module):
@@ -25,18 +29,31 @@ class BatchNormReLU2d(TritonLayer, nn.Module):
         norm = self.norm
         if not norm.training or is_empty(input):
             return self._one_by_one(input, residual)
-        norm._check_input_dim(input)
-        reason = norm._reason_to_fall_back(input, from_batch=True)
+        found = self._from_batch(input, residual)
+        if found is None:
+            reason = self._reason_against(input, residual)
+            return self._fall_back(str(reason), self._one_by_one, input, residual)
+        y, mean, var, _ = found
+        if norm.track_running_stats:
+            norm._update_running_statistics(mean, var, input.numel() // input.shape[1])
+        return y
+
+    @by_plan(
+        lambda self: (*parameters(self.norm), *running_statistics(self.norm), self.norm.eps),
+        direct=lambda self, *images: None if self._reason_against(*images) else _normalize,
+    )
+    def _from_batch(self, input: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
+        """y, mean, variance and its inverse root; None where one operation after the other is to run."""
+        return None if self._reason_against(input, residual) else _normalize(self, input, residual)
+
+    def _reason_against(self, input: torch.Tensor, residual: torch.Tensor | None) -> str | None:
+        self.norm._check_input_dim(input)
+        reason = self.norm._reason_to_fall_back(input, from_batch=True)
         if reason is None and input.dim() != 4:
             reason = f"{input.dim()} dimensions"
         if reason is None and residual is not None and not _are_alike(input, residual):
             reason = "a residual of another shape, type, device or memory format"
-        if reason is not None:
-            return self._fall_back(reason, self._one_by_one, input, residual)
-        y, mean, var, _ = batch_norm2d_relu(input, residual, norm.weight, norm.bias, norm.eps)
-        if norm.track_running_stats:
-            norm._update_running_statistics(mean, var, input.numel() // input.shape[1])
-        return y
+        return reason
 
     def _one_by_one(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         y = self.norm(input)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...ops.conv2d.op import conv2d_fused, conv2d_with_shortcut, takes_shortcut
+from ...ops.conv2d.op import conv2d_fused, conv2d_into, conv2d_with_shortcut, takes_shortcut
 from ...runtime.launch_plan import plain_eager
 from ...runtime.precision import (
     autocast,
@@ -113,6 +113,35 @@ class FusedConv2d(FusedLayer):
             apart is None and self.rounds_output_for(x),
         )
         return self._added_apart(y if x.dim() == 4 else y.squeeze(0), residual, apart)
+
+    def reason_not_to_fill(self, x: torch.Tensor) -> str | None:
+        """Why `fill` does not take x, whatever it is to fill; None if it does."""
+        (converted,) = autocast(x)
+        if x.dim() != 4 or x.numel() == 0 or converted.dtype != x.dtype:
+            return "no images, or autocast"
+        return self._reason_to_fall_back(x)
+
+    def fill(self, wide: torch.Tensor, first: int, x: torch.Tensor) -> None:
+        """wide[:, first : first + K] = y, without a residual, of an image in channels_last that is dense."""
+        input_precision = self.input_precision(x)
+        kept = self._packed_weight(x.dtype, input_precision)
+        conv2d_into(
+            wide,
+            first,
+            x,
+            kept.packed,
+            kept.scale,
+            self.bias,
+            *self.activation,
+            tuple(self.weight.shape[2:]),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            input_precision,
+            self.has_rounded(x),
+            self.rounds_output_for(x),
+        )
 
     @property
     def filters(self) -> "Filters":

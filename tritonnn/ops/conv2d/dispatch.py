@@ -30,6 +30,12 @@ def default_choice(product: Product) -> Choice:
     raise ValueError("no form takes this convolution")
 
 
+def choice_with_prologue(product: Product) -> Choice | None:
+    """That of the first form which applies the product's prologue; None where none does, or not as fast."""
+    choices = (form.default(product) for form in FORMS if form.takes_prologue)
+    return next((choice for choice in choices if choice is not None), None)
+
+
 def form_of(choice: Choice) -> Form:
     return BY_NAME[choice.config.form]
 

@@ -15,13 +15,15 @@ from ...runtime.memory_format import empty_image, is_channels_last
 from ...runtime.operator import register
 from ...runtime.precision import convolution_input_precision, convolutions_in_tf32
 from ..channel_sums import channel_sums
+from ..scaled_image import launch_scaled_image
 from ..window import output_size
 from .backward.choice import reasons_for_pytorch
 from .backward.op import conv2d_backward_input, conv2d_backward_weight
-from .dispatch import choose, default_choice, launch_unpacked, run
+from .dispatch import choice_with_prologue, choose, default_choice, launch_unpacked, run
 from .epilogue import Epilogue
 from .forms import sliced_k
 from .problem import Product, Shortcut
+from .prologue import Prologue
 
 
 def _is_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -126,6 +128,65 @@ conv2d_fused = register(
 `packed_weight` is `pack_weight(weight, input_precision)`; scale and bias [K] are float32 (float64 for float64); the
 residual has the shape and type of y; activation and slope as in `Epilogue`. `rounded_x`: x has been rounded to TF32;
 `round_y`: y is to be.
+"""
+
+
+def _launch_into(wide, first, x, packed, scale, bias, activation, slope, kernel_size, *window_and_precision) -> None:
+    *window, groups, input_precision, rounded_x, round_y = window_and_precision
+    K = packed.shape[0] // (3 if input_precision == "tf32x3" else 1)
+    y = wide[:, first : first + K]
+    if y.numel() == 0:
+        return
+    round_x = input_precision == "tf32" and not rounded_x
+    epilogue = Epilogue(scale, bias, None, activation, round_y, slope)
+    product = Product(x, packed, y, True, *window, groups, input_precision, round_x, epilogue)
+    run(product, choose(product))
+
+
+conv2d_into = register(
+    "conv2d_into(Tensor(a!) wide, int first, Tensor x, Tensor packed_weight, Tensor? scale, Tensor? bias, "
+    "str activation, float slope, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "str input_precision, bool rounded_x, bool round_y) -> ()",
+    _launch_into,
+    lambda *arguments: None,
+)
+"""wide[:, first : first + K] = `conv2d_fused` of x without a residual; `wide` is channels_last, dense."""
+
+
+def _scaled_output(x, x_scale, x_shift, x_activation, *arguments) -> torch.Tensor:
+    *others, input_precision, round_y = arguments
+    return _fused_output(x, *others, input_precision, False, round_y)
+
+
+def _launch_scaled(x, x_scale, x_shift, x_activation, *arguments) -> torch.Tensor:
+    y = _scaled_output(x, x_scale, x_shift, x_activation, *arguments)
+    if y.numel() == 0:
+        return y
+    packed, scale, bias, residual, activation, slope, _, *window, groups, input_precision, round_y = arguments
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    epilogue = Epilogue(scale, bias, residual, activation, round_y, slope)
+    round_x = input_precision == "tf32"
+    product = Product(x, packed, y, True, *window, groups, input_precision, round_x, epilogue)
+    gates = x_scale.flatten(1) if x_scale.dim() == 4 else x_scale
+    with_prologue = product._replace(prologue=Prologue(gates, x_shift, x_activation))
+    choice = choice_with_prologue(with_prologue)
+    if choice is not None:
+        run(with_prologue, choice)
+        return y
+    product = product._replace(x=launch_scaled_image(x, x_scale, x_shift, x_activation))
+    run(product, choose(product))
+    return y
+
+
+conv2d_scaled = register(
+    "conv2d_scaled(Tensor x, Tensor x_scale, Tensor? x_shift, str x_activation, Tensor packed_weight, Tensor? scale, "
+    "Tensor? bias, Tensor? residual, str activation, float slope, int[2] kernel_size, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups, str input_precision, bool round_y) -> Tensor",
+    _launch_scaled,
+    _scaled_output,
+)
+"""`conv2d_fused` of `scaled_image(x, x_scale, x_shift, x_activation)`, which is not stored where a kernel can do that.
 """
 
 

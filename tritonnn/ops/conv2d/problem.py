@@ -10,9 +10,10 @@ import torch
 import triton
 
 from ...runtime.blocks import ceil_div
-from ...runtime.memory_format import is_aligned
+from ...runtime.memory_format import is_aligned, pixel_stride
 from ..window import output_size
 from .epilogue import Epilogue
+from .prologue import Prologue
 
 if TYPE_CHECKING:
     from .forms.form import Config
@@ -36,8 +37,9 @@ class Shortcut(NamedTuple):
 class Product(NamedTuple):
     """x [N, C, H, W], the weight as `pack_weight` gives it, y [N, K, P, Q] to be filled, and how.
 
-    y is dense, in channels_last or not; a residual has its strides. In TF32 x has been rounded, unless `round_x` asks
-    for that on the way. Only forms that say so take a shortcut.
+    y is dense, in channels_last or not, or some channels of an image in channels_last; a residual has its strides. In
+    TF32 x has been rounded, unless `round_x` asks for that on the way. Only forms that say so take a shortcut or a
+    prologue.
     """
 
     x: torch.Tensor
@@ -52,12 +54,24 @@ class Product(NamedTuple):
     round_x: bool
     epilogue: Epilogue
     shortcut: Shortcut | None = None
+    prologue: Prologue | None = None
 
     @property
     def pixels(self) -> int:
         """The number of output pixels, N * P * Q."""
         N, _, P, Q = self.y.shape
         return N * P * Q
+
+    @property
+    def fills_image(self) -> bool:
+        """Whether y is dense, and not some channels of an image."""
+        return not self.channels_last_y or pixel_stride(self.y) == self.y.shape[1]
+
+    @property
+    def has_aligned_y(self) -> bool:
+        """Whether TMA can store y, by its address and strides, if its channels are a multiple of 16 bytes."""
+        size = self.y.element_size()
+        return self.fills_image or (self.y.data_ptr() % 16 == 0 and pixel_stride(self.y) * size % 16 == 0)
 
     @property
     def taps(self) -> int:

@@ -24,7 +24,7 @@ from ....runtime.blocks import ceil_div, pixel_blocks, power_of_2
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
-from ....runtime.memory_format import pixel_strides
+from ....runtime.memory_format import pixel_strides, stride_unit
 from ..pack import pack_filters
 from ..problem import Choice, Problem, Product
 from .form import Config, Form
@@ -88,6 +88,7 @@ def conv2d_depthwise_forward_kernel(
     DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
+    UNIT: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -95,8 +96,12 @@ def conv2d_depthwise_forward_kernel(
     """One program owns BLOCK_M of M = N * strips_p * Q strips of STRIP output rows x BLOCK_C output channels.
 
     Output channel k reads input channel k // MULTIPLIER. Of each column of the filter the rows of x under the strip are
-    loaded, then multiplied for each of its output rows.
+    loaded, then multiplied for each of its output rows. K and the strides, but for those of channels, are in units of
+    UNIT elements.
     """
+    K = K * UNIT
+    x_stride_n, x_stride_h, x_stride_w = x_stride_n * UNIT, x_stride_h * UNIT, x_stride_w * UNIT
+    y_stride_n, y_stride_pixel, weight_stride_tap = y_stride_n * UNIT, y_stride_pixel * UNIT, weight_stride_tap * UNIT
     blocks_c = (K + BLOCK_C - 1) // BLOCK_C
     ROWS: tl.constexpr = (STRIP - 1) * STRIDE_H + (R - 1) * DILATION_H + 1
     pid = tl.program_id(0)
@@ -202,13 +207,18 @@ def conv2d_depthwise_general_forward_kernel(
     DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """One program owns BLOCK_M of M = N * PIXELS output pixels x BLOCK_C output channels; PIXELS = P * Q.
 
-    Output channel k reads input channel k // MULTIPLIER. One filter tap after the other: for large filters.
+    Output channel k reads input channel k // MULTIPLIER. One filter tap after the other: for large filters. Units as
+    above.
     """
+    K = K * UNIT
+    x_stride_n, x_stride_h, x_stride_w = x_stride_n * UNIT, x_stride_h * UNIT, x_stride_w * UNIT
+    y_stride_n, y_stride_pixel, weight_stride_tap = y_stride_n * UNIT, y_stride_pixel * UNIT, weight_stride_tap * UNIT
     blocks_c = (K + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -301,6 +311,10 @@ class DepthwiseForm(Form):
         strips_p = ceil_div(P, config.STRIP)
         M = N * strips_p * Q
         sizes, constants = (P, Q, strips_p), config.constants
+        (x_n, x_c, x_h, x_w), (y_n, y_k, y_pixel) = x.stride(), pixel_strides(y, product.channels_last_y)
+        weight_k, weight_tap, unit = weight.stride(0), weight.stride(2), 1
+        if x_c == y_k == weight_k == 1:
+            unit = stride_unit(x.element_size(), x_n, x_h, x_w, y_n, y_pixel, weight_tap, K)
         kernel = conv2d_depthwise_forward_kernel
         if not constants.pop("UNROLLED"):
             kernel, sizes = conv2d_depthwise_general_forward_kernel, (P * Q, Q)
@@ -316,11 +330,16 @@ class DepthwiseForm(Form):
             H,
             W,
             *sizes,
-            *x.stride(),
-            *pixel_strides(y, product.channels_last_y),
-            weight.stride(0),
-            weight.stride(2),
-            K,
+            x_n // unit,
+            x_c,
+            x_h // unit,
+            x_w // unit,
+            y_n // unit,
+            y_k,
+            y_pixel // unit,
+            weight_k,
+            weight_tap // unit,
+            K // unit,
             K // C,
             *weight.shape[1:3],
             *product.stride,
@@ -330,6 +349,7 @@ class DepthwiseForm(Form):
             **dependent_launch(x),
             ACC=accumulator(x.dtype),
             INDEX=index_type(M + config.BLOCK_M),
+            UNIT=unit,
             **constants,
         )
 
@@ -340,6 +360,9 @@ def config_of(
     """Of 128 threads; each takes `vector` bytes of channels in channels_last, else as many columns."""
     strips, elements = n * ceil_div(p, strip) * q, 128 * vector // element_size
     block_c = power_of_2(k, 1, 128 // element_size) if channels_last_y else 1
+    half = block_c // 2
+    if block_c * element_size == 128 and 5 * ceil_div(k, half) * half <= 4 * ceil_div(k, block_c) * block_c:
+        block_c = half  # which leaves far fewer lanes without a channel
     block_m = power_of_2(strips, 1, elements // block_c if channels_last_y else 128)
     return DepthwiseConfig(UNROLLED=True, STRIP=strip, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4)
 

@@ -66,6 +66,7 @@ class Form(ABC):
     packs_weight: ClassVar[bool] = True
     """Whether it wants the weight rounded or split for the precision. Without it, the weight stays as it is."""
     takes_shortcut: ClassVar[bool] = False
+    takes_prologue: ClassVar[bool] = False
     loads_by_descriptor: ClassVar[bool] = False
     """Whether x is loaded by tensor descriptors, which may round it to TF32 at no cost."""
     most_candidates: ClassVar[int | None] = 6

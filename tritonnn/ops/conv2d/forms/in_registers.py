@@ -29,7 +29,7 @@ from ....runtime.blocks import ceil_div
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
-from ....runtime.memory_format import is_aligned
+from ....runtime.memory_format import is_aligned, pixel_stride
 from ..problem import Choice, Problem, Product, on_tensor_cores, shortcut_flags
 from .form import Config, Form, by_waves
 
@@ -249,6 +249,7 @@ def conv2d_in_registers_forward_kernel(
     shortcut_stride_w,
     C: gl.constexpr,
     K: gl.constexpr,
+    Y_STEP: gl.constexpr,
     R: gl.constexpr,
     S: gl.constexpr,
     STRIDE_H: gl.constexpr,
@@ -283,7 +284,8 @@ def conv2d_in_registers_forward_kernel(
     """A program owns BLOCK_M of M = N * PIXELS output pixels x BLOCK_N output channels; PIXELS = P * Q.
 
     weight is [K, R, S, C], contiguous; C is a multiple of BLOCK_K, K of BLOCK_N; the residual and y [N, P, Q, K] are
-    contiguous. The shortcut is a second image under a filter of one tap and no padding, whose products are added.
+    contiguous, or some channels of images whose pixels lie Y_STEP elements apart. The shortcut is a second image under
+    a filter of one tap and no padding, whose products are added.
     """
     BLOCKS_N: gl.constexpr = K // BLOCK_N
     SLICES: gl.constexpr = num_warps
@@ -347,7 +349,7 @@ def conv2d_in_registers_forward_kernel(
             BLOCK_K,
             LAYOUT_X,
         )
-    offs_y = gl.expand_dims(offs_m * K, 1) + gl.expand_dims(offs_n, 0)
+    offs_y = gl.expand_dims(offs_m * Y_STEP, 1) + gl.expand_dims(offs_n, 0)
     mask_y = gl.expand_dims(offs_m < M, 1)
 
     wait_in_place(DEPENDENT, M)
@@ -469,6 +471,7 @@ class InRegistersForm(Form):
             *(_strides(shortcut.x) if shortcut else [0] * 3),
             C,
             K,
+            pixel_stride(y) or K,
             *weight.shape[1:3],
             *product.stride,
             *product.padding,

@@ -2,6 +2,8 @@
 
     y[n, m, k] = activation(bias[k] + residual[n, m, k] + scale[k] * sum over c of x[n, m, c] * weight[k, c])
 
+With a prologue x stands for activation(scale[n, c] * x[n, m, c] + shift[c]), which is computed in registers: gates of
+squeeze-and-excitation, or a batch norm before the product.
 m numbers the pixels of an image; images in channels_last, and the rows of a linear layer, are one long image. x and y
 are each in channels_last or not: in NCHW a tile of x is [channels, pixels] and is turned round as it enters registers.
 What lies beyond the last pixel or channel TMA reads as zeros and does not write, so that no size has to divide another.
@@ -25,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ....device.activation import activate
 from ....device.arithmetic import FLUSH_STEPS, add, round_to_tf32, split_to_tf32
 from ....device.dependent_launch import wait_for_predecessor
 from ....device.epilogue import finish
@@ -34,7 +37,9 @@ from ....runtime.blocks import ceil_div, power_of_2
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
+from ....runtime.memory_format import pixel_stride
 from ..problem import Choice, Problem, Product
+from ..prologue import NO_PROLOGUE
 from .form import Config, Form
 from .tma_halo.kernel import start_successor_if
 
@@ -73,7 +78,8 @@ class MatmulConfig(Config):
 class Kind(NamedTuple):
     """A tile, and what it was measured to take: microseconds of a step of 128 bytes of channels, and of all else.
 
-    As many of them as run on a multiprocessor at a time, together; see `microseconds`.
+    As many of them as run on a multiprocessor at a time, together; `alone`: the part of this that one of them takes
+    where the others have ended. See `microseconds`.
     """
 
     block_m: int
@@ -84,6 +90,7 @@ class Kind(NamedTuple):
     programs: int
     step_us: float
     tile_us: float
+    alone: float = 1.0
 
     def config(self, block_k: int) -> MatmulConfig:
         return MatmulConfig(
@@ -99,14 +106,17 @@ class Kind(NamedTuple):
 
 FROM_SHARED_MEMORY = {
     2: [
-        Kind(128, 64, 4, False, 4, 2, 0.33, 1.3),
-        Kind(128, 64, 4, True, 4, 2, 0.36, 0.85),
-        Kind(128, 256, 3, False, 8, 1, 0.62, 2.5),
-        Kind(128, 256, 3, True, 8, 1, 1.36, 0.7),
-        Kind(128, 128, 4, False, 8, 1, 0.44, 1.3),
-        Kind(128, 128, 3, True, 8, 2, 0.96, 1.3),
-        Kind(64, 128, 3, False, 4, 2, 0.43, 1.4),
-        Kind(128, 32, 3, False, 4, 3, 0.44, 1.3),
+        Kind(128, 64, 4, False, 4, 2, 0.41, 1.5, 0.75),
+        Kind(128, 64, 4, True, 4, 2, 0.36, 1.2, 0.5),
+        Kind(128, 64, 2, False, 4, 3, 0.91, 2.0, 0.56),
+        Kind(128, 256, 3, False, 8, 1, 0.67, 2.2),
+        Kind(128, 256, 3, True, 8, 1, 1.0, 1.5),
+        Kind(128, 128, 4, False, 8, 1, 0.45, 1.4),
+        Kind(128, 128, 3, True, 8, 2, 0.88, 1.9, 0.5),
+        Kind(64, 128, 3, False, 4, 2, 0.47, 1.6, 0.63),
+        Kind(128, 32, 3, False, 4, 3, 0.51, 1.3, 0.56),
+        Kind(64, 32, 4, False, 4, 4, 0.59, 1.3, 0.41),
+        Kind(64, 32, 8, False, 4, 2, 0.44, 1.3, 0.5),
     ],
     4: [
         Kind(128, 64, 3, False, 4, 2, 0.4, 1.7),
@@ -130,8 +140,9 @@ SPLIT = [
 ]
 """Where x is split for strict float32.
 
-All as a model of the sweep of 142 layers of 64 images, H200 (benchmarks/results): its choices take 4 % longer than the
-best of 22 kinds in bfloat16, 1 % in float32.
+All as a model of the sweep of 142 layers of 64 images, H200 (benchmarks/results): its choices take 2 % longer than the
+best of 22 kinds in bfloat16, 1 % in float32. The last kind of 16-bit numbers, for a long reduction of few rows, was not
+in it.
 """
 
 
@@ -159,20 +170,30 @@ def fetch(
     w_ring,
     w_bars,
     slot,
-    pred,
+    step,
+    tile,
     n,
     m,
     k,
-    step,
     K,
+    tiles,
+    steps,
+    programs,
+    blocks_n,
+    blocks_of_image,
     CHANNELS_LAST_X: gl.constexpr,
     SPLIT: gl.constexpr,
     RESIDENT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
 ):
-    """Starts to load x, and the weight unless it is RESIDENT, for a step of the tile at (n, m, k)."""
+    """Starts to load x, and the weight unless it is RESIDENT, for a step of the tile at (n, m, k).
+
+    Returns the step after it, and its tile and place; divisions are for each tile only.
+    """
     PARTS: gl.constexpr = 2 if SPLIT else 1
-    c = step * BLOCK_K
+    c, pred = step * BLOCK_K, tile < tiles
     # Together, as the compiler has all warps wait between the two operations on one kind of barrier.
     mbarrier.expect(x_bars.index(slot), x_desc.block_type.nbytes, pred=pred)
     if not RESIDENT:
@@ -183,13 +204,6 @@ def fetch(
         load_box(x_desc, [n, c, m], x_bars.index(slot), x_ring.index(slot), pred=pred)
     if not RESIDENT:
         fetch_weight(weight_desc, w_ring, slot * PARTS, w_bars.index(slot), k, c, K, SPLIT, pred)
-
-
-@gluon.jit
-def next_step(
-    step, tile, n, m, k, steps, programs, blocks_n, blocks_of_image, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
-):
-    """The step after one, and its tile and place; divisions are for each tile only."""
     step += 1
     if step == steps:
         step = 0
@@ -210,7 +224,38 @@ def load_pixels(
     return x
 
 
-@gluon.jit(do_not_specialize=["tiles", "blocks_n", "blocks_of_image", "steps", "K"])
+@gluon.jit
+def load_factors(
+    scale_ptr,
+    shift_ptr,
+    n,
+    step,
+    C,
+    pred,
+    X_SCALE: gl.constexpr,
+    HAS_X_SHIFT: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """The prologue's scale and shift [1, BLOCK_K] of a step's channels of image n, zeros beyond the last."""
+    c = step * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
+    mask = (c < C) & pred
+    first = n.to(gl.int64) * C if X_SCALE == "gates" else 0
+    scale = gl.load(scale_ptr + first + c, mask=mask, other=0.0).to(gl.float32)
+    shift = gl.load(shift_ptr + c, mask=mask, other=0.0).to(gl.float32) if HAS_X_SHIFT else scale
+    return gl.expand_dims(scale, 0), gl.expand_dims(shift, 0)
+
+
+@gluon.jit
+def prepare(x, scale, shift, HAS_X_SHIFT: gl.constexpr, X_ACTIVATION: gl.constexpr, DTYPE: gl.constexpr):
+    """activation(scale * x + shift), rounded to the type of x as if it had been stored in between."""
+    y = x.to(gl.float32) * scale
+    if HAS_X_SHIFT:
+        y += shift
+    return activate(y, X_ACTIVATION, 0.0).to(DTYPE)
+
+
+@gluon.jit(do_not_specialize=["tiles", "blocks_n", "blocks_of_image", "steps", "K", "C"])
 def conv2d_matmul_forward_kernel(
     x_desc,
     weight_desc,
@@ -223,6 +268,12 @@ def conv2d_matmul_forward_kernel(
     blocks_of_image,
     steps,
     K,
+    C,
+    x_scale_ptr,
+    x_shift_ptr,
+    X_SCALE: gl.constexpr,
+    HAS_X_SHIFT: gl.constexpr,
+    X_ACTIVATION: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
@@ -244,15 +295,16 @@ def conv2d_matmul_forward_kernel(
 ):
     """A program owns every num_programs-th tile of BLOCK_M pixels x BLOCK_N channels.
 
-    acc [pixels, channels] = x @ weight.T. Both are read from shared memory or, where x is to be rounded to TF32, split
-    for float32 ("tf32x3") or turned round, x from registers. In "tf32x3" weight_desc has K rows below what the rounding
-    of the weight left, and the sums of FLUSH steps, where there are more (else 0), are added up apart, so that few
-    float32 additions follow each other. RESIDENT, the number of steps or 0: the weight is loaded once; the programs are
-    a multiple of the blocks of channels, so that each keeps to one. Descriptors are [images, pixels, channels] in
-    channels_last, else [images, channels, pixels].
+    acc [pixels, channels] = x @ weight.T. Both are read from shared memory or, where x has a prologue or is to be
+    rounded to TF32, split for float32 ("tf32x3") or turned round, x from registers. In "tf32x3" weight_desc has K rows
+    below what the rounding of the weight left, and the sums of FLUSH steps, where there are more (else 0), are added up
+    apart, so that few float32 additions follow each other. RESIDENT, the number of steps or 0: the weight is loaded
+    once; the programs are a multiple of the blocks of channels, so that each keeps to one. Descriptors are [images,
+    pixels, channels] in channels_last, else [images, channels, pixels]. The prologue's factors are by channels or, if
+    X_SCALE is "gates", by images and channels.
     """
     SPLIT: gl.constexpr = INPUT_PRECISION == "tf32x3"
-    IN_REGISTERS: gl.constexpr = SPLIT or ROUND_X or not CHANNELS_LAST_X
+    IN_REGISTERS: gl.constexpr = SPLIT or ROUND_X or not CHANNELS_LAST_X or X_SCALE != "none"
     PARTS: gl.constexpr = 2 if SPLIT else 1
     DTYPE: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = DTYPE.primitive_bitwidth
@@ -290,7 +342,7 @@ def conv2d_matmul_forward_kernel(
     ahead_step, ahead_tile = first * 0, first  # what is fetched next
     ahead_n, ahead_m, ahead_k = place_of(first, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
     for i in gl.static_range(AHEAD):
-        fetch(
+        ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = fetch(
             x_desc,
             weight_desc,
             x_ring,
@@ -298,35 +350,35 @@ def conv2d_matmul_forward_kernel(
             w_ring,
             w_bars,
             i,
-            ahead_tile < tiles,
-            ahead_n,
-            ahead_m,
-            ahead_k,
-            ahead_step,
-            K,
-            CHANNELS_LAST_X,
-            SPLIT,
-            RESIDENT,
-            BLOCK_K,
-        )
-        ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = next_step(
             ahead_step,
             ahead_tile,
             ahead_n,
             ahead_m,
             ahead_k,
+            K,
+            tiles,
             steps,
             programs,
             blocks_n,
             blocks_of_image,
+            CHANNELS_LAST_X,
+            SPLIT,
+            RESIDENT,
             BLOCK_M,
             BLOCK_N,
+            BLOCK_K,
         )
     if RESIDENT:
         mbarrier.wait(w_bars.index(0), 0)
     if IN_REGISTERS:
         mbarrier.wait(x_bars.index(0), 0)
         x = load_pixels(x_ring, 0, CHANNELS_LAST_X, BLOCK_M, BLOCK_K, OPERAND)
+        if X_SCALE != "none":
+            n, m, k = place_of(first, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
+            factor, shift = load_factors(
+                x_scale_ptr, x_shift_ptr, n, 0, C, True, X_SCALE, HAS_X_SHIFT, BLOCK_K, OPERAND
+            )
+            x = prepare(x, factor, shift, HAS_X_SHIFT, X_ACTIVATION, DTYPE)
 
     count = first * 0  # steps that this program has begun
     stored = first * 0
@@ -372,8 +424,27 @@ def conv2d_matmul_forward_kernel(
                 # Meanwhile the next step's x comes into registers; this step's are kept until its products are done.
                 has_next = (step + 1 < steps) | (tile + programs < tiles)
                 slot_next = (count + 1) % X_SLOTS
+                if X_SCALE != "none":
+                    step_next, n_next = step + 1, n
+                    if step_next == steps:
+                        step_next = 0
+                        n_next = (tile + programs) // blocks_n // blocks_of_image
+                    factor, shift = load_factors(
+                        x_scale_ptr,
+                        x_shift_ptr,
+                        n_next,
+                        step_next,
+                        C,
+                        has_next,
+                        X_SCALE,
+                        HAS_X_SHIFT,
+                        BLOCK_K,
+                        OPERAND,
+                    )
                 mbarrier.wait(x_bars.index(slot_next), (count + 1) // X_SLOTS & 1, pred=has_next)
                 x = load_pixels(x_ring, slot_next, CHANNELS_LAST_X, BLOCK_M, BLOCK_K, OPERAND)
+                if X_SCALE != "none":
+                    x = prepare(x, factor, shift, HAS_X_SHIFT, X_ACTIVATION, DTYPE)
                 if SPLIT:
                     products, high, low = warpgroup_mma_wait(0, deps=[products, high, low])
                     part = add(part, products)
@@ -384,7 +455,7 @@ def conv2d_matmul_forward_kernel(
                 else:
                     acc, rounded = warpgroup_mma_wait(0, deps=[acc, rounded])
             barrier()  # for all warps
-            fetch(
+            ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = fetch(
                 x_desc,
                 weight_desc,
                 x_ring,
@@ -392,29 +463,23 @@ def conv2d_matmul_forward_kernel(
                 w_ring,
                 w_bars,
                 (count + AHEAD) % X_SLOTS,
-                ahead_tile < tiles,
-                ahead_n,
-                ahead_m,
-                ahead_k,
-                ahead_step,
-                K,
-                CHANNELS_LAST_X,
-                SPLIT,
-                RESIDENT,
-                BLOCK_K,
-            )
-            ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = next_step(
                 ahead_step,
                 ahead_tile,
                 ahead_n,
                 ahead_m,
                 ahead_k,
+                K,
+                tiles,
                 steps,
                 programs,
                 blocks_n,
                 blocks_of_image,
+                CHANNELS_LAST_X,
+                SPLIT,
+                RESIDENT,
                 BLOCK_M,
                 BLOCK_N,
+                BLOCK_K,
             )
             count += 1
         if DEPENDENT:
@@ -456,6 +521,7 @@ class MatmulForm(Form):
 
     config = MatmulConfig
     kernels = (conv2d_matmul_forward_kernel,)
+    takes_prologue = True
     most_candidates = 10
     most_beside_others = 10
 
@@ -466,9 +532,13 @@ class MatmulForm(Form):
         if window != (1, 1, 1, 0, 0, 1) or x.dtype not in OPERANDS or not product.on_tensor_cores:
             return False
         (C, H, W), K = x.shape[1:], y.shape[1]
-        if x.data_ptr() % 16 != 0 or not product.epilogue.has_aligned_residual or not _is_dense(x):
+        if x.data_ptr() % 16 != 0 or not product.epilogue.has_aligned_residual:
             return False
-        rows_x = C if x.stride(1) == 1 else H * W
+        if not product.has_aligned_y:
+            return False
+        if pixel_stride(x) is None and (not x.is_contiguous() or product.prologue is not None):
+            return False
+        rows_x = pixel_stride(x) or H * W
         rows_y = K if product.channels_last_y else H * W
         return (
             C >= LEAST_CHANNELS
@@ -485,13 +555,18 @@ class MatmulForm(Form):
         return lines and tile and not choice.copies_x and memory <= hardware.gpu(product.x.device).shared_memory
 
     def default(self, product: Product) -> Choice | None:
-        """None where tiles are few: the form TMA, which is not persistent, then starts earlier."""
-        if not self.fits(product):
+        """None where tiles are few: the form TMA, which is not persistent, then starts earlier.
+
+        And where pixels have few bytes, in and out, of which TMA brings one pixel after the other: 32 to 16 channels of
+        112x112 in bfloat16 21.6 us by pointers, here 38 (H200).
+        """
+        if not self.fits(product) or is_narrow(product):
             return None
         x, (N, K, P, Q) = product.x, product.y.shape
-        last_x, split = x.stride(1) == 1, product.input_precision == "tf32x3"
-        kinds = kinds_of(x.element_size(), last_x, split, product.round_x)
-        images, pixels = (1, N * P * Q) if last_x and product.channels_last_y else (N, P * Q)
+        last_x, split = pixel_stride(x) is not None, product.input_precision == "tf32x3"
+        in_registers = product.round_x or not last_x or product.prologue is not None
+        kinds = kinds_of(x.element_size(), in_registers, split)
+        images, pixels = (1, N * P * Q) if is_flat(product) else (N, P * Q)
         gpu = hardware.gpu(x.device)
         found = ranked(kinds, images, pixels, x.shape[1], K, x.element_size(), split, gpu)
         if not found or 2 * tiles_of(found[0], images, pixels, K) < gpu.multiprocessors:
@@ -500,7 +575,7 @@ class MatmulForm(Form):
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
         split, size = problem.input_precision == "tf32x3", problem.dtype.itemsize
-        kinds = kinds_of(size, problem.channels_last_x, split, problem.round_x)
+        kinds = kinds_of(size, problem.round_x or not problem.channels_last_x, split)
         flat, (p, q) = problem.channels_last_x and problem.channels_last_y, problem.output
         images, pixels = (1, problem.pixels) if flat else (problem.n, p * q)
         yield from map(Choice, ranked(kinds, images, pixels, problem.c, problem.k, size, split, gpu))
@@ -509,8 +584,7 @@ class MatmulForm(Form):
         x, weight, y, epilogue = product.x, product.packed, product.y, product.epilogue
         C, K = x.shape[1], y.shape[1]
         split = product.input_precision == "tf32x3"
-        last_x, last_y = x.stride(1) == 1, product.channels_last_y
-        flat = last_x and last_y
+        last_x, last_y, flat = pixel_stride(x) is not None, product.channels_last_y, is_flat(product)
         block_m, block_n, block_k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
         x_rows, x_box = _image(x, last_x, flat), [1, block_m, block_k] if last_x else [1, block_k, block_m]
         y_rows, y_box = _image(y, last_y, flat), [1, block_m, block_n] if last_y else [1, block_n, block_m]
@@ -539,6 +613,10 @@ class MatmulForm(Form):
             blocks_of_image,
             steps,
             K,
+            C,
+            None if product.prologue is None else product.prologue.scale,
+            None if product.prologue is None else product.prologue.shift,
+            **(NO_PROLOGUE if product.prologue is None else product.prologue.flags),
             **epilogue.flags,
             **dependent_launch(x),
             INPUT_PRECISION=product.input_precision,
@@ -551,10 +629,23 @@ class MatmulForm(Form):
         )
 
 
-def kinds_of(element_size: int, channels_last_x: bool, split: bool, round_x: bool) -> list[Kind]:
+def kinds_of(element_size: int, in_registers: bool, split: bool) -> list[Kind]:
+    """`in_registers`: x is turned round, rounded or otherwise computed there."""
     if split:
         return SPLIT
-    return FROM_REGISTERS if round_x or not channels_last_x else FROM_SHARED_MEMORY[element_size]
+    return FROM_REGISTERS if in_registers else FROM_SHARED_MEMORY[element_size]
+
+
+def is_narrow(product: Product) -> bool:
+    """Whether pixels of x and y have at most 64 bytes, in channels_last."""
+    both = max(product.x.shape[1], product.y.shape[1]) * product.x.element_size()
+    return both <= 64 and product.channels_last_y and pixel_stride(product.x) is not None and product.prologue is None
+
+
+def is_flat(product: Product) -> bool:
+    """Whether all images are one long one: their pixels follow each other, and none has factors of its own."""
+    gates = product.prologue is not None and product.prologue.has_gates
+    return pixel_stride(product.x) is not None and product.channels_last_y and not gates
 
 
 def tiles_of(tile: Kind | MatmulConfig, images: int, pixels: int, k: int) -> int:
@@ -571,8 +662,14 @@ def ranked(
     steps = ceil_div(c, block_k)
 
     def microseconds(kind: Kind) -> float:
-        """As many rounds as it takes for all tiles to have run, each of so many steps and the rest."""
-        rounds = ceil_div(tiles_of(kind, images, pixels, k), kind.programs * gpu.multiprocessors)
+        """As many rounds as it takes for all tiles to have run, each of so many steps and the rest.
+
+        In the last round some multiprocessors have fewer programs, and these are faster.
+        """
+        tiles = tiles_of(kind, images, pixels, k)
+        rounds, last = divmod(tiles, kind.programs * gpu.multiprocessors)
+        if last:
+            rounds += max(ceil_div(last, gpu.multiprocessors) / kind.programs, kind.alone)
         return rounds * (steps * kind.step_us * block_k * element_size / 128 + kind.tile_us)
 
     def suits(kind: Kind) -> bool:
@@ -593,19 +690,15 @@ def shared_memory(config: MatmulConfig, element_size: int, steps: int, split: bo
     return config.PROGRAMS * (element_size * (lines * config.BLOCK_K + tile) + BARRIERS)
 
 
-def _is_dense(x: torch.Tensor) -> bool:
-    """Whether x is dense in channels_last or NCHW."""
-    return x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
-
-
 def _image(x: torch.Tensor, channels_last: bool, flat: bool) -> torch.Tensor:
     """x [N, C, H, W] as [images, pixels, channels] or [images, channels, pixels], flat: as one image."""
     N, C, H, W = x.shape
+    if not channels_last:
+        return x.as_strided((N, C, H * W), (C * H * W, H * W, 1))
+    step = pixel_stride(x)
     if flat:
-        return x.as_strided((1, N * H * W, C), (N * H * W * C, C, 1))
-    if channels_last:
-        return x.as_strided((N, H * W, C), (H * W * C, C, 1))
-    return x.as_strided((N, C, H * W), (H * W * C, H * W, 1))
+        return x.as_strided((1, N * H * W, C), (N * H * W * step, step, 1))
+    return x.as_strided((N, H * W, C), (H * W * step, step, 1))
 
 
 @functools.lru_cache

@@ -20,12 +20,13 @@ import triton.language as tl
 from ....device.arithmetic import FLUSH_STEPS, accumulator, add_rounded_dot, add_split_dot, dot, index_type, round_to
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import apply_epilogue
-from ....runtime import hardware
+from ....device.layouts import LANES_ALONG_LAST
+from ....runtime import capabilities, hardware
 from ....runtime.blocks import INTERPRETER_TILE, ceil_div, power_of_2
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
-from ....runtime.memory_format import pixel_strides
+from ....runtime.memory_format import pixel_strides, stride_unit
 from ..problem import Choice, Problem, Product, spans_taps
 from .form import Config, Form, by_waves
 
@@ -99,6 +100,8 @@ def conv2d_pointers_forward_kernel(
     FLUSH: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,8 +113,11 @@ def conv2d_pointers_forward_kernel(
     its rounding to TF32 left. A block of the reduction lies within one filter tap, whose mask and address are then a
     column each; with SPAN_TAPS (few channels) it runs over the whole filter. The residual has the strides of y. In
     "tf32x3" the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. A single
-    filter (BLOCK_N = 1) is no matrix product: threads share its sum, whose error is smaller for it.
+    filter (BLOCK_N = 1) is no matrix product: threads share its sum, whose error is smaller for it. Strides, but for
+    those of channels, are in units of X_UNIT and Y_UNIT elements.
     """
+    x_stride_n, x_stride_h, x_stride_w = x_stride_n * X_UNIT, x_stride_h * X_UNIT, x_stride_w * X_UNIT
+    y_stride_n, y_stride_pixel = y_stride_n * Y_UNIT, y_stride_pixel * Y_UNIT
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = (R * S * C + BLOCK_K - 1) // BLOCK_K if SPAN_TAPS else R * S * BLOCKS_C
@@ -131,10 +137,12 @@ def conv2d_pointers_forward_kernel(
     mask_m = offs_m < M
     n = tl.minimum(offs_m // PIXELS, (M - 1) // PIXELS).to(tl.int64)  # past the end: the last image again, not stored
     pixel = offs_m % PIXELS
-    h_first = (pixel // Q * STRIDE_H - PADDING_H)[:, None]  # [BLOCK_M, 1]
-    w_first = (pixel % Q * STRIDE_W - PADDING_W)[:, None]
+    AXIS_K: tl.constexpr = 0 if SPAN_TAPS and LANES_ALONG_LAST else 1  # lanes take pixels, which share their taps
+    AXIS_M: tl.constexpr = 1 - AXIS_K
+    h_first = tl.expand_dims(pixel // Q * STRIDE_H - PADDING_H, AXIS_K)  # [BLOCK_M, 1], or turned round
+    w_first = tl.expand_dims(pixel % Q * STRIDE_W - PADDING_W, AXIS_K)
     group = group.to(tl.int64)
-    x_ptrs = x_ptr + group * C * x_stride_c + (n * x_stride_n)[:, None]
+    x_ptrs = x_ptr + group * C * x_stride_c + tl.expand_dims(n * x_stride_n, AXIS_K)
     x_ptrs += h_first.to(tl.int64) * x_stride_h + w_first.to(tl.int64) * x_stride_w
 
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -149,8 +157,8 @@ def conv2d_pointers_forward_kernel(
         if SPAN_TAPS:
             offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
             c = offs_k % C
-            r = (offs_k // C // S * DILATION_H)[None, :]
-            s = (offs_k // C % S * DILATION_W)[None, :]
+            r = tl.expand_dims(offs_k // C // S * DILATION_H, AXIS_M)
+            s = tl.expand_dims(offs_k // C % S * DILATION_W, AXIS_M)
             mask_k = offs_k < R * S * C
         else:
             tap = step // BLOCKS_C
@@ -159,7 +167,7 @@ def conv2d_pointers_forward_kernel(
             s = tap % S * DILATION_W
             offs_k = tap * C + c
             mask_k = c < C
-        mask_x = mask_k[None, :]
+        mask_x = tl.expand_dims(mask_k, AXIS_M)
         mask_weight = mask_n[None, :]
         if not EVEN_K:
             mask_weight = mask_weight & mask_k[:, None]
@@ -168,9 +176,12 @@ def conv2d_pointers_forward_kernel(
             w = w_first + s
             mask_x = (h >= 0) & (h < H) & (w >= 0) & (w < W)
             if not EVEN_K:
-                mask_x = mask_x & mask_k[None, :]
+                mask_x = mask_x & tl.expand_dims(mask_k, AXIS_M)
         offs_x = tl.cast(r, tl.int64) * x_stride_h + tl.cast(s, tl.int64) * x_stride_w
-        x = tl.load(x_ptrs + (offs_x + (c.to(tl.int64) * x_stride_c)[None, :]), mask=mask_x, other=0.0)
+        offs_x += tl.expand_dims(c.to(tl.int64) * x_stride_c, AXIS_M)
+        x = tl.load(x_ptrs + offs_x, mask=mask_x, other=0.0)
+        if AXIS_K == 0:
+            x = tl.trans(x)
         weight = tl.load(weight_ptrs + offs_k[:, None], mask=mask_weight, other=0.0)
         if INPUT_PRECISION == "tf32x3":
             rest = tl.load(weight_ptrs + (GROUPS * K * R * S * C + offs_k)[:, None], mask=mask_weight, other=0.0)
@@ -254,6 +265,10 @@ class PointersForm(Form):
         R, S = weight.shape[1:3]
         C, K, M = C // groups, K // groups, N * P * Q
         grid = (ceil_div(M, config.BLOCK_M) * ceil_div(K, config.BLOCK_N) * groups,)
+        size, (x_n, x_c, x_h, x_w) = x.element_size(), x.stride()
+        y_n, y_k, y_pixel = pixel_strides(y, product.channels_last_y)
+        x_unit = stride_unit(size, x_n, x_h, x_w) if x_c == 1 else 1
+        y_unit = stride_unit(size, y_n, y_pixel) if y_k == 1 else 1
         launch(
             conv2d_pointers_forward_kernel,
             grid,
@@ -266,8 +281,13 @@ class PointersForm(Form):
             W,
             P * Q,
             Q,
-            *x.stride(),
-            *pixel_strides(y, product.channels_last_y),
+            x_n // x_unit,
+            x_c,
+            x_h // x_unit,
+            x_w // x_unit,
+            y_n // y_unit,
+            y_k,
+            y_pixel // y_unit,
             C,
             K,
             R,
@@ -284,6 +304,8 @@ class PointersForm(Form):
             FLUSH=FLUSH_STEPS,
             ACC=accumulator(x.dtype),
             INDEX=index_type(M + config.BLOCK_M),
+            X_UNIT=x_unit,
+            Y_UNIT=y_unit,
             GROUP_M=8,
             **config.constants,
         )
@@ -297,7 +319,8 @@ def default_config(
     In bfloat16 ResNet18's convolution of 128 channels takes 149 us with 4 warps, 158 with 8 (H200, 1,024 images). Tiles
     of float32 are small, as registers have their operands twice, as loaded and as rounded or split. Without tensor
     cores ("ieee") they hold it once: the first layer takes 235 us for 354 with 64 pixels (H100, 1,024 images). A single
-    filter in float32 is summed up as precisely as by cuDNN: 16 products at a time, not by one thread each.
+    filter in float32 is summed up as precisely as by cuDNN: 16 products at a time, not by one thread each. So it is
+    with all filters where the compiler would spill the operands of 32 (triton 3.9: 7 ms instead of 0.3).
     """
     run = taps * c if spans_taps(c, taps) else c  # over which a block of the reduction is contiguous
     if triton.knobs.runtime.interpret:
@@ -313,6 +336,8 @@ def default_config(
             block_m, block_n = power_of_2(m, 16, 128 if once else 64), power_of_2(n, 16, 64 if strict else 128)
             if n == 1 and element_size == 4 and input_precision == "ieee":
                 block_n, block_k = 1, 16
+            if capabilities.LOADS_BEFORE_PRODUCTS and element_size == 4 and input_precision == "ieee":
+                block_k = 16
             num_warps, num_stages = 4, 3
             while block_m > 16 and ceil_div(m, block_m) * ceil_div(n, block_n) < gpu.enough_programs:
                 block_m //= 2

@@ -29,6 +29,7 @@ from ....runtime.capabilities import rounding_on_load, rounds_on_load
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
+from ....runtime.memory_format import pixel_stride
 from ..problem import Choice, Problem, Product
 from .form import Config, Form, by_waves
 
@@ -138,8 +139,8 @@ def conv2d_tma_forward_kernel(
     back. Else acc [pixels, channels] = x @ weight.T, with x in registers, where it is rounded to TF32 or,
     "tf32x3", split; then weight_desc holds the weights rounded to TF32 and, K rows below, what that left of them, and
     the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. y_desc is a pointer
-    unless y is CHANNELS_LAST. Where BLOCK_K does not divide C, a filter has one tap, and its last block ends with
-    zeros.
+    unless y is CHANNELS_LAST. Where BLOCK_K does not divide C, x's last block of a tap ends with zeros, which multiply
+    the next tap's weights.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -214,9 +215,9 @@ class TmaForm(Form):
     kernels = (conv2d_tma_forward_kernel,)
 
     def fits(self, product: Product) -> bool:
-        """A pixel's channels are a multiple of 16 bytes under a filter of one tap, else of 128.
+        """A pixel's channels are a multiple of 16 bytes; with a stride, under a filter of several taps, of 128.
 
-        For stride 2 the image then has even sides. Verified on Hopper; for newer GPUs it compiles.
+        Then the image has even sides. Verified on Hopper; for newer GPUs it compiles.
         """
         x, stride = product.x, product.stride
         if triton.knobs.runtime.interpret or x.dtype == torch.float64 or product.groups > 1:
@@ -226,17 +227,17 @@ class TmaForm(Form):
         if not hardware.gpu(x.device).has_tma:
             return False
         C, size = x.shape[1], x.element_size()
-        if product.y.shape[1] * size % 16 != 0:
+        if product.y.shape[1] * size % 16 != 0 or not product.has_aligned_y:
             return False
-        if _has_one_tap(product):
+        if _has_one_tap(product) or tuple(stride) == (1, 1):
             return C * size % 16 == 0 and C >= LEAST_CHANNELS
-        return C * size % 128 == 0 and (tuple(stride) == (1, 1) or _fits_by_parity(product))
+        return _fits_by_parity(product)
 
     def takes(self, product: Product, choice: Choice) -> bool:
         orders = {"tf32x3": [False], "tf32": [False, True]}.get(product.input_precision, [True])
         config, C = choice.config, product.x.shape[1]
         # Blocks that end with zeros were verified with four warps.
-        blocks = C % config.BLOCK_K == 0 or (_has_one_tap(product) and config.num_warps == 4)
+        blocks = C % config.BLOCK_K == 0 or config.num_warps == 4
         fits = config.SWAP_AB in orders and blocks
         return fits and (choice.copies_x or product.is_aligned)
 
@@ -251,8 +252,8 @@ class TmaForm(Form):
         swap_ab = not split and (copies_x or not rounds)
         N, K, P, Q = product.y.shape
         reduction, gpu = product.packed[0].numel(), hardware.gpu(product.x.device)
-        block_k = block_k_of(product.x.shape[1], product.x.element_size())
-        config = default_config(N, P, Q, K, reduction, block_k, product.x.element_size(), swap_ab, split, gpu)
+        C, size = product.x.shape[1], product.x.element_size()
+        config = default_config(N, P, Q, C, K, reduction // C, size, swap_ab, split, gpu)
         return config and Choice(config, copies_x)
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
@@ -343,7 +344,7 @@ def _is_narrow(product: Product) -> bool:
     """
     C, K = product.x.shape[1], product.y.shape[1]
     lines = C * product.x.element_size() % 128 == 0
-    return _has_one_tap(product) and K < 64 and not lines and K % 16 == C % 16 == 0
+    return _has_one_tap(product) and K < 64 and not lines
 
 
 def _fits_by_parity(product: Product) -> bool:
@@ -360,8 +361,8 @@ def block_k_of(c: int, element_size: int) -> int:
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
     """x [N, C, H, W], channels_last, as [N, H, W, C] with the strides of these sizes, even where one is 1."""
-    N, C, H, W = x.shape
-    return x.as_strided((N, H, W, C), (H * W * C, W * C, C, 1))
+    (N, C, H, W), step = x.shape, pixel_stride(x) or x.shape[1]
+    return x.as_strided((N, H, W, C), (H * W * step, W * step, step, 1))
 
 
 @functools.lru_cache
@@ -402,21 +403,21 @@ def default_config(
     n: int,
     p: int,
     q: int,
+    c: int,
     k: int,
-    reduction: int,
-    block_k: int,
+    taps: int,
     element_size: int,
     swap_ab: bool,
     split: bool,
     gpu: Gpu,
 ) -> TmaConfig | None:
-    """For y [n, p, q, k] as sums of `reduction` products, each `split` into three or not.
+    """For y [n, p, q, k] as sums over c channels under each of `taps`, of products `split` into three or not.
 
     None where no tile fits the GPU's shared memory.
 
     Measured on an H200, and on an H100, over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results).
     """
-    half, enough = element_size == 2, gpu.enough_programs
+    half, enough, reduction, block_k = element_size == 2, gpu.enough_programs, taps * c, block_k_of(c, element_size)
     if not swap_ab:
         tiles = [(64, 64, 4, 3)] if k <= 64 else [(64, 128, 4, 3), (64, 64, 4, 4)]
     elif k <= 64 or reduction * element_size < 128:  # memory bounds it: as many pixels as fit
@@ -425,8 +426,9 @@ def default_config(
         tiles = [(128, 128, 4, 3), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
     else:
         tiles = [(256, 128, 8, 3 if half else 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
-    if reduction % block_k != 0:  # of one tap, with four warps
-        tiles, enough = [tile for tile in tiles if tile[2] == 4], 2 * gpu.multiprocessors // 3
+    if c % block_k != 0:  # with four warps
+        tiles = [tile for tile in tiles if tile[2] == 4]
+        enough = 2 * gpu.multiprocessors // 3 if taps == 1 else enough
     tiles = [t for t in tiles if shared_memory(*t[:2], block_k, t[3], element_size, split) <= gpu.shared_memory]
     if not tiles:
         return None

@@ -26,6 +26,7 @@ from .....runtime.capabilities import rounding_on_load, rounds_on_load
 from .....runtime.dependent_launch import dependent_launch
 from .....runtime.hardware import Gpu
 from .....runtime.launch_plan import launch
+from .....runtime.memory_format import pixel_stride
 from ...pack import block_diagonal
 from ...problem import Choice, Problem, Product
 from ..form import Form
@@ -65,6 +66,8 @@ class TmaHaloForm(Form):
         if stride not in ((1, 1), (2, 2)) or H % stride[0] != 0 or W % stride[0] != 0:
             return False
         size = x.element_size()
+        if not product.has_aligned_y:
+            return False
         if C * size % 16 != 0 or K * size % 16 != 0 or product.is_depthwise or H * W * max(C, K) >= 2**31:
             return False
         if stride != (1, 1) and product.groups == 1 and C * size % 128 != 0:
@@ -76,7 +79,7 @@ class TmaHaloForm(Form):
         config, stride = choice.config, product.stride[0]
         _, K, P, Q = product.y.shape
         line = 128 // product.x.element_size()
-        staging = product.channels_last_y if config.STAGED else not config.IN_SLOT
+        staging = product.channels_last_y if config.STAGED else product.fills_image and not config.IN_SLOT
         # y's box is then in one of x's
         in_slot = not config.IN_SLOT or config.TILE_P * config.BLOCK_N <= box_rows(config.TILE_P, stride) * line
         slots = min(config.X_SLOTS, config.W_SLOTS) >= 2  # one is read while the next is filled
@@ -215,9 +218,9 @@ def _rows(x: torch.Tensor, stride: int) -> torch.Tensor:
     In this order a box in shared memory has together what its images have of a row. With the strides of these sizes,
     even where one is 1.
     """
-    N, C, H, W = x.shape
+    (N, C, H, W), step = x.shape, pixel_stride(x) or x.shape[1]
     sizes = H // stride, stride, N, W // stride, stride * C
-    return x.as_strided(sizes, (stride * W * C, W * C, H * W * C, stride * C, 1))
+    return x.as_strided(sizes, (stride * W * step, W * step, H * W * step, stride * step, 1))
 
 
 @functools.lru_cache
