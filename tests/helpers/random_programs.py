@@ -114,6 +114,11 @@ IMAGE_STATEMENTS = """
 {n} = F.batch_norm({v}, self.{norm}.running_mean, self.{norm}.running_var)
 {n} = torch.cat([{v}, self.{conv1}({v})], 1)
 {n} = torch.cat([self.{norm}({v}), {v}], dim=1)
+{n} = self.{conv}(self.{act}(self.{norm}({v})))
+{n} = self.{same}(self.{norm}({v}).relu()) + {v}
+{m} = self.{same}({v}); {n} = torch.cat([{v}, {m}], 1); {n} = torch.cat([{n}, self.{conv1}({m})], 1)
+{n} = torch.cat([self.{conv1}({v}), self.{same}({v}), {v}], 1)
+{n} = self.{same}({v}); {n} = {n} * self.{same}({n}.mean((2, 3), keepdim=True)).sigmoid()
 """
 
 STATEMENTS = """
