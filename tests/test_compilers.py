@@ -251,3 +251,18 @@ def test_running_statistics_of_a_vmapped_batch_are_pytorchs_error():
     for model in twins(training=True):
         with pytest.raises(RuntimeError, match="Batch norm got a batched tensor as input while the running_mean"):
             vmap(model)(images(2, 2))
+
+
+def test_exported_for_a_gpu_with_any_number_of_images():
+    """No layer asks there how many images there are; fake tensors need no GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), torch.device("cuda"):
+        of_images = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2)
+        model = nn.Sequential(*of_images, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+        x = torch.empty(2, 4, 12, 12)
+    with torch.no_grad(), tritonnn.swapped(model) as report:
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    (number,) = program.range_constraints.values()
+    assert len(report.swapped) == 7 and number.upper >= 2**31

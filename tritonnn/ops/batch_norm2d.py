@@ -239,9 +239,11 @@ def _keeps_strides(x, weight, bias, training: bool) -> bool:
     if x.device.type == "cpu":
         return False
     plain = weight is None or bias is None or torch.bfloat16 in (x.dtype, weight.dtype)
-    plain = plain or weight.dtype == torch.float16
-    large = x.shape[0] > (880_801 if training else 65_535) or x.numel() >= 2**31 - 1
-    return plain or large or not torch.backends.cudnn.enabled
+    if plain or weight.dtype == torch.float16 or not torch.backends.cudnn.enabled:
+        return True
+    if x.is_contiguous() or _is_channels_last(x):
+        return False  # both ways give the same strides, and an exported program has no limit on its images
+    return x.shape[0] > (880_801 if training else 65_535) or x.numel() >= 2**31 - 1
 
 
 def _output(x, weight, bias, training: bool) -> torch.Tensor:
