@@ -479,7 +479,10 @@ LEFT = {
     "stem": ((8, 3, 32, 32), (64, 3, 3, 3), (1, 1), 1, torch.bfloat16, (None, None)),
     "1x1 of any image": ((8, 64, 7, 7), (64, 64, 1, 1), (1, 1), 1, torch.float16, (None, None)),
     "sides of no power of 2": ((8, 64, 14, 14), (64, 64, 3, 3), (1, 1), 1, torch.bfloat16, (None, None)),
-    "sides of no power of 2, strided": ((8, 64, 28, 28), (64, 64, 3, 3), (2, 2), 1, torch.bfloat16, (None, None)),
+    "sides of no power of 2, strided": (
+        *((8, 64, 28, 28), (64, 64, 3, 3), (2, 2), 1, torch.bfloat16),
+        (None, "gradient of the weight of this shape"),
+    ),
     "sides of no power of 2, 5x5": (
         *((8, 64, 14, 14), (64, 64, 5, 5), (1, 1), 1, torch.bfloat16),
         (None, "gradient of the weight of this shape"),

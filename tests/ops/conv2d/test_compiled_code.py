@@ -96,7 +96,6 @@ GRADIENT_OF_WEIGHT |= dict(
 GRADIENT_WITH_HALO = dict(C=128, K=128, STRIDE=1, PADDING_H=1, PADDING_W=1, SEGMENTS=3, TILE_N=1, TILE_P=4, TILE_Q=16)
 GRADIENT_WITH_HALO |= dict(SLOTS=3, DEPENDENT=True)
 GRADIENT_OF_INPUT = FILTER | dict(C=128, K=128, TILE_N=1, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, ROUND_G=False)
-GRADIENT_OF_INPUT |= dict(TOGETHER=True)
 GRADIENT_OF_INPUT |= dict(
     descriptors=dict(g_desc=[1, 8, 16, 64], weight_desc=[128, 64], grad_x_desc=[1, 8, 1, 16, 128]), num_stages=3
 )

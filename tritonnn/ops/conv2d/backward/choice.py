@@ -42,5 +42,6 @@ def reasons_for_pytorch(
     shape = x.shape[0], weight.shape[0], *(output_size(*size) for size in sizes)
     arguments = shape, x.shape, weight.shape[2:], (stride, padding, dilation)
     takes = hopper and weight_tma.takes(*arguments)
-    takes = takes or (hardware.gluon_is_verified(x.device) and weight_halo.takes(*arguments))
+    if not strided and hardware.gluon_is_verified(x.device):  # strided ones with a halo have not run on a GPU
+        takes = takes or weight_halo.takes(*arguments)
     return of_input, None if takes else "gradient of the weight of this shape"

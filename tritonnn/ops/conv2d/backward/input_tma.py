@@ -18,9 +18,6 @@ from ....runtime.memory_format import is_aligned
 from ..forms.tma import best_box, block_k_of
 from .filters import exchanged_filters
 
-TOGETHER = False
-"""Whether the four classes of the same pixels run at the same time, and not one class after the other."""
-
 
 @triton.jit
 def conv2d_backward_input_tma_kernel(
@@ -37,7 +34,6 @@ def conv2d_backward_input_tma_kernel(
     PADDING_H: tl.constexpr,
     PADDING_W: tl.constexpr,
     ROUND_G: tl.constexpr,
-    TOGETHER: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_P: tl.constexpr,
     TILE_Q: tl.constexpr,
@@ -53,14 +49,9 @@ def conv2d_backward_input_tma_kernel(
     BLOCKS_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     BLOCKS_K: tl.constexpr = K // BLOCK_K
     pid = tl.program_id(0)
-    if TOGETHER:
-        of_class = pid % 4
-        tile = pid // 4
-    else:
-        of_class = pid // tiles
-        tile = pid % tiles
-    a = (of_class // 2 + 1 + PADDING_H + R) % 2  # the parity of whose rows more taps reach first
-    b = (of_class % 2 + 1 + PADDING_W + S) % 2
+    a = (pid // tiles // 2 + 1 + PADDING_H + R) % 2  # the parity of whose rows more taps reach first
+    b = (pid // tiles % 2 + 1 + PADDING_W + S) % 2
+    tile = pid % tiles
     c = tile % BLOCKS_N * BLOCK_N
     box = tile // BLOCKS_N
     j = box % tiles_j * TILE_Q
@@ -137,7 +128,6 @@ def run(g: torch.Tensor, weight: torch.Tensor, grad_x: torch.Tensor, padding: tu
         S,
         *padding,
         ROUND_G=round_g,
-        TOGETHER=TOGETHER,
         TILE_N=tile_n,
         TILE_P=tile_i,
         TILE_Q=tile_j,

@@ -30,7 +30,7 @@ On an H200 0.82 of them take 33.7 us so, all of them with what remains shared ou
 
 SUM = 2048
 """Terms that a program of the sum adds up at a time, of 32 elements or more."""
-MOST_TERMS = 128
+MOST_TERMS = 64
 """Of them of one element."""
 
 

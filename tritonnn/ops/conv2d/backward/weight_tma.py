@@ -27,8 +27,6 @@ from ..forms.tma import load_box
 from .weight_shares import add_up, are_alike, segment_of, shares_of
 
 STEP_PIXELS = 64
-MEMORY_LIMITS = 160
-"""Products of an element of g and x, as K * C / (K + C), for which a Hopper GPU is as long as for loading it."""
 
 
 @triton.jit
@@ -147,15 +145,12 @@ def default_config(K: int, C: int, filter_size: Sequence[int]) -> Config:
     """Measured over ResNet18's convolutions, 512 images of 32x32, on an H200.
 
     64 channels 88 us, tap by tap 107; 128 channels 62 us, with eight warps 64, with three taps of 64 channels 83.
-    A filter of one tap that memory limits has one program a multiprocessor, which is enough to load, and half as many
-    sums to store.
     """
-    R, S = filter_size
-    programs = 1 if R * S == 1 and K * C < MEMORY_LIMITS * (K + C) else 2
+    S = filter_size[1]
     if K % 128 != 0:
         taps, block_n = (3, 64) if S == 3 else (1, 128 if C % 128 == 0 else 64)
-        return Config(taps, 64, block_n, 4, 3 if S == 3 else 4, programs)
-    return Config(1, 128, 128, 4, 3, programs) if C % 128 == 0 else Config(1, 128, 64, 4, 4, programs)
+        return Config(taps, 64, block_n, 4, 3 if S == 3 else 4, 2)
+    return Config(1, 128, 128, 4, 3, 2) if C % 128 == 0 else Config(1, 128, 64, 4, 4, 2)
 
 
 def is_whole(g_shape: Sequence[int], C: int, filter_size: Sequence[int], multiprocessors: int) -> bool:
