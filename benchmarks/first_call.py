@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import tritonnn
 from tritonnn.command.networks import build, calibrate, random_images
+from tritonnn.compiler import backend
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITONNN_CACHE_DIR")
 NETWORKS = ("resnet18", "resnet50", "efficientnet_b0", "convnext_tiny")
@@ -48,7 +49,7 @@ def swapped(model: nn.Module, x: Tensor, ahead: bool) -> nn.Module:
     return model
 
 
-def compiled(model: nn.Module, x: Tensor, **options: str) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module, x: Tensor, **options: object) -> Callable[[Tensor], Tensor]:
     return torch.compile(model, dynamic=False, **options)
 
 
@@ -56,7 +57,7 @@ WAYS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]] = {
     "fuse": fused,
     "swap": partial(swapped, ahead=True),
     "swap-one-by-one": partial(swapped, ahead=False),
-    "backend": partial(compiled, backend="tritonnn"),
+    "backend": partial(compiled, backend=backend),
     "compile": partial(compiled, mode="reduce-overhead"),
 }
 

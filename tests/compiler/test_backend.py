@@ -1,6 +1,7 @@
 """`torch.compile(model, backend="tritonnn")`: what becomes a kernel, and that nobody can tell but by the clock."""
 
 import copy
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 
 from tritonnn.compiler import backend as public_backend
 from tritonnn.compiler import rewrite
-from tritonnn.compiler.backend import compile_graph
 from tritonnn.compiler.chains import find
+from tritonnn.compiler.graphs import compile_graph
 
 pytestmark = pytest.mark.filterwarnings("error:tritonnn changes nothing")
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,8 @@ def kernels(monkeypatch) -> list:
         seen.append([" ".join(steps(chain)) for chain, _ in chains])
         return replace(graph, chains)
 
-    monkeypatch.setattr("tritonnn.compiler.backend.replace", noting)
-    monkeypatch.setattr("tritonnn.compiler.backend.faster_ones", lambda chains, packed: [True] * len(chains))
+    monkeypatch.setattr("tritonnn.compiler.graphs.replace", noting)
+    monkeypatch.setattr("tritonnn.compiler.graphs.faster_ones", lambda chains, packed: [True] * len(chains))
     torch._dynamo.reset()
     return seen
 
@@ -357,7 +358,7 @@ def test_what_is_unknown_of_a_graph_leaves_it_to_inductor(kernels):
 
 
 def test_an_error_of_the_pass_leaves_the_graph_to_inductor(kernels, monkeypatch):
-    monkeypatch.setattr("tritonnn.compiler.backend.find", lambda graph: 1 / 0)
+    monkeypatch.setattr("tritonnn.compiler.graphs.find", lambda graph: 1 / 0)
     model, x = randomize(Block()), images()
     with torch.no_grad(), pytest.warns(UserWarning, match="changes nothing.*ZeroDivisionError: division by zero"):
         assert_as_right(compiled(model)(x), model, x)
@@ -445,3 +446,11 @@ print(torch.compile(lambda x: x.relu(), backend="tritonnn", mode="default")(torc
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert result.stdout.strip() == "[0.0, 2.0]", result.stderr
+
+
+def test_the_backend_keeps_its_name_after_it_was_used():
+    """No module of the package is called as it is, which would take its place once it is imported."""
+    import tritonnn.compiler
+
+    assert tritonnn.compiler.backend is public_backend
+    assert importlib.util.find_spec("tritonnn.compiler.backend") is None

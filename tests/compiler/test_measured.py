@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tritonnn.compiler import choice, measured
+from tritonnn.compiler import backend, choice, measured
 from tritonnn.compiler.measured import Times, add, measuring_alone, read
 
 
@@ -67,6 +67,6 @@ def test_what_is_known_is_not_measured_again(tmp_path, monkeypatch):
     for _ in range(2):
         torch.compiler.reset()
         with torch.no_grad():
-            torch.compile(model, backend="tritonnn")(x)
+            torch.compile(model, backend=backend)(x)
         known.append(read(measured.path_of(x.device)))
     assert len(seen) == 2 and len(known[0]) == 2 and known[0] == known[1]

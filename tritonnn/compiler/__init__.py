@@ -17,6 +17,6 @@ def backend(graph: Any, example_inputs: Any, **options: Any) -> Any:
     Args:
         options: `mode` as for Inductor, by default "reduce-overhead", which is CUDA graphs, and `options` beside it.
     """
-    from .backend import compile_graph  # slow: it imports Inductor's configuration
+    from .graphs import compile_graph  # slow: it imports Inductor's configuration
 
     return compile_graph(graph, example_inputs, **options)
