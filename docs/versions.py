@@ -84,6 +84,7 @@ def versions(known: dict) -> list[str]:
 def times(known: dict) -> list[str]:
     lines = []
     for run in known["times"]:
+        note = f"; {run['note']}" if "note" in run else ""
         names = sorted({name for us in run["us"].values() for name in us}, key=by_version)
         rows = []
         for case, us in run["us"].items():
@@ -96,7 +97,7 @@ def times(known: dict) -> list[str]:
         lines += [
             "",
             f"ResNet18 at 32x32 in channels_last and CUDA graphs on an {run['gpu']}, torch {run['torch']},",
-            f"microseconds a batch, the versions in turns ({run['date']}, `{run['command']}`):",
+            f"microseconds a batch, the versions in turns ({run['date']}, `{run['command']}`{note}):",
             "",
             *table(["images, type, network", *(f"Triton {name}" for name in names), f"times that of {names[0]}"], rows),
         ]

@@ -176,7 +176,7 @@ def any_autocast() -> bool:
     return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
 
-ROUNDS_ON_LOAD: tuple[str, ...] = ("3.8.", "3.9.")
+ROUNDS_ON_LOAD: tuple[str, ...] = ("3.7.", "3.8.", "3.9.")
 """Versions of Triton whose descriptors were shown on a GPU to round float32 to TF32, to nearest, as they load."""
 
 

@@ -7,7 +7,8 @@ import torch
 
 from ....runtime import hardware
 from ...window import output_size
-from . import weight_halo, weight_tma
+from . import weight_tma
+from .weight_dispatch import weight_halo
 
 GATHERED_CHANNELS = 16
 """Below so many, the gradient of the weight gathers single elements: 72 us for 196 of cuDNN, three channels, H200."""
@@ -42,6 +43,7 @@ def reasons_for_pytorch(
     shape = x.shape[0], weight.shape[0], *(output_size(*size) for size in sizes)
     arguments = shape, x.shape, weight.shape[2:], (stride, padding, dilation)
     takes = hopper and weight_tma.takes(*arguments)
-    if not strided and hardware.gluon_is_verified(x.device):  # strided ones with a halo have not run on a GPU
-        takes = takes or weight_halo.takes(*arguments)
+    # with a halo, strided ones have not run on a GPU
+    by_halo = weight_halo and not strided and hardware.gluon_is_verified(x.device)
+    takes = takes or (by_halo and weight_halo.takes(*arguments))
     return of_input, None if takes else "gradient of the weight of this shape"

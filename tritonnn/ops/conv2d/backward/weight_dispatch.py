@@ -5,7 +5,12 @@ import triton
 
 from ....runtime import hardware
 from ..pack import channels_last
-from . import weight, weight_halo, weight_tma
+from . import weight, weight_tma
+
+try:
+    from . import weight_halo
+except (ImportError, AttributeError):  # Gluon, in which it is written, is experimental
+    weight_halo = None
 
 
 def run_weight(
@@ -19,7 +24,7 @@ def run_weight(
     arguments = g, x, filter_size, window, groups
     by_taps = weight_tma.fits(*arguments)
     whole = by_taps and weight_tma.is_whole(g.shape, C, filter_size, gpu.multiprocessors)
-    if weight_halo.fits(*arguments) and not whole and (stride == 1 or not by_taps):
+    if weight_halo and weight_halo.fits(*arguments) and not whole and (stride == 1 or not by_taps):
         config = weight_halo.default_config(g.shape, stride, gpu.shared_memory)
         weight_halo.run(g, x, grad_weight, window, config)
     elif by_taps:
