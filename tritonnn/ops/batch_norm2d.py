@@ -240,7 +240,10 @@ def _keeps_strides(x, weight, bias, training: bool) -> bool:
         return False
     plain = weight is None or bias is None or torch.bfloat16 in (x.dtype, weight.dtype)
     plain = plain or weight.dtype == torch.float16
-    large = x.shape[0] > (880_801 if training else 65_535) or x.numel() >= 2**31 - 1
+    images, numel = x.shape[0], x.numel()
+    large = False  # also where sizes are open, as in an exported program, which would be restricted to the smaller ones
+    if isinstance(images, int) and isinstance(numel, int):
+        large = images > (880_801 if training else 65_535) or numel >= 2**31 - 1
     return plain or large or not torch.backends.cudnn.enabled
 
 
