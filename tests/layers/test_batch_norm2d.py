@@ -1,12 +1,15 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.compare import DEVICE, DTYPES, assert_close, assert_same_gradient, assert_same_layer, image
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 import tritonnn
+from tritonnn.ops import batch_norm2d
 from tritonnn.ops.batch_norm2d import batch_norm2d_inference, batch_norm2d_training
 
 ARGUMENTS = {
@@ -230,3 +233,13 @@ def test_errors_are_pytorchs(shape):
         layer(x)
     assert str(actual.value) == str(expected.value)
     assert layer.num_batches_tracked == (0 if len(shape) == 3 else 2)
+
+
+def test_open_sizes_are_not_restricted():
+    """torch.export would refuse a batch of any size."""
+    images = ShapeEnv().create_unbacked_symint()
+    x = SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.float32, shape=(images, 8, 4, 4), numel=lambda: images * 128
+    )
+    weight = torch.ones(8)
+    assert not batch_norm2d._keeps_strides(x, weight, weight, training=False)

@@ -239,11 +239,12 @@ def _keeps_strides(x, weight, bias, training: bool) -> bool:
     if x.device.type == "cpu":
         return False
     plain = weight is None or bias is None or torch.bfloat16 in (x.dtype, weight.dtype)
-    if plain or weight.dtype == torch.float16 or not torch.backends.cudnn.enabled:
-        return True
-    if x.is_contiguous() or _is_channels_last(x):
-        return False  # both ways give the same strides, and an exported program has no limit on its images
-    return x.shape[0] > (880_801 if training else 65_535) or x.numel() >= 2**31 - 1
+    plain = plain or weight.dtype == torch.float16
+    images, numel = x.shape[0], x.numel()
+    large = False  # also where sizes are open, as in an exported program, which would be restricted to the smaller ones
+    if isinstance(images, int) and isinstance(numel, int):
+        large = images > (880_801 if training else 65_535) or numel >= 2**31 - 1
+    return plain or large or not torch.backends.cudnn.enabled
 
 
 def _output(x, weight, bias, training: bool) -> torch.Tensor:
