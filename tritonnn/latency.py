@@ -54,6 +54,8 @@ class LayerCall:
     def random_input(self, generator: torch.Generator) -> Tensor:
         """Normally distributed values with the shape, type and strides of the call; `generator` is on its device."""
         extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        if self.shape:  # of some channels of images, also what lies behind the last ones
+            extent = max(extent, self.shape[0] * self.stride[0])
         storage = torch.randn(extent, generator=generator, device=self.device).to(self.dtype)
         return storage.as_strided(self.shape, self.stride)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tritonnn
+from tritonnn.latency import time_kernels
 from tritonnn.layers.fused.concatenation import FusedAppend, FusedConcatenation
 from tritonnn.layers.fused.conv2d import FusedConv2d
 from tritonnn.ops.append_channels import append_channels
@@ -216,8 +217,20 @@ def test_no_room_is_no_error():
     wide = FusedConcatenation([None], 8)(x)
     both = FusedAppend([None])(wide, x)
     assert torch.equal(both, y) and torch.equal(wide, x) and both.data_ptr() == wide.data_ptr()
+    partly = torch.zeros(2 * 16 * 12 - 8).as_strided(
+        (2, 8, 3, 4), (192, 1, 64, 16)
+    )  # its memory ends with its channels
+    assert torch.equal(FusedAppend([None])(partly.to(x.device), x), torch.cat([partly.to(x.device), x], 1))
     more = FusedAppend([None])
     assert torch.equal(more(both, x), torch.cat([x, x, x], 1)) and list(more.fallbacks) == ["there is no room"]
+
+
+def test_each_kernel_is_timed_alone():
+    network = tritonnn.fuse(trained(Dense(listed), torch.float32))
+    kernels = time_kernels(network, image(2, 4, 5, 6), budget_s=0)
+    names = ["FusedConcatenation", "FusedScaledConv2d", *["FusedAppend", "FusedScaledConv2d"] * 2]
+    assert [type(kernel.layer).__name__ for kernel in kernels] == names and not network.report.fallbacks
+    assert kernels[2].work.flop == 2 * 2 * 30 * 6 * 5 * 9  # 2 images of 5x6, 6 channels of 5 under 9 taps
 
 
 def test_other_types_and_sizes_are_pytorchs():

@@ -162,6 +162,9 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     Activations are ReLU, ReLU6, LeakyReLU, SiLU, Hardswish, Hardsigmoid, Sigmoid and both kinds of GELU, as modules,
     functions or methods, in place or not; others stay PyTorch's.
 
+    Gates of squeeze-and-excitation and batch norms before a convolution of one tap are applied as it reads its image.
+    Convolutions write to their channels of a concatenation, which grows without being copied in dense blocks.
+
     The forward is fused with its optional arguments at their defaults. A call with another value runs a copy of the
     model's own code, and the report's `fallbacks` count it.
 

@@ -83,11 +83,18 @@ class FusedAppend(FusedConcatenation):
         if shapes is None:
             return self._one_by_one(xs, before)
         channels, *added = (shape[1] for shape in shapes)
-        N, _, H, W = before.shape
-        step = pixel_stride(before)
-        if before.storage_offset() % step + channels + sum(added) > step:
+        wide = _wide(before)
+        if wide is None or channels + sum(added) > wide.shape[1]:
             self.fallbacks["there is no room"] += 1
             return self._one_by_one(xs, before)
-        wide = before.as_strided((N, step, H, W), (step * H * W, 1, step * W, step))
         self._fill(wide, channels, xs)
         return wide[:, : channels + sum(added)]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor | None:
+    """The image of whose channels x is the first ones; None where its memory ends before."""
+    (N, _, H, W), step = x.shape, pixel_stride(x)
+    memory = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    if x.storage_offset() % step != 0 or memory < N * H * W * step:
+        return None
+    return x.as_strided((N, step, H, W), (step * H * W, 1, step * W, step))
