@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Case = tuple[str, int, str]
 TYPES = ["bf16", "tf32", "fp32"]
 NETWORKS: list[Case] = [(dtype, n, what) for dtype in TYPES for n in (1024, 128, 1) for what in ("fused", "swapped")]
+NETWORKS += [("bf16", 1024, "swapped, contiguous")]
 CONVOLUTIONS: list[Case] = [("bf16", 1024, "convolutions alone"), ("tf32", 1024, "convolutions alone")]
 LOADS: list[Case] = [
     *(("tf32", n, f"{what}, rounded on load") for n in (1024, 128, 1) for what in ("fused", "swapped")),
@@ -76,9 +77,9 @@ def network(dtype: str, n: int, what: str) -> tuple:
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     number = torch.bfloat16 if dtype == "bf16" else torch.float32
-    model = ResNet18().cuda().eval().to(number).to(memory_format=torch.channels_last)
-    x = torch.randn(n, 3, 32, 32, dtype=number).cuda().contiguous(memory_format=torch.channels_last)
-    return model, x
+    memory_format = torch.contiguous_format if "contiguous" in what else torch.channels_last
+    model = ResNet18().cuda().eval().to(number).to(memory_format=memory_format)
+    return model, torch.randn(n, 3, 32, 32, dtype=number).cuda().contiguous(memory_format=memory_format)
 
 
 def convolutions(model: Callable, x: object, what: str) -> dict[str, Callable[[], object]]:

@@ -84,6 +84,8 @@ CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITONNN_CACHE_DIR")
 INTERRUPTED = 130
 READY, TIMED = "ready to be timed", "timed"
 """What a process says of itself; after the first it waits for a line."""
+FEW_ALGORITHMS = 5
+"""Of cuDNN's for a convolution, the first by its own ranking, are timed where others wait for it; else ten."""
 OUT_OF_MEMORY = "OutOfMemoryError"
 DRAIN_S = 0.1
 """After which a GPU has done what a process that was stopped has launched."""
@@ -158,6 +160,8 @@ def child(args: argparse.Namespace) -> None:
         with torch.no_grad(), flags(case.dtype):
             compile_only(case, device, args.peers[0])
         return
+    if args.shared:
+        torch.backends.cudnn.benchmark_limit = FEW_ALGORITHMS
     with torch.no_grad(), flags(case.dtype), cudnn_benchmark(True):
         result = ZooResult(case.task, case.dtype, case.batch_size, environment(device) | settings(device))
         if args.layers:

@@ -160,7 +160,7 @@ def sentence() -> list[str]:
     text = (
         f"Tested on a CPU: {pairs}; {ran}. {gluon}. Only compiled: {only}. [All of it](docs/compatibility.md#versions)."
     )
-    return [f"{BEGIN}{text}{END}"]
+    return [f"{BEGIN}{text} [All of it](docs/compatibility.md#versions).{END}"]
 
 
 def put(page: str, lines: list[str]) -> str:

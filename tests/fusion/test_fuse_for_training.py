@@ -9,6 +9,7 @@ from torch import nn
 
 import tritonnn
 from lit_modules.resnet import ResNet18
+from tritonnn.layers.fused.batch_norm2d import BatchNormReLU2d
 
 
 class Block(nn.Module):
@@ -107,6 +108,53 @@ def test_trains_like_pytorch(name, channels_last):
     tritonnn.restore(fused)
     assert [type(m) for m in fused.modules()] == [type(m) for m in pytorch.modules()]
     assert "forward" not in vars(fused)
+
+
+def test_gradients_of_two_readers_are_added_up_by_batch_norm():
+    """Of the blocks of ResNet18 but the last, as they are read: nothing else adds up images."""
+    model = ResNet18(width=4, in_channels=6, num_classes=3).to(DEVICE, torch.float64)
+    tritonnn.fuse_for_training(model)
+    assert sum(module.twice for module in model.forward.graph.modules() if isinstance(module, BatchNormReLU2d)) == 7
+    x = image(2, 6, 32, 32, dtype=torch.float64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        model(x).sum().backward()
+    sums = [event for event in profile.events() if event.name in ("aten::add", "aten::add_")]
+    assert sum(len(event.input_shapes[0]) == 4 for event in sums) == 1  # of the max pool's two readers
+
+
+@pytest.mark.parametrize("read", [(1,), (0, 1)], ids=str)
+def test_a_batch_norm_with_two_readers_to_the_second_order(read):
+    """Or with two of which one is not derived."""
+    layer = BatchNormReLU2d(tritonnn.TritonBatchNorm2d(3, track_running_stats=False), twice=True).to(
+        DEVICE, torch.float64
+    )
+    tensors = [image(2, 3, 3, 2, dtype=torch.float64).requires_grad_() for _ in range(2)]
+
+    def outputs(*tensors):
+        return tuple(layer(*tensors)[i] for i in read)
+
+    assert torch.autograd.gradcheck(outputs, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(outputs, tensors, fast_mode=True)
+
+
+def test_gradients_by_transforms():
+    """Of a network in which two layers read one batch norm's output."""
+    model = nn.Sequential(Block(), Block()).to(DEVICE, torch.float64)
+    pytorch = copy.deepcopy(model)
+    tritonnn.fuse_for_training(model)
+    x = image(2, 6, 4, 4, dtype=torch.float64)
+
+    def gradients(net):
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked = module.running_mean = module.running_var = None
+                module.track_running_stats = False
+        parameters = {name: p.detach() for name, p in net.named_parameters()}
+        return torch.func.grad(lambda tensors: torch.func.functional_call(net, tensors, (x,)).square().sum())(
+            parameters
+        )
+
+    torch.testing.assert_close(gradients(model), gradients(pytorch), rtol=1e-9, atol=1e-10)
 
 
 def test_part_of_a_network_in_eval_mode_runs_its_own_code():

@@ -272,6 +272,30 @@ def test_a_part_of_one_channel(part):
     same_at_every_call(Net(code, to_one=nn.Conv2d(4, 1, 1)))
 
 
+def test_a_norm_of_one_channel_before_a_convolution():
+    """On a CPU it is contiguous, whatever came before it."""
+
+    def code(net: Net, x: Tensor) -> Tensor:
+        y = net.one(net.to_one(x))
+        return net.from_one(y) * net.from_one(net.one(net.to_one(y.expand(-1, 4, -1, -1)))).as_strided((1,), (3,))
+
+    layers = {"to_one": nn.Conv2d(4, 1, 1), "one": nn.BatchNorm2d(1), "from_one": nn.Conv2d(1, 4, 3, padding=1)}
+    same_at_every_call(Net(code, **layers))
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+def test_an_image_that_gets_another_shape_meanwhile():
+    """How it lay decides about what was made of it before."""
+
+    def code(net: Net, x: Tensor) -> Tensor:
+        y = x.sigmoid()
+        z = net.a(y)
+        torch.add(y.sum(1, keepdim=True), 1, out=y)
+        return F.interpolate(z, size=(3, 3), mode="bilinear")[0]
+
+    same_at_every_call(Net(code))
+
+
 @pytest.mark.gpu
 def test_a_norm_of_one_channel_keeps_its_format_on_a_gpu():
     """And decides by that how the images lie that are made of it."""

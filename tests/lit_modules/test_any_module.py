@@ -95,13 +95,16 @@ class TestEachTask:
         result = evaluate(module(), tmp_path, "validate", fuse=False)
         assert not result.passed and "val" in next(iter(result.proof.sides["all"].metrics))
 
-    def test_is_timed(self, module, tmp_path):
-        result = evaluate(module(), tmp_path, latency=True, budget_s=0, time_interpreter=True)
-        calls = 2 if module in (SeveralInputs, WithoutForward) else 1
-        kinds = [row.kind for row in result.latency.layers]
-        assert kinds.count("batch_norm2d") == calls and {"conv2d", "relu"} <= set(kinds)
-        assert list(result.latency.networks) == ["all", "fused"]
-        assert "FAIL" not in (tmp_path / "results.md").read_text()
+
+@pytest.mark.parametrize("module", [DictBatch, ThreeTuple, SeveralInputs, WithoutForward])
+def test_is_timed(module, tmp_path):
+    """One module for each way in which a batch gives images."""
+    result = evaluate(module(), tmp_path, latency=True, budget_s=0, time_interpreter=True)
+    calls = 2 if module in (SeveralInputs, WithoutForward) else 1
+    kinds = [row.kind for row in result.latency.layers]
+    assert kinds.count("batch_norm2d") == calls and {"conv2d", "relu"} <= set(kinds)
+    assert list(result.latency.networks) == ["all", "fused"]
+    assert "FAIL" not in (tmp_path / "results.md").read_text()
 
 
 class TestSegmentation:

@@ -251,8 +251,8 @@ def differentiate(precisions: dict[str, tuple]) -> None:
             max_pool2d_backward._launch(image, image, (3, 3), (1, 1), (1, 1), (1, 1), False, positions)
             avg_pool2d_backward._launch(image, image, (3, 3), (1, 1), (1, 1), False, True, None)
             batch_norm2d_relu._launch(image, image, floats, floats, 1e-5)
-            for y in (None, image):
-                batch_norm2d_relu._launch_backward(image, image, y, *[floats] * 5, 1e-5)
+            for second, y in ((None, None), (None, image), (image, image)):
+                batch_norm2d_relu._launch_backward(image, second, image, y, *[floats] * 5, 1e-5)
 
 
 def check(card: Card, recorded: dict[str, int], every: int = 1, new: bool = False) -> dict:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.compare import DEVICE, TOLERANCE, assert_close, image, network, tf32
+from helpers.compare import DEVICE, TOLERANCE, assert_close, assert_identical, image, network, tf32
 from torch import nn
 
 import tritonnn
@@ -21,9 +21,10 @@ from tritonnn.ops import (
 )
 from tritonnn.ops import channel_sums as sums
 from tritonnn.ops.conv2d import op as forward
-from tritonnn.ops.conv2d.backward import choice, input_tma, weight_tma
+from tritonnn.ops.conv2d.backward import choice, input_tma, weight, weight_halo, weight_shares, weight_tma
 from tritonnn.ops.conv2d.backward import op as conv2d
 from tritonnn.ops.conv2d.backward.input import Taps
+from tritonnn.ops.conv2d.forms import few_channels
 from tritonnn.ops.window import output_size
 from tritonnn.runtime import hardware
 
@@ -53,6 +54,8 @@ CONVOLUTIONS = {
 """Shapes of x and of the weight, stride, padding, dilation, groups."""
 CONVOLUTION = (2, 3, 5, 4), (4, 3, 3, 3), (2, 2), (1, 1), (1, 1), 1
 MAX_POOLS = {
+    "3x3/1, several strips": ((2, 3, 19, 6), (3, 3), (1, 1), (1, 1), (1, 1), False),
+    "3x3/1, not padded on all sides": ((3, 2, 5, 7), (3, 3), (1, 1), (0, 1), (1, 1), False),
     "2x2/2": ((2, 5, 8, 7), (2, 2), (2, 2), (0, 0), (1, 1), False),
     "3x3/1, padding 1": ((2, 5, 6, 7), (3, 3), (1, 1), (1, 1), (1, 1), False),
     "3x3/2, padding 1": ((2, 5, 9, 8), (3, 3), (2, 2), (1, 1), (1, 1), False),
@@ -142,15 +145,17 @@ def test_max_pool_by_positions_in_windows(case, layout, infinite):
     x[0, 0, 3, 3] = float("nan")
     if infinite:
         x.fill_(-float("inf"))
-    gradients = []
+    gradients, outputs = [], []
     for swap in (False, True):
         if swap:
             tritonnn.swap(layer, strict=True)
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
         y = layer(leaf)
+        outputs.append(y.detach())
         (grad,) = torch.autograd.grad(y, leaf, torch.arange(y.numel(), dtype=y.dtype, device=DEVICE).view(y.shape))
         gradients.append(grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    assert_identical(*outputs[::-1])
 
 
 @pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])
@@ -232,12 +237,31 @@ def test_gradient_of_the_weight_by_tma(case, programs, monkeypatch):
     g, x, weight, window = convolution(BY_TMA[case], True, torch.float32)
     gpu = dataclasses.replace(hardware.INTERPRETER, multiprocessors=programs)
     monkeypatch.setattr(hardware, "gpu", lambda device: gpu)
-    monkeypatch.setattr(weight_tma, "LEAST_SHARE", 1)
-    config = weight_tma.default_config(weight.shape[0], weight.shape[1], weight.shape[3])._replace(PROGRAMS=1)
+    monkeypatch.setattr(weight_shares, "LEAST_SHARE", 1)
+    config = weight_tma.default_config(*weight.shape[:2], weight.shape[2:])._replace(PROGRAMS=1)
     actual = torch.full_like(weight, float("nan"))
     weight_tma.run(g, x, actual, window[:3], config)
     expected = conv2d._weight_formula(g.double(), x.double(), tuple(weight.shape), True, *window)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+OF_FEW_CHANNELS = {
+    "7x7/2": ((2, 3, 17, 16), (4, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1),
+    "5x9, sides apart, dilated rows": ((2, 2, 17, 20), (3, 2, 5, 9), (1, 3), (2, 4), (2, 1), 1),
+    "a channel, 11x11": ((3, 1, 12, 15), (5, 1, 11, 11), (1, 1), (5, 0), (1, 1), 1),
+}
+
+
+@pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", OF_FEW_CHANNELS)
+def test_gradient_of_few_channels_by_rows(case, layout, monkeypatch):
+    monkeypatch.setattr(few_channels, "LEAST_PIXELS", 1)
+    g, x, filters, window = convolution(OF_FEW_CHANNELS[case], layout, torch.float64)
+    assert weight.is_by_rows(g, filters.shape[1:], window, 1)
+    actual = torch.full_like(filters, float("nan"))
+    weight.run(g, x, actual, window[:3], 1, "ieee")
+    expected = conv2d._weight_formula(g, x, tuple(filters.shape), layout, *window)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", [case for case, (*_, stride, _, _, _) in BY_TMA.items() if stride == (2, 2)])
@@ -251,13 +275,51 @@ def test_gradient_of_a_strided_input_by_tma(case):
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_all_units_are_shared_out():
-    """Each box of each tile to one program, no more than two tiles to a program."""
+def test_all_boxes_are_shared_out():
+    """Each box of each tile to one program, in as many segments as are reckoned with, and all programs about alike."""
     for boxes, tiles, programs in itertools.product((1, 7, 40, 129, 8192), (1, 3, 9, 144, 500), (1, 132, 264)):
-        padded, share = weight_tma.share_of(boxes, tiles, programs)
-        assert padded >= boxes and 1 <= share <= padded
-        if padded > boxes:
-            assert padded % share == 0 and padded - boxes < share
+        shares = weight_shares.shares_of(boxes, tiles, programs)
+        seen = []
+        for pid in range(shares.programs):
+            first, taken = (pid - shares.FULL) * shares.SHARE, 0
+            for segment in range(shares.SEGMENTS):
+                tile, begin, end, place, first = share(pid, segment, first, shares, tiles)
+                seen += [(tile, begin, end, place)] if begin < end else []
+                taken += max(end - begin, 0)
+            assert 0 < taken <= shares.SHARE
+        for tile in range(tiles):
+            pieces = sorted((begin, end) for t, begin, end, _ in seen if t == tile)
+            assert [end for _, end in pieces] == [*(begin for begin, _ in pieces[1:]), boxes] and pieces[0][0] == 0
+        places = [place for *_, place in seen]
+        assert len(set(places)) == len(places) and max(places) < shares.stored
+        assert shares.programs <= max(programs, tiles)
+
+
+@pytest.mark.parametrize(
+    "shape", [(512, 64, 32, 32), (64, 256, 14, 14), (64, 512, 7, 7), (3, 64, 1, 5), (1, 64, 100, 3)]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_boxes_with_a_halo_fit(shape, stride):
+    """Slots of three programs; lines of whole swizzles; and little outside of the image where that can be."""
+    n, _, p, q = shape
+    config = weight_halo.default_config(shape, stride, 232448)
+    pixels = config.TILE_N * config.TILE_P * config.TILE_Q
+    assert pixels == 64 and config.TILE_N * config.TILE_Q % 8 == 0 and config.SLOTS >= 2
+    assert 3 * (config.SLOTS * weight_halo.bytes_of(config[:3], stride) + weight_halo.BARRIERS) <= 232448
+    boxes = -(-n // config.TILE_N) * -(-p // config.TILE_P) * -(-q // config.TILE_Q)
+    assert n < 64 or n * p * q > 0.8 * boxes * pixels
+
+
+def share(pid: int, segment: int, first: int, shares: weight_shares.Shares, tiles: int) -> tuple[int, ...]:
+    """What `segment_of` says, without Triton."""
+    if pid < shares.FULL:
+        begin = pid // tiles * shares.SHARE
+        end = min(begin + shares.SHARE, shares.BOXES) if segment == 0 else begin
+        return pid % tiles, begin, end, pid, first
+    tile = min(first // shares.REST, tiles - 1)
+    begin = shares.BOXES - shares.REST - tile * shares.REST
+    after = min((tile + 1) * shares.REST, (pid - shares.FULL + 1) * shares.SHARE, tiles * shares.REST)
+    return tile, begin + first, begin + after, shares.FULL + (pid - shares.FULL) * shares.SEGMENTS + segment, after
 
 
 STRIDED = {
@@ -416,8 +478,10 @@ LEFT = {
     "strided": ((8, 64, 32, 32), (128, 64, 3, 3), (2, 2), 1, torch.bfloat16, (None, None)),
     "stem": ((8, 3, 32, 32), (64, 3, 3, 3), (1, 1), 1, torch.bfloat16, (None, None)),
     "1x1 of any image": ((8, 64, 7, 7), (64, 64, 1, 1), (1, 1), 1, torch.float16, (None, None)),
-    "sides of no power of 2": (
-        *((8, 64, 14, 14), (64, 64, 3, 3), (1, 1), 1, torch.bfloat16),
+    "sides of no power of 2": ((8, 64, 14, 14), (64, 64, 3, 3), (1, 1), 1, torch.bfloat16, (None, None)),
+    "sides of no power of 2, strided": ((8, 64, 28, 28), (64, 64, 3, 3), (2, 2), 1, torch.bfloat16, (None, None)),
+    "sides of no power of 2, 5x5": (
+        *((8, 64, 14, 14), (64, 64, 5, 5), (1, 1), 1, torch.bfloat16),
         (None, "gradient of the weight of this shape"),
     ),
     "float32": ((8, 64, 32, 32), (64, 64, 3, 3), (1, 1), 1, torch.float32, (None, "gradient of the weight in float32")),
@@ -438,6 +502,7 @@ def test_what_is_left_to_pytorch_on_hopper(case, monkeypatch):
     """By sizes and types alone: the tensors are fake, on a GPU that need not be there."""
     x_shape, weight_shape, stride, groups, dtype, expected = LEFT[case]
     monkeypatch.setattr(hardware, "gpu", lambda device: hardware.Gpu((9, 0), 132, 232448))
+    monkeypatch.setattr(hardware, "gluon_is_verified", lambda device: True)
     x, weight = (SimpleNamespace(is_cuda=True, device=None, dtype=dtype, shape=s) for s in (x_shape, weight_shape))
     padding = ((weight_shape[2] - 1) // 2,) * 2
     assert choice.reasons_for_pytorch(x, weight, stride, padding, (1, 1), groups) == expected
@@ -501,10 +566,14 @@ REAL = {
     "256 to 64, 1x1": ((4, 256, 56, 56), (64, 256, 1, 1), (1, 1), (0, 0), (1, 1), 1),
     "256 to 256, 14x14": ((5, 256, 14, 14), (256, 256, 3, 3), (1, 1), (1, 1), (1, 1), 1),
     "512 to 512, 7x7": ((5, 512, 7, 7), (512, 512, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "64 to 128, 28x28, strided": ((5, 64, 28, 28), (128, 64, 3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "512 to 512, 14x14, strided": ((37, 512, 14, 14), (512, 512, 3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "64 to 64, padded by 2 and 0": ((5, 64, 12, 9), (64, 64, 3, 3), (1, 1), (2, 0), (1, 1), 1),
     "dilated": ((5, 64, 16, 16), (64, 64, 3, 3), (1, 1), (2, 2), (2, 2), 1),
     "5x5": ((5, 64, 16, 16), (128, 64, 5, 5), (1, 1), (2, 2), (1, 1), 1),
     "stem": ((32, 3, 32, 32), (64, 3, 3, 3), (1, 1), (1, 1), (1, 1), 1),
     "7x7 stem": ((4, 3, 64, 64), (64, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1),
+    "7x7 stem by rows": ((4, 3, 224, 224), (64, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1),
     "groups": ((4, 128, 14, 14), (128, 4, 3, 3), (1, 1), (1, 1), (1, 1), 32),
     "depthwise, strided": ((4, 96, 28, 28), (96, 1, 3, 3), (2, 2), (1, 1), (1, 1), 96),
     "odd channels": ((4, 70, 15, 13), (90, 70, 3, 3), (2, 2), (1, 1), (1, 1), 1),
@@ -556,6 +625,37 @@ def test_the_others_on_real_shapes(dtype, layout):
             error, noise = (float((y.double() - exact).norm() / exact.norm()) for y in (first, pytorchs))
             assert torch.equal(first, second)
             assert error <= 1.2 * noise + 1e-7, (error, noise)
+
+
+@pytest.mark.gpu
+def test_gradients_in_a_cuda_graph():
+    """Where kernels are launched dependently on each other: the bits of eager launches, at every replay."""
+    shapes = {"3x3": REAL["64 to 64, boxes of rows"], "strided": REAL["64 to 128, strided"], "stem": REAL["stem"]}
+    operands = {name: convolution(case, True, torch.bfloat16) for name, case in shapes.items()}
+    x, g, y, second = (image(32, 64, 32, 32, dtype=torch.bfloat16, channels_last=True) for _ in range(4))
+    statistics = [image(64).float() for _ in range(2)] + [image(64).float().abs() for _ in range(3)]
+
+    def gradients():
+        outputs = []
+        for g_of, x_of, weight_of, window in operands.values():
+            outputs.append(conv2d.conv2d_backward_weight(g_of, x_of, tuple(weight_of.shape), True, *window))
+            if x_of.shape[1] > 3:
+                outputs.append(conv2d.conv2d_backward_input(g_of, weight_of, tuple(x_of.shape), True, *window))
+        outputs += batch_norm2d_relu.batch_norm2d_relu(x, y, *statistics[:2], 1e-5)
+        outputs += batch_norm2d_relu.batch_norm2d_relu_backward(g, second, x, y, *statistics, 1e-5)
+        outputs += batch_norm2d_backward.batch_norm2d_backward(g, x, *statistics[1:4], 1e-5, True, (True, True, True))
+        return [*outputs, sums.channel_sums(g)]
+
+    expected = gradients()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        actual = gradients()
+    for _ in range(3):
+        for t in actual:
+            t.fill_(float("nan"))
+        graph.replay()
+        assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize("layout", [False, True], ids=["contiguous", "channels_last"])

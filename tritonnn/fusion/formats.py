@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..layers.layer import pair
 from ..runtime.memory_format import is_channels_last
 from ..swap import kind_of
-from .functionalize import FunctionalGraph, is_fresh
+from .functionalize import FunctionalGraph, is_fresh, nodes_in
 from .known_functions import (
     BINARY,
     CONVERSIONS,
@@ -83,13 +83,13 @@ def keep_formats(traced: FunctionalGraph) -> None:
 def as_pytorch_puts_it(x: object, always: bool, settled: int, convolved: bool, *sources: object) -> object:
     """The image x [(N,) C, H, W] in channels_last if `always` or one of the sources is, else contiguous.
 
-    What fits both formats is contiguous where `settled` says so.
+    A source is a tensor, or whether it was. What fits both formats is contiguous where `settled` says so.
     """
     if isinstance(x, (tuple, list)):
         return tuple(as_pytorch_puts_it(part, always, settled, convolved, *sources) for part in x)
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.dim() not in (3, 4):
         return x
-    channels_last = always or any(isinstance(source, torch.Tensor) and is_channels_last(source) for source in sources)
+    channels_last = always or any(map(is_in_channels_last, sources))
     settles = settled == ALWAYS or (settled == ON_A_CPU and x.device.type == "cpu")
     if x.dim() == 3 or (settles and 1 in (x.shape[1], x.shape[2] * x.shape[3])):
         channels_last = False
@@ -100,6 +100,11 @@ def as_pytorch_puts_it(x: object, always: bool, settled: int, convolved: bool, *
         return x
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+def is_in_channels_last(source: object) -> bool:
+    """Whether a source of a format is, as far as it is a tensor, or was."""
+    return source is True or (isinstance(source, torch.Tensor) and is_channels_last(source))
 
 
 def as_overwritten(y: object, x: object) -> object:
@@ -123,6 +128,10 @@ class _Formats:
         self.traced, self.graph = traced, traced.graph
         self.values: dict[fx.Node, _Value] = {}
         self.copies: dict[fx.Node, fx.Node] = {}
+        self.looks: dict[fx.Node, fx.Node] = {}
+        results = [result for node in self.graph.nodes for result in nodes_in(node.kwargs.get("out"))]
+        self.resized = set().union(*(traced.families[result] for result in results))
+        """What `out` may give another shape: how it lies is looked at before."""
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -163,13 +172,22 @@ class _Formats:
                     copy = self.graph.call_function(as_overwritten, (node, value.like))
             else:
                 f = value.format
-                arguments = (node, f.always, f.settled, f.convolved, *sorted(f.sources, key=str))
+                sources = [self._look(x) if x in self.resized else x for x in sorted(f.sources, key=str)]
+                arguments = (node, f.always, f.settled, f.convolved, *sources)
                 with self.graph.inserting_after(node):
                     copy = self.graph.call_function(as_pytorch_puts_it, arguments)
             self.copies[node] = copy
             self.values[copy] = replace(value, exact=True)
             self.traced.stage[copy] = self.traced.stage[node]
         return self.copies[node]
+
+    def _look(self, x: fx.Node) -> fx.Node:
+        """A node that tells at once whether x is in channels_last."""
+        if x not in self.looks:
+            with self.graph.inserting_after(x):
+                self.looks[x] = self.graph.call_function(is_in_channels_last, (x,))
+            self.traced.stage[self.looks[x]] = self.traced.stage[x]
+        return self.looks[x]
 
     def _known(self, node: fx.Node) -> _Value | None:
         """What is known of a node that takes its inputs in any format; None for any other."""
@@ -207,7 +225,7 @@ class _Formats:
         if format is None or (layer.in_channels == 1 and format.settled == ON_A_CPU):
             node.replace_input_with(x, self._exact(x))
             x = self._exact(x)
-        format = self.values[x].format or Format(frozenset([x]))
+            format = replace(format or Format(), sources=frozenset([x]), always=False, settled=NEVER)
         if layer.in_channels == 1 and format.settled == ALWAYS:
             format = replace(format, sources=frozenset(), always=False)
         one_tap = tuple(layer.kernel_size) == (1, 1) and layer.padding in ("valid", "same", 0, (0, 0))

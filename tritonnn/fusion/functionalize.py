@@ -189,16 +189,16 @@ def _overwritten(node: fx.Node, traced: FunctionalGraph) -> list[fx.Node]:
         overwrites = getattr(traced.module(node), "inplace", False) is True and _is_of_pytorch(node, traced)
     elif node.op in ("call_method", "call_function"):
         if node.kwargs.get("out") is not None:
-            return _nodes_in(node.kwargs["out"])
+            return nodes_in(node.kwargs["out"])
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         overwrites = node.target is in_place or ends_in_place(name) or _named_argument(node, "inplace") is True
         overwrites = overwrites and (node.target is in_place or _is_of_pytorch(node, traced))
     else:
         return []
-    return _nodes_in([*node.args, *node.kwargs.values()][:1]) if overwrites else []
+    return nodes_in([*node.args, *node.kwargs.values()][:1]) if overwrites else []
 
 
-def _nodes_in(x: object) -> list[fx.Node]:
+def nodes_in(x: object) -> list[fx.Node]:
     nodes: list[fx.Node] = []
     fx.node.map_arg(x, nodes.append)
     return nodes

@@ -16,7 +16,7 @@ from ..layers.layer import FLOATING_POINT, pair
 from ..swap import kind_of, swap
 from .as_convolutions import is_of_linear
 from .concatenations import fuse_concatenations
-from .formats import as_overwritten, as_pytorch_puts_it, keep_formats
+from .formats import as_overwritten, as_pytorch_puts_it, is_in_channels_last, keep_formats
 from .functionalize import FunctionalGraph
 from .fused_graph import FusedGraph
 from .known_functions import flattens_images, operands, unused_name
@@ -28,7 +28,7 @@ from .scaled import fuse_excitations, fuse_norms, only_user, scale_as_they_read
 from .tracing import in_place, is_changed, why_changed
 
 # Functions that only look at tensors.
-LAYOUT = (as_pytorch_puts_it.__name__, as_overwritten.__name__)
+LAYOUT = (as_pytorch_puts_it.__name__, as_overwritten.__name__, is_in_channels_last.__name__)
 NO_COMPUTATION = ("getattr", "getitem", "size", "dim", *LAYOUT, "eq", "_assert")
 
 

@@ -6,6 +6,7 @@ sum and the ReLU after it; all layers are Triton's. The model keeps its modules,
 
 from collections import Counter
 from dataclasses import dataclass, field
+from operator import getitem
 
 from torch import fx, nn
 
@@ -85,9 +86,14 @@ def fuse_for_training(model: nn.Module) -> TrainingReport:
         target = f"{norm.target}_relu".replace(".", "_")
         while target in modules:
             target += "_"
-        modules[target] = BatchNormReLU2d(modules[norm.target])
+        readers = list(relu.users)
+        twice = add is not None and len(readers) == 2 and all(_reads_once(reader, relu, traced) for reader in readers)
+        modules[target] = BatchNormReLU2d(modules[norm.target], twice)
         with traced.graph.inserting_before(relu):
             fused = traced.graph.call_module(target, inputs)
+            if twice:
+                for i, reader in enumerate(readers):
+                    reader.replace_input_with(relu, traced.graph.call_function(getitem, (fused, i)))
         relu.replace_all_uses_with(fused)
         for node in (relu, add, norm):
             if node is not None:
@@ -98,6 +104,14 @@ def fuse_for_training(model: nn.Module) -> TrainingReport:
         graph = fx.GraphModule(modules | _tensors(traced.graph, model), traced.graph)
         vars(model).update(forward=TrainingForward(model, graph), _fused_for_training=True)
     return report
+
+
+def _reads_once(reader: fx.Node, y: fx.Node, traced: FunctionalGraph) -> bool:
+    """Whether it is a convolution or a sum that takes y once, and overwrites nothing: so it can have a y of its own."""
+    layer = traced.module(reader)
+    is_convolution = kind_of(layer) == "conv2d" and not is_changed(layer)
+    is_sum = reader in traced.pure and traced.is_add(reader)
+    return (is_convolution or is_sum) and sum(node is y for node in reader.args) == 1 and not reader.kwargs
 
 
 def _tensors(graph: fx.Graph, model: nn.Module) -> dict[str, object]:

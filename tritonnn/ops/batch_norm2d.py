@@ -1,8 +1,8 @@
 """2-D batch normalisation forward: y = (x - mean) / sqrt(var + eps) * weight + bias, per channel.
 
 x: [N, C, H, W], read where it is if dense; y lies as PyTorch's does. Inference takes mean and variance from the running
-statistics; training takes them (the biased variance) from the batch in one pass over x: Welford's update in
-each lane, then Chan et al.'s combination, so that a large mean costs no digits.
+statistics; training takes them (the biased variance) from the batch in one pass over x: those of four pixels at a time
+in each lane, and Chan et al.'s combination of these, of lanes and of programs, so that a large mean costs no digits.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
-from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
+from ..device.dependent_launch import start_successor, wait_for_predecessor
+from ..runtime.blocks import ceil_div, pixel_blocks
+from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import LIBRARY, each_example, register
 from .batch_norm2d_backward import batch_norm2d_backward, statistics_dtype
+from .channel_sums import UNROLL, reduction_of
 
 
 @triton.jit
@@ -40,6 +43,7 @@ def batch_norm2d_normalize_kernel(
     RELU: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -59,6 +63,7 @@ def batch_norm2d_normalize_kernel(
     offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
     offs = offs[:, None] + (c * stride_c)[None, :]
 
+    wait_for_predecessor(DEPENDENT)
     mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)
     scale = tl.load(var_ptr + c, mask=mask_c, other=0.0).to(ACC)
     if not INVERTED:
@@ -74,18 +79,28 @@ def batch_norm2d_normalize_kernel(
         y = round_to(y, y_ptr.dtype.element_ty)
     if RELU:
         y = tl.where(y.to(ACC) < 0, tl.zeros_like(y), y)
+    start_successor(DEPENDENT)
     tl.store(y_ptr + offs, y, mask=mask)
 
 
 @triton.jit
 def combine(count, mean, m2):
-    """Count, mean and sum of squared deviations of the union of the groups along axis 0."""
+    """Count, mean and sum of squared deviations of the union of the groups along axis 0; count may be [groups, 1]."""
     total = tl.sum(count, axis=0)
     divisor = tl.maximum(total, 1)
     union_mean = tl.sum(count * mean, axis=0) / divisor
     union_mean += tl.sum(count * (mean - union_mean[None, :]), axis=0) / divisor  # what the first sum rounded off
     deviation = mean - union_mean[None, :]
     return total, union_mean, tl.sum(m2 + count * deviation * deviation, axis=0)
+
+
+@triton.jit
+def load_pixels(x_ptr, block, c, mask_c, M, PIXELS, strides, BLOCK_M: tl.constexpr):
+    """A block of x [BLOCK_M, BLOCK_C], zeros beyond the last pixel, and which of its rows are pixels, [BLOCK_M, 1]."""
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    mask_m = offs_m < M
+    offs = (offs_m // PIXELS).to(tl.int64) * strides[0] + (offs_m % PIXELS).to(tl.int64) * strides[2]
+    return tl.load(x_ptr + (offs + (c * strides[1])[None, :]), mask=mask_m & mask_c[None, :], other=0.0), mask_m
 
 
 @triton.jit
@@ -100,37 +115,49 @@ def batch_norm2d_partial_statistics_kernel(
     stride_pixel,
     SPLITS,
     STEPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns STEPS blocks of pixels x BLOCK_C channels; partial is [3, SPLITS, C]: count, mean, M2.
+    """One program owns STEPS x 4 blocks of pixels x BLOCK_C channels; partial is [3, C, SPLITS]: count, mean, M2.
 
-    Sums over many lanes are in float64.
+    A lane takes the mean and M2 of four pixels, all loaded at once, and adds them to those of its pixels before. Sums
+    over many lanes are in float64.
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     split = pid // blocks_c
     c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
     mask_c = c < C
-    count = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
+    count = tl.full((BLOCK_M, 1), 0, ACC)
     mean = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     m2 = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
+    strides = (stride_n, stride_c, stride_pixel)
+    wait_for_predecessor(DEPENDENT)
     for step in range(STEPS):
-        offs_m = (split.to(INDEX) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        mask = (offs_m < M)[:, None] & mask_c[None, :]
-        offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
-        offs = offs[:, None] + (c * stride_c)[None, :]
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
-        count += mask.to(ACC)
-        delta = tl.where(mask, x - mean, 0)
-        mean += delta / tl.maximum(count, 1)
-        m2 += delta * (x - mean)
+        block = (split.to(INDEX) * STEPS + step) * 4
+        x0, mask0 = load_pixels(x_ptr, block, c, mask_c, M, PIXELS, strides, BLOCK_M)
+        x1, mask1 = load_pixels(x_ptr, block + 1, c, mask_c, M, PIXELS, strides, BLOCK_M)
+        x2, mask2 = load_pixels(x_ptr, block + 2, c, mask_c, M, PIXELS, strides, BLOCK_M)
+        x3, mask3 = load_pixels(x_ptr, block + 3, c, mask_c, M, PIXELS, strides, BLOCK_M)
+        x0, x1, x2, x3 = x0.to(ACC), x1.to(ACC), x2.to(ACC), x3.to(ACC)
+        taken = (mask0.to(ACC) + mask1.to(ACC)) + (mask2.to(ACC) + mask3.to(ACC))  # [BLOCK_M, 1]
+        local = ((x0 + x1) + (x2 + x3)) * (1 / tl.maximum(taken, 1))
+        d0, d1 = tl.where(mask0, x0 - local, 0), tl.where(mask1, x1 - local, 0)
+        d2, d3 = tl.where(mask2, x2 - local, 0), tl.where(mask3, x3 - local, 0)
+        delta = local - mean
+        part = taken / tl.maximum(count + taken, 1)
+        m2 += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + delta * delta * (count * part)
+        mean += delta * part
+        count += taken
     count, mean, m2 = combine(count.to(tl.float64), mean.to(tl.float64), m2.to(tl.float64))
-    tl.store(partial_ptr + split.to(tl.int64) * C + c, count, mask=mask_c)
-    tl.store(partial_ptr + (SPLITS + split.to(tl.int64)) * C + c, mean, mask=mask_c)
-    tl.store(partial_ptr + (2 * SPLITS + split.to(tl.int64)) * C + c, m2, mask=mask_c)
+    start_successor(DEPENDENT)
+    partial_ptrs = partial_ptr + c * SPLITS + split
+    tl.store(partial_ptrs, tl.zeros_like(mean) + count, mask=mask_c)
+    tl.store(partial_ptrs + C * SPLITS, mean, mask=mask_c)
+    tl.store(partial_ptrs + 2 * C * SPLITS, m2, mask=mask_c)
 
 
 @triton.jit
@@ -142,16 +169,19 @@ def batch_norm2d_combine_statistics_kernel(
     SPLITS,
     C,
     eps: tl.float64,
+    DEPENDENT: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns BLOCK_C channels: mean, biased variance and 1 / sqrt(var + eps) from partial [3, SPLITS, C]."""
+    """One program owns BLOCK_C channels: mean, biased variance and 1 / sqrt(var + eps) from partial [3, C, SPLITS]."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    split = tl.arange(0, BLOCK_SPLITS).to(tl.int64)[:, None]  # [BLOCK_SPLITS, 1]
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]  # [BLOCK_SPLITS, 1]
     mask = (split < SPLITS) & (c < C)[None, :]
-    count = tl.load(partial_ptr + split * C + c[None, :], mask=mask, other=0.0)
-    mean = tl.load(partial_ptr + (SPLITS + split) * C + c[None, :], mask=mask, other=0.0)
-    m2 = tl.load(partial_ptr + (2 * SPLITS + split) * C + c[None, :], mask=mask, other=0.0)
+    partial_ptrs = partial_ptr + (c * SPLITS)[None, :] + split
+    wait_for_predecessor(DEPENDENT)
+    count = tl.load(partial_ptrs, mask=mask, other=0.0)
+    mean = tl.load(partial_ptrs + C * SPLITS, mask=mask, other=0.0)
+    m2 = tl.load(partial_ptrs + 2 * C * SPLITS, mask=mask, other=0.0)
     count, mean, m2 = combine(count, mean, m2)
     tl.store(mean_ptr + c, mean, mask=c < C)
     var = m2 / tl.maximum(count, 1)
@@ -168,12 +198,14 @@ def batch_norm2d_update_kernel(
     C,
     momentum: tl.float64,
     unbiased: tl.float64,
+    DEPENDENT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """running = (1 - momentum) * running + momentum * batch, the variance times `unbiased` = M / (M - 1)."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < C
     DTYPE: tl.constexpr = running_mean_ptr.dtype.element_ty
+    wait_for_predecessor(DEPENDENT)
     mean = tl.load(running_mean_ptr + c, mask=mask).to(mean_ptr.dtype.element_ty)
     mean += momentum * (tl.load(mean_ptr + c, mask=mask) - mean)
     tl.store(running_mean_ptr + c, round_to(mean, DTYPE), mask=mask)
@@ -257,6 +289,7 @@ def normalize(x, weight, bias, mean, var, eps, inverted=False, residual=None, re
         RELU=relu,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
+        **dependent_launch(x),
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
         **blocks._asdict(),
@@ -278,20 +311,14 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = _dense(x)
     N, C, H, W = x.shape
     M = N * H * W
-    blocks = pixel_blocks(M, H * W, C, channels_last, x.device)
-    if not triton.knobs.runtime.interpret:
-        # Four values a thread leave registers for three accumulators of each.
-        blocks = PixelBlocks(max(blocks.BLOCK_M // 2, 1), blocks.BLOCK_C)
-    blocks_m, blocks_c = ceil_div(M, blocks.BLOCK_M), ceil_div(C, blocks.BLOCK_C)
-    steps = triton.next_power_of_2(ceil_div(blocks_m * blocks_c, 1024))  # about 1,024 programs, 1,024 splits at most
-    splits = ceil_div(blocks_m, steps)
+    blocks, steps, splits = reduction_of(M, H * W, C, channels_last, x.device)
     acc = accumulator(x.dtype)
     dtype = statistics_dtype(x)
-    partial = torch.empty(3, splits, C, dtype=torch.float64, device=x.device)
+    partial = torch.empty(3, C, splits, dtype=torch.float64, device=x.device)
     mean, var, inverse = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(3))
     launch(
         batch_norm2d_partial_statistics_kernel,
-        (splits * blocks_c,),
+        (splits * ceil_div(C, blocks.BLOCK_C),),
         x,
         partial,
         M,
@@ -300,12 +327,13 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         *pixel_strides(x, channels_last),
         splits,
         STEPS=steps,
+        **dependent_launch(x),
         ACC=acc,
-        INDEX=index_type(M + steps * blocks.BLOCK_M),
+        INDEX=index_type(M + steps * UNROLL * blocks.BLOCK_M),
         **blocks._asdict(),
     )
-    # 1,024 splits x 4 channels in float64 just fit the registers of 8 warps.
-    block_c = 16 if triton.knobs.runtime.interpret else 4
+    block_splits = triton.next_power_of_2(splits)
+    block_c = 16 if triton.knobs.runtime.interpret else 1
     launch(
         batch_norm2d_combine_statistics_kernel,
         (ceil_div(C, block_c),),
@@ -316,9 +344,10 @@ def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         splits,
         C,
         eps,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        **dependent_launch(x),
+        BLOCK_SPLITS=block_splits,
         BLOCK_C=block_c,
-        num_warps=8,
+        num_warps=min(max(block_splits // 128, 1), 8),
     )
     return mean, var, inverse
 
@@ -354,6 +383,7 @@ def _launch_update(mean, var, running_mean, running_var, momentum, count) -> Non
         C,
         momentum,
         count / (count - 1),
+        **dependent_launch(mean),
         BLOCK_C=block,
     )
 
@@ -362,10 +392,13 @@ def _setup_context_training(ctx, inputs, output) -> None:
     x, weight, _, ctx.eps = inputs
     _, mean, var = output
     ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)  # of those: PyTorch would fill zeros for them
     ctx.save_for_backward(x, weight, mean, var)
 
 
 def _backward_training(ctx, grad_y, *_):
+    if grad_y is None:
+        return None, None, None, None
     x, weight, mean, var = ctx.saved_tensors
     return *_gradients(ctx, grad_y, x, weight, mean, var, True), None
 

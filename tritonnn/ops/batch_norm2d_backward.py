@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
+from ..device.dependent_launch import start_successor, wait_for_predecessor
 from ..runtime.blocks import ceil_div, pixel_blocks
+from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import register_gradient
@@ -48,6 +50,7 @@ def batch_norm2d_backward_combine_kernel(
     HAS_GRAD_BIAS: tl.constexpr,
     HAS_COEFFICIENTS: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
     """One program owns a channel; partial is [2, C, SPLITS], the sums of g and of g * (x - mean).
@@ -55,6 +58,7 @@ def batch_norm2d_backward_combine_kernel(
     coefficients [3, C]: of g, of x - mean, and the constant, whose sum is grad_x.
     """
     c = tl.program_id(0).to(tl.int64)
+    wait_for_predecessor(DEPENDENT)
     inverse = 1 / tl.sqrt(tl.load(var_ptr + c).to(tl.float64) + eps)
     if HAS_SUMS:
         sums = sum_of_splits(partial_ptr, c, SPLITS, BLOCK_SPLITS)
@@ -93,6 +97,7 @@ def batch_norm2d_backward_input_kernel(
     BY_INPUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -110,6 +115,7 @@ def batch_norm2d_backward_input_kernel(
     mask = (offs_m < M)[:, None] & mask_c[None, :]
     offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
     offs = offs[:, None] + (c * stride_c)[None, :]
+    wait_for_predecessor(DEPENDENT)
     g = tl.load(g_ptr + offs, mask=mask, other=0.0)
     if TRAINING:
         mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
@@ -122,6 +128,7 @@ def batch_norm2d_backward_input_kernel(
     grad_x = g.to(ACC) * tl.load(coefficients_ptr + c, mask=mask_c, other=0.0)[None, :]
     if TRAINING:
         grad_x += (x - mean) * of_x + constant
+    start_successor(DEPENDENT)
     tl.store(grad_x_ptr + offs, round_to(grad_x, grad_x_ptr.dtype.element_ty), mask=mask)
 
 
@@ -185,6 +192,7 @@ def run(
         HAS_GRAD_BIAS=wants_bias,
         HAS_COEFFICIENTS=wants_x,
         HAS_SUMS=has_sums,
+        **dependent_launch(x),
         **sums.blocks,
     )
     if wants_x:
@@ -206,6 +214,7 @@ def run(
             *pixel_strides(grad_x, channels_last),
             TRAINING=training,
             **relu.flags,
+            **dependent_launch(x),
             ACC=acc,
             INDEX=index_type(M + blocks.BLOCK_M),
             **blocks._asdict(),

@@ -16,7 +16,7 @@ from .channel_sums import Mask
 
 
 def _backward_outputs(
-    g, x, y, weight, bias, mean, var, inverse, eps
+    g, second, x, y, weight, bias, mean, var, inverse, eps
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     C, parameter = x.shape[1], mean if weight is None else weight
     grad_x = torch.empty_like(x, memory_format=_memory_format(x))
@@ -28,18 +28,19 @@ def _memory_format(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
-def _launch_backward(g, x, y, weight, bias, mean, var, inverse, eps) -> tuple[torch.Tensor, ...]:
-    *gradients, grad_residual = _backward_outputs(g, x, y, weight, bias, mean, var, inverse, eps)
-    x, g, y = dense(x, x), dense(g, x), None if y is None else dense(y, x)
+def _launch_backward(g, second, x, y, weight, bias, mean, var, inverse, eps) -> tuple[torch.Tensor, ...]:
+    *gradients, grad_residual = _backward_outputs(g, second, x, y, weight, bias, mean, var, inverse, eps)
+    x, g, y, second = (None if t is None else dense(t, x) for t in (x, g, y, second))
     weight, bias, mean, var, inverse = (
         None if t is None else t.contiguous() for t in (weight, bias, mean, var, inverse)
     )
-    mask = Mask(y, None if y is None else grad_residual, inverse, weight, bias)
+    mask = Mask(y, None if y is None else grad_residual, inverse, weight, bias, second)
     run(g, x, weight, mean, var, eps, True, tuple(gradients), mask)
     return *gradients, grad_residual
 
 
-def _formula(g, x, y, weight, bias, mean, var, inverse, eps) -> tuple[torch.Tensor | None, ...]:
+def _formula(g, second, x, y, weight, bias, mean, var, inverse, eps) -> tuple[torch.Tensor | None, ...]:
+    g = g if second is None else g + second
     if y is None:
         shape = 1, -1, 1, 1
         scale = inverse if weight is None else inverse * weight
@@ -58,13 +59,16 @@ def _formula(g, x, y, weight, bias, mean, var, inverse, eps) -> tuple[torch.Tens
 
 
 batch_norm2d_relu_backward = register_gradient(
-    "batch_norm2d_relu_backward(Tensor g, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-    "Tensor inverse, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "batch_norm2d_relu_backward(Tensor g, Tensor? second, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, "
+    "Tensor mean, Tensor var, Tensor inverse, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
     _backward_outputs,
     _formula,
 )
-"""grad_x, grad_weight, grad_bias and, where y says that there was a residual, grad_residual."""
+"""grad_x, grad_weight, grad_bias and, where y says that there was a residual, grad_residual.
+
+g and, of a residual, `second` are gradients of y whose sum counts.
+"""
 
 
 def _outputs(x, residual, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,11 +89,14 @@ def _setup_context(ctx, inputs, output) -> None:
     x, residual, weight, bias, ctx.eps = inputs
     y, mean, var, inverse = output
     ctx.mark_non_differentiable(mean, var, inverse)
+    ctx.set_materialize_grads(False)  # of those: PyTorch would fill zeros for them
     ctx.save_for_backward(x, None if residual is None else y, weight, bias, mean, var, inverse)
 
 
 def _backward(ctx, grad_y, *_):
-    grads = batch_norm2d_relu_backward(grad_y, *ctx.saved_tensors, ctx.eps)
+    if grad_y is None:
+        return None, None, None, None, None
+    grads = batch_norm2d_relu_backward(grad_y, None, *ctx.saved_tensors, ctx.eps)
     needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
     grad_x, grad_weight, grad_bias, grad_residual = grads
     return (

@@ -5,6 +5,7 @@ lane adds up a few values in float32; what many lanes contribute to is added up 
 The sum of g is the gradient of a bias.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,23 @@ import triton
 import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
-from ..runtime.blocks import ceil_div, pixel_blocks
+from ..device.dependent_launch import start_successor, wait_for_predecessor
+from ..runtime import hardware
+from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
+from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import is_channels_last, pixel_strides
 from ..runtime.operator import register_gradient
 
 MOST_SPLITS = 1024
+UNROLL = 4
+"""Blocks whose loads are under way together."""
+MOST_CHANNELS = 64
+"""Of a block: with 128 Triton spreads the blocks of a step over the warps."""
+PROGRAMS = 4
+"""Programs of a multiprocessor, at most."""
+LEAST_STEPS = 4
+"""Of a program, where there are so many: adding up its lanes takes as long as some steps."""
 
 
 @triton.jit
@@ -47,6 +59,12 @@ def passed_by_relu(g, y):
 
 
 @triton.jit
+def pixels_of(step, UNROLL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The pixels of a step of a reduction, [BLOCK_M, UNROLL]: of so many blocks, of which each lane has a pixel."""
+    return step * (UNROLL * BLOCK_M) + tl.arange(0, BLOCK_M)[:, None] + tl.arange(0, UNROLL)[None, :] * BLOCK_M
+
+
+@triton.jit
 def channel_sums_partial_kernel(
     g_ptr,
     x_ptr,
@@ -57,6 +75,7 @@ def channel_sums_partial_kernel(
     inverse_ptr,
     weight_ptr,
     bias_ptr,
+    second_ptr,
     M,
     C,
     PIXELS,
@@ -66,9 +85,11 @@ def channel_sums_partial_kernel(
     SPLITS,
     HAS_X: tl.constexpr,
     BY_OUTPUT: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
     BY_INPUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     STEPS: tl.constexpr,
     UNROLL: tl.constexpr,
     ACC: tl.constexpr,
@@ -76,38 +97,45 @@ def channel_sums_partial_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns STEPS blocks of the M = N * PIXELS pixels x BLOCK_C channels; partial is [1 or 2, C, SPLITS].
+    """One program owns STEPS x UNROLL blocks of pixels x BLOCK_C channels; partial is [1 or 2, C, SPLITS].
 
-    BY_OUTPUT: g is masked by ReLU's output y, and stored masked; BY_INPUT: by what was normalised, computed again.
+    A lane loads UNROLL of the M = N * PIXELS pixels of each tensor before it waits for any.
+    BY_OUTPUT: g, with a second gradient of y added where it HAS one, is masked by ReLU's output y, and stored masked;
+    BY_INPUT: by what was normalised, computed again.
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     split = pid // blocks_c
     c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
     mask_c = c < C
+    wait_for_predecessor(DEPENDENT)
     sums = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     products = sums
     if HAS_X:
-        mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, :]
+        mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)[None, None, :]
     if BY_INPUT:
         scale, bias = affine(inverse_ptr, weight_ptr, bias_ptr, c, mask_c, HAS_WEIGHT, HAS_BIAS, ACC)
-    for step in tl.range(STEPS, loop_unroll_factor=UNROLL):  # unrolled, loads do not wait for each other
-        offs_m = (split.to(INDEX) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        mask = (offs_m < M)[:, None] & mask_c[None, :]
+        scale, bias = scale[None, :, :], bias[None, :, :]
+    for step in range(STEPS):
+        offs_m = pixels_of(split.to(INDEX) * STEPS + step, UNROLL, BLOCK_M)  # [BLOCK_M, UNROLL]
+        mask = (offs_m < M)[:, :, None] & mask_c[None, None, :]
         offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
-        offs = offs[:, None] + (c * stride_c)[None, :]
+        offs = offs[:, :, None] + (c * stride_c)[None, None, :]
         g = tl.load(g_ptr + offs, mask=mask, other=0.0)
         if HAS_X:
             x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+        if HAS_SECOND:
+            g = round_to(g.to(ACC) + tl.load(second_ptr + offs, mask=mask, other=0.0).to(ACC), g.dtype)
         if BY_OUTPUT:
             g = passed_by_relu(g, tl.load(y_ptr + offs, mask=mask, other=0.0).to(ACC))
             tl.store(masked_ptr + offs, g, mask=mask)
         if BY_INPUT:
             g = passed_by_relu(g, normalized(x, mean, scale, bias, g.dtype).to(ACC))
         g = g.to(ACC)
-        sums += g
+        sums += tl.sum(g, 1)
         if HAS_X:
-            products += tl.where(mask, g * (x - mean), 0)
+            products += tl.sum(tl.where(mask, g * (x - mean), 0), 1)
+    start_successor(DEPENDENT)
     tl.store(partial_ptr + c * SPLITS + split, tl.sum(sums.to(tl.float64), 0), mask=mask_c)
     if HAS_X:
         tl.store(partial_ptr + (C + c) * SPLITS + split, tl.sum(products.to(tl.float64), 0), mask=mask_c)
@@ -128,10 +156,37 @@ def store_sum(ptr, y):
 
 
 @triton.jit
-def channel_sums_combine_kernel(partial_ptr, y_ptr, SPLITS, BLOCK_SPLITS: tl.constexpr):
+def channel_sums_combine_kernel(partial_ptr, y_ptr, SPLITS, DEPENDENT: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
     """One program owns a channel of y [C], the sums of partial [C, SPLITS]."""
     c = tl.program_id(0).to(tl.int64)
+    wait_for_predecessor(DEPENDENT)
     store_sum(y_ptr + c, sum_of_splits(partial_ptr, c, SPLITS, BLOCK_SPLITS))
+
+
+class Reduction(NamedTuple):
+    """Each of `splits` programs of a block of channels adds up `steps` times UNROLL blocks of pixels."""
+
+    blocks: PixelBlocks
+    steps: int
+    splits: int
+
+
+@functools.lru_cache(1024)
+def reduction_of(M: int, pixels: int, C: int, channels_last: bool, device: torch.device) -> Reduction:
+    """Of M pixels in all, so many an image: about PROGRAMS programs a multiprocessor."""
+    blocks = pixel_blocks(M, pixels, C, channels_last, device)
+    if triton.knobs.runtime.interpret:  # a tile is large enough as it is
+        blocks = PixelBlocks(max(blocks.BLOCK_M // UNROLL, 1), blocks.BLOCK_C)
+        programs = MOST_SPLITS
+    else:
+        if blocks.BLOCK_C > MOST_CHANNELS:
+            blocks = PixelBlocks(blocks.BLOCK_M * blocks.BLOCK_C // MOST_CHANNELS, MOST_CHANNELS)
+        programs = PROGRAMS * hardware.gpu(device).multiprocessors
+    parts = ceil_div(M, UNROLL * blocks.BLOCK_M)
+    steps = triton.next_power_of_2(ceil_div(parts * ceil_div(C, blocks.BLOCK_C), programs))
+    least = min(LEAST_STEPS, triton.next_power_of_2(parts))
+    steps = max(steps, least, triton.next_power_of_2(ceil_div(parts, MOST_SPLITS)))
+    return Reduction(blocks, steps, ceil_div(parts, steps))
 
 
 class PartialSums(NamedTuple):
@@ -153,7 +208,8 @@ def no_sums(C: int, device: torch.device) -> PartialSums:
 class Mask(NamedTuple):
     """Of the gradient of relu(normalized(x)): by its output y and, masked, into `masked`, or by what was normalised.
 
-    y, masked: with the strides of g; inverse: 1 / sqrt(var + eps), weight, bias: [C].
+    y, masked, and a second gradient to add to the first before: with the strides of g; inverse: 1 / sqrt(var + eps),
+    weight, bias: [C].
     """
 
     y: torch.Tensor | None = None
@@ -161,6 +217,7 @@ class Mask(NamedTuple):
     inverse: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    second: torch.Tensor | None = None
 
     @property
     def flags(self) -> dict[str, bool]:
@@ -185,14 +242,11 @@ def partial_sums(
     """Of a dense g [N, C, H, W], not empty, and an x with its strides; mean: [C]."""
     N, C, H, W = g.shape
     M = N * H * W
-    blocks = pixel_blocks(M, H * W, C, channels_last, g.device)
-    blocks_m, blocks_c = ceil_div(M, blocks.BLOCK_M), ceil_div(C, blocks.BLOCK_C)
-    steps = triton.next_power_of_2(ceil_div(blocks_m * blocks_c, MOST_SPLITS))  # about as many programs
-    splits = ceil_div(blocks_m, steps)
+    blocks, steps, splits = reduction_of(M, H * W, C, channels_last, g.device)
     partial = torch.empty(1 if x is None else 2, C, splits, dtype=torch.float64, device=g.device)
     launch(
         channel_sums_partial_kernel,
-        (splits * blocks_c,),
+        (splits * ceil_div(C, blocks.BLOCK_C),),
         g,
         x,
         mean,
@@ -205,11 +259,13 @@ def partial_sums(
         splits,
         HAS_X=x is not None,
         BY_OUTPUT=mask.y is not None,
+        HAS_SECOND=mask.second is not None,
         **mask.flags,
+        **dependent_launch(g),
         STEPS=steps,
-        UNROLL=min(steps, 4),
+        UNROLL=UNROLL,
         ACC=accumulator(g.dtype),
-        INDEX=index_type(M + steps * blocks.BLOCK_M),
+        INDEX=index_type(M + steps * UNROLL * blocks.BLOCK_M),
         **blocks._asdict(),
     )
     return PartialSums(partial, splits)
@@ -226,7 +282,8 @@ def _launch(g) -> torch.Tensor:
     if g.numel() == 0:
         return y.zero_()
     sums = partial_sums(g, channels_last)
-    launch(channel_sums_combine_kernel, (y.numel(),), sums.partial, y, sums.splits, **sums.blocks)
+    constants = dependent_launch(g) | sums.blocks
+    launch(channel_sums_combine_kernel, (y.numel(),), sums.partial, y, sums.splits, **constants)
     return y
 
 

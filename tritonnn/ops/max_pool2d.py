@@ -21,7 +21,9 @@ from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import register
-from .max_pool2d_backward import NO_TAP, max_pool2d_backward
+from . import max_pool2d_rows
+from .max_pool2d_backward import max_pool2d_backward
+from .max_pool2d_rows import NO_TAP
 from .window import output_size
 
 
@@ -152,6 +154,10 @@ def _launch(
     N, C, H, W = x.shape
     P, Q = y.shape[2:]
     channels_last = is_channels_last(x)
+    index_0 = return_indices and channels_last and x.device.type == "cuda"  # as PyTorch's kernel there
+    if return_indices and as_taps and max_pool2d_rows.takes(x, kernel_size, stride, dilation):
+        max_pool2d_rows.run_forward(x, y, indices, padding, index_0)
+        return y, indices
     M = N * P * Q
     blocks = pixel_blocks(M, P * Q, C, channels_last, x.device)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
@@ -176,7 +182,7 @@ def _launch(
         RETURN_INDICES=return_indices,
         AS_TAPS=as_taps,
         SIGNED_ZEROS=signed_zeros,
-        INDEX_0_OF_INFINITIES=return_indices and channels_last and x.device.type == "cuda",  # as PyTorch's kernel there
+        INDEX_0_OF_INFINITIES=index_0,
         **dependent_launch(x),
         ACC=accumulator(x.dtype),
         INDEX=index_type(M + blocks.BLOCK_M),
@@ -189,10 +195,13 @@ def _setup_context(ctx, inputs, output) -> None:
     x, *ctx.arguments, return_indices, _, _ = inputs
     indices = output[1]
     ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)  # of those: PyTorch would fill zeros for them
     ctx.save_for_backward(x, indices if return_indices else None)
 
 
 def _backward(ctx, grad_y, _):
+    if grad_y is None:
+        return (None,) * 9
     x, indices = ctx.saved_tensors
     if indices is None:
         indices = max_pool2d(x, *ctx.arguments, True)[1]

@@ -15,11 +15,10 @@ from ..runtime.blocks import ceil_div, pixel_blocks
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import register_gradient
+from . import max_pool2d_rows
 
 MOST_TAPS = 255
-"""Pixels of a window whose positions fit into a uint8, beside NO_TAP."""
-NO_TAP = tl.constexpr(255)
-"""The position of a maximum that lies in no window: PyTorch's index 0 of a window of -inf."""
+"""Pixels of a window whose positions fit into a uint8, beside `NO_TAP`."""
 
 
 @triton.jit
@@ -106,6 +105,9 @@ def _launch(g, x, kernel_size, stride, padding, dilation, ceil_mode, indices) ->
     if x.numel() == 0:
         return grad_x
     N, C, H, W = x.shape
+    if indices.dtype == torch.uint8 and max_pool2d_rows.takes(x, kernel_size, stride, dilation):
+        max_pool2d_rows.run_backward(g, indices, grad_x, padding)
+        return grad_x
     M = N * H * W
     channels_last = is_channels_last(x)
     blocks = pixel_blocks(M, H * W, C, channels_last, x.device)

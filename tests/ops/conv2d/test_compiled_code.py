@@ -85,13 +85,16 @@ MAX_POOL = FILTER | dict(
 AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
 LARGE_POOL = "ops.avg_pool2d:avg_pool2d_large_forward_kernel"
 WHOLE_IMAGES = AVG_POOL | dict(R=112, S=112, PADDING_H=0, PADDING_W=0, ADAPTIVE=True, WHOLE=True, UNROLL=4)
-NORMALIZE = dict(INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True, HAS_RESIDUAL=False, RELU=False)
+NORMALIZE = dict(DEPENDENT=True, INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True, HAS_RESIDUAL=False, RELU=False)
 NORM_BACKWARD = dict(TRAINING=True, BY_INPUT=True, BY_OUTPUT=False, HAS_X=True, HAS_WEIGHT=True, HAS_BIAS=True)
+NORM_BACKWARD |= dict(HAS_SECOND=False, DEPENDENT=True)
 BACKWARD = FILTER | dict(C=128, K=128, GROUPS=1, INPUT_PRECISION="ieee")
-GRADIENT_OF_WEIGHT = FILTER | dict(C=64, K=64, TAPS=3, STRIDE=1, SEGMENTS=2, TILE_N=1, TILE_P=2, TILE_Q=32)
+GRADIENT_OF_WEIGHT = FILTER | dict(C=64, K=64, TAPS=3, TILES=3, STRIDE=1, SEGMENTS=2, TILE_N=1, TILE_P=2, TILE_Q=32)
 GRADIENT_OF_WEIGHT |= dict(
-    BLOCK_M=64, BLOCK_N=64, num_stages=3, descriptors=dict(g_desc=[64, 64], x_desc=[1, 2, 32, 64])
+    DEPENDENT=True, BLOCK_M=64, BLOCK_N=64, num_stages=3, descriptors=dict(g_desc=[64, 64], x_desc=[1, 2, 32, 64])
 )
+GRADIENT_WITH_HALO = dict(C=128, K=128, STRIDE=1, PADDING_H=1, PADDING_W=1, SEGMENTS=3, TILE_N=1, TILE_P=4, TILE_Q=16)
+GRADIENT_WITH_HALO |= dict(SLOTS=3, DEPENDENT=True)
 GRADIENT_OF_INPUT = FILTER | dict(C=128, K=128, TILE_N=1, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, ROUND_G=False)
 GRADIENT_OF_INPUT |= dict(
     descriptors=dict(g_desc=[1, 8, 16, 64], weight_desc=[128, 64], grad_x_desc=[1, 8, 1, 16, 128]), num_stages=3
@@ -368,6 +371,18 @@ KERNELS = {
     ),
     "relu": ("ops.relu:relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
     "gradient of relu": ("ops.relu_backward:relu_backward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
+    "batch_norm2d, statistics": (
+        "ops.batch_norm2d:batch_norm2d_partial_statistics_kernel",
+        "bf16",
+        LAST,
+        BY_CHANNELS | dict(STEPS=8, DEPENDENT=True),
+    ),
+    "batch_norm2d, statistics, contiguous": (
+        "ops.batch_norm2d:batch_norm2d_partial_statistics_kernel",
+        "bf16",
+        FIRST,
+        BY_PIXELS | dict(STEPS=8, DEPENDENT=True),
+    ),
     "gradient of batch_norm2d": (
         "ops.batch_norm2d_backward:batch_norm2d_backward_input_kernel",
         "bf16",
@@ -379,6 +394,12 @@ KERNELS = {
         "bf16",
         LAST,
         NORM_BACKWARD | BY_CHANNELS | dict(STEPS=32, UNROLL=4),
+    ),
+    "gradient of batch_norm2d, sums, contiguous": (
+        "ops.channel_sums:channel_sums_partial_kernel",
+        "bf16",
+        FIRST,
+        NORM_BACKWARD | BY_PIXELS | dict(STEPS=32, UNROLL=4),
     ),
     "gradient of max_pool2d": (
         "ops.max_pool2d_backward:max_pool2d_backward_kernel",
@@ -410,6 +431,18 @@ KERNELS = {
         LAST,
         GRADIENT_OF_WEIGHT,
     ),
+    "gradient of the weight, halo": (
+        "ops.conv2d.backward.weight_halo:conv2d_backward_weight_halo_kernel",
+        "bf16",
+        LAST,
+        GRADIENT_WITH_HALO,
+    ),
+    "gradient of the weight, halo, strided": (
+        "ops.conv2d.backward.weight_halo:conv2d_backward_weight_halo_kernel",
+        "bf16",
+        LAST,
+        GRADIENT_WITH_HALO | dict(STRIDE=2, SLOTS=2),
+    ),
     "gradient of the input, TMA": (
         "ops.conv2d.backward.input_tma:conv2d_backward_input_tma_kernel",
         "bf16",
@@ -433,12 +466,15 @@ BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
 COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[3:]]
 COMPUTED_OPERANDS += ["conv2d, matrix product, float32", "conv2d, matrix product, float32, NCHW"]
 COMPUTED_OPERANDS += ["conv2d, matrix product, gates", "conv2d, matrix product, batch norm before"]
-"""Kernels that compute x in registers, from which, or from one place of shared memory, tensor cores read it."""
-WITH_HALO = [name for name in KERNELS if "halo" in name]
+COMPUTED_OPERANDS += ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
+"""Kernels that compute or transpose x in registers, from which, or from one place of shared memory, tensor cores read
+it."""
+WITH_HALO = [name for name in KERNELS if "halo" in name and "gradient" not in name]
 PRODUCTS = [name for name in KERNELS if "matrix product" in name]
 RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
 GRADIENTS_BY_TMA = [name for name in KERNELS if "gradient" in name and "TMA" in name]
-BY_TMA = BY_TAPS + WITH_HALO + PRODUCTS + GRADIENTS_BY_TMA
+GRADIENTS_WITH_HALO = ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
+BY_TMA = BY_TAPS + WITH_HALO + PRODUCTS + GRADIENTS_BY_TMA + GRADIENTS_WITH_HALO
 FEW_PIXELS = ["conv2d, sliced-K", *RESIDENT_KERNELS]
 ROUNDS = [
     *[name for name in WITH_HALO if "rounded" in name],
@@ -453,13 +489,15 @@ ROUNDS = [
 GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last", "padded rows"]
 GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous"]
 """Kernels that read neighbouring pixels, one by one."""
+REDUCTIONS = ["batch_norm2d, statistics", "batch_norm2d, statistics, contiguous", "gradient of batch_norm2d, sums"]
+REDUCTIONS += ["gradient of batch_norm2d, sums, contiguous"]
 FEW_OUTPUTS = [
     "conv2d, float32, one filter",
     "avg_pool2d, whole images",
     "avg_pool2d, whole images, contiguous",
     "conv2d, depthwise, contiguous",
     "conv2d, direct, contiguous",
-    "gradient of batch_norm2d, sums",
+    *REDUCTIONS,
 ]
 """Kernels of which a thread has one output, or a column of them."""
 
@@ -499,6 +537,8 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
         types |= {name: f"tensordesc<{dtype}{box}>" for name, box in descriptors.items()}
     elif "RESIDENT" in constants:
         types |= matmul_types(dtype, constants)
+    elif "SLOTS" in constants:
+        types |= gradient_with_halo_types(dtype, constants)
     elif "W_SLOTS" in constants:
         c, k = constants["C"], constants["K"]
         constants = dict(CHANNELS_LAST=True, EXPAND=False, DEPTH=c, GROUP_C=c, GROUP_K=k) | constants
@@ -552,6 +592,16 @@ def halo_types(dtype: str, constants: dict) -> dict[str, str]:
     }
 
 
+def gradient_with_halo_types(dtype: str, constants: dict) -> dict[str, str]:
+    """The types of the descriptors."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    images, rows, columns = (constants[size] for size in ("TILE_N", "TILE_P", "TILE_Q"))
+    rest = [images, columns, 64]
+    boxes = {"g_desc": [rows, *rest], "x_desc": [rows, 1, *rest], "edge_desc": [3 - constants["STRIDE"], 1, *rest]}
+    return {name: f"tensordesc<{dtype}{box},{NVMMASharedLayout(128, 16, len(box))!r}>" for name, box in boxes.items()}
+
+
 @pytest.fixture(scope="module")
 def ptx() -> dict[str, str]:
     """PTX by the name of the kernel, compiled in a process without the interpreter."""
@@ -573,6 +623,14 @@ def test_loads_take_16_bytes(name, ptx):
     assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
 
 
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_lanes_add_up_their_pixels_alone(name, ptx):
+    """In the loop no thread waits for another: what is exchanged there costs more than what is loaded."""
+    code = ptx[name].partition("ld.global.v4")[2]
+    loop = code[: re.search(r"bra\s+\$L__BB", code).start()]
+    assert loop.count("ld.global.v4.b32") >= 3 and not re.search(r"shfl|bar\.sync|\.shared", loop)
+
+
 @pytest.mark.parametrize("name", OF_FEW_CHANNELS)
 def test_windows_are_loaded_16_bytes_at_a_time_and_all_fits_the_registers(name, ptx, tmp_path):
     """Both operands: ahead of time into shared memory or, with one stage, through registers. No bias is loaded here."""
@@ -589,6 +647,16 @@ def test_tensor_cores_read_gradients_from_where_tma_brought_them(name, ptx, tmp_
     assert "ldmatrix" not in ptx[name] and "st.shared" not in loop
     assert re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])[0] != "0"
     assert "0 bytes spill stores" in assembled(ptx[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", GRADIENTS_WITH_HALO)
+def test_gradients_are_transposed_on_their_way_to_registers_and_all_fits_there(name, ptx, tmp_path):
+    """64 x 64 of a gradient in four loads; the sums of three products of it stay where they are."""
+    assert ptx[name].count("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16") == 4
+    assert "cp.async.bulk.tensor.5d.shared" in ptx[name] and not re.search(r"(ld|st)\.shared", ptx[name])
+    assert ptx[name].count("wgmma.mma_async") == 12
+    said = assembled(ptx[name], tmp_path)
+    assert "0 bytes spill stores" in said and "serializ" not in said
 
 
 @pytest.mark.parametrize("name", BY_TAPS + WITH_HALO + PRODUCTS)

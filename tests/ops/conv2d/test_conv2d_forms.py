@@ -144,7 +144,7 @@ def test_epilogue(shape, precision):
 WINDOWS = {
     "3x3": dict(x=(2, 32, 8, 8), k=48, kernel_size=(3, 3), padding=(1, 1)),
     "stride 2": dict(x=(3, 64, 8, 12), k=40, kernel_size=(3, 3), stride=2, padding=(1, 1)),
-    "dilation": dict(x=(3, 64, 8, 12), k=40, kernel_size=(3, 5), padding=(2, 4), dilation=(2, 2)),
+    "dilation": dict(x=(2, 32, 6, 8), k=40, kernel_size=(3, 5), padding=(2, 4), dilation=(2, 2)),
     "1x1 of one pixel": dict(x=(5, 32, 1, 1), k=8, kernel_size=(1, 1)),
     "sizes that no tile divides": dict(x=(3, 32, 7, 9), k=20, kernel_size=(3, 3), padding=(0, 2)),
 }

@@ -7,7 +7,7 @@ import torch
 
 from ....runtime import hardware
 from ...window import output_size
-from . import weight_tma
+from . import weight_halo, weight_tma
 
 GATHERED_CHANNELS = 16
 """Below so many, the gradient of the weight gathers single elements: 72 us for 196 of cuDNN, three channels, H200."""
@@ -40,5 +40,7 @@ def reasons_for_pytorch(
         return of_input, None
     sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     shape = x.shape[0], weight.shape[0], *(output_size(*size) for size in sizes)
-    takes = hopper and weight_tma.takes(shape, x.shape, weight.shape[2:], (stride, padding, dilation))
+    arguments = shape, x.shape, weight.shape[2:], (stride, padding, dilation)
+    takes = hopper and weight_tma.takes(*arguments)
+    takes = takes or (hardware.gluon_is_verified(x.device) and weight_halo.takes(*arguments))
     return of_input, None if takes else "gradient of the weight of this shape"

@@ -5,7 +5,9 @@ import triton
 import triton.language as tl
 
 from ....device.arithmetic import round_to_tf32
+from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....runtime.blocks import ceil_div, power_of_2
+from ....runtime.dependent_launch import dependent_launch
 from ....runtime.launch_plan import launch
 
 
@@ -23,6 +25,7 @@ def exchanged_filters_kernel(
     S: tl.constexpr,
     FLIP: tl.constexpr,
     ROUND_TO_TF32: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -42,7 +45,9 @@ def exchanged_filters_kernel(
     mask = (c < C)[:, None] & (k < K)[None, :]
     offs = ((group * K + k) * stride_k)[None, :] + (c.to(tl.int64) * stride_c)[:, None]
     offs += r.to(tl.int64) * stride_r + s.to(tl.int64) * stride_s
+    wait_for_predecessor(DEPENDENT)
     weight = tl.load(weight_ptr + offs, mask=mask)
+    start_successor(DEPENDENT)
     if ROUND_TO_TF32:
         weight = round_to_tf32(weight)
     if FLIP:
@@ -70,6 +75,7 @@ def exchanged_filters(weight: torch.Tensor, groups: int, flip: bool, round_to_tf
         S,
         FLIP=flip,
         ROUND_TO_TF32=round_to_tf32,
+        **dependent_launch(weight),
         BLOCK_C=block_c,
         BLOCK_K=block_k,
     )

@@ -166,17 +166,10 @@ class FewChannelsForm(Form):
 
     def run(self, product: Product, config: FewChannelsConfig) -> None:
         x, weight, y, stride, padding = product.x, product.packed, product.y, product.stride, product.padding
-        N, _, H, _ = x.shape
-        Q, R, S = y.shape[3], *weight.shape[1:3]
+        R, S = weight.shape[1:3]
         width = row_width(S)
-        # Rows are a multiple of 16 elements, so that loads take 16 bytes.
-        columns = ceil_div((Q - 1) * stride[1] + width, 4) * 4
-        rows = padded_rows(x, padding[1], columns, product.round_x)
+        windows = windows_of(x, padding[1], stride[1], S, y.shape[3], product.round_x)
         taps = padded_rows(weight.permute(0, 3, 1, 2), 0, width).view(-1, R, 1, CHANNELS * width)
-        # Columns are elements, and pixels lie 4 * stride of them apart: as a stride of the tensor that would be one
-        # of which Triton knows only whether it is a multiple of 16, and loads would take 4 or 8 bytes.
-        length = CHANNELS * columns
-        windows = rows.as_strided((N, CHANNELS * width, H, length - CHANNELS * width + 1), (H * length, 1, length, 1))
         by_rows = product._replace(
             x=windows,
             packed=taps,
@@ -187,6 +180,21 @@ class FewChannelsForm(Form):
         )
         block_k = row_block_k(S, x.element_size())
         PointersForm().run(by_rows, PointersConfig(BLOCK_K=block_k, **config.constants))
+
+
+def windows_of(x: torch.Tensor, padding: int, stride: int, s: int, q: int, round_to_tf32: bool = False) -> torch.Tensor:
+    """A copy of x [N, C, H, W] as [N, 4 * row_width(s), H, columns]: for each of q outputs what a filter's row sees.
+
+    Columns are elements, and pixels lie 4 * stride of them apart: as a stride of the tensor that would be one of which
+    Triton knows only whether it is a multiple of 16, and loads would take 4 or 8 bytes.
+    """
+    N, _, H, _ = x.shape
+    width = row_width(s)
+    # Rows are a multiple of 16 elements, so that loads take 16 bytes.
+    columns = ceil_div((q - 1) * stride + width, 4) * 4
+    rows = padded_rows(x, padding, columns, round_to_tf32)
+    length = CHANNELS * columns
+    return rows.as_strided((N, CHANNELS * width, H, length - CHANNELS * width + 1), (H * length, 1, length, 1))
 
 
 def row_width(s: int) -> int:

@@ -142,15 +142,15 @@ class TmaHaloForm(Form):
         tile_n, tile_p, tile_q = config.TILE_N, config.TILE_P, config.TILE_Q
         block_n, block_k = config.BLOCK_N, config.BLOCK_K
         stride = product.stride[0]
-        rows = _rows(x, stride)
+        rows = rows_first(x, stride)
         rounding = rounding_on_load(round_x)
         round_x = round_x and not rounding
         y_desc, residual_desc = y, epilogue.residual
         if config.STAGED:
             y_box = [tile_p, tile_n, tile_q, block_n]
-            y_desc = _descriptor(_rows(y, 1)[:, 0], y_box)
+            y_desc = box_descriptor(rows_first(y, 1)[:, 0], y_box)
             residual_desc = (
-                y_desc if epilogue.residual is None else _descriptor(_rows(epilogue.residual, 1)[:, 0], y_box)
+                y_desc if epilogue.residual is None else box_descriptor(rows_first(epilogue.residual, 1)[:, 0], y_box)
             )
         tiles_p, tiles_q, blocks_n = ceil_div(P, tile_p), ceil_div(Q, tile_q), ceil_div(K, block_n)
         group_c, group_k, depth = C // product.groups, K // product.groups, C
@@ -166,9 +166,9 @@ class TmaHaloForm(Form):
         launch(
             conv2d_tma_halo_forward_kernel,
             (programs,),
-            _descriptor(rows, [tile_p, 1, tile_n, tile_q, block_k], **rounding),
-            _descriptor(rows, [edge_rows(stride), 1, tile_n, tile_q, block_k], **rounding),
-            weight if expands else _descriptor(weight.view(K, 9, -1), [block_n, 1, block_k]),
+            box_descriptor(rows, [tile_p, 1, tile_n, tile_q, block_k], **rounding),
+            box_descriptor(rows, [edge_rows(stride), 1, tile_n, tile_q, block_k], **rounding),
+            weight if expands else box_descriptor(weight.view(K, 9, -1), [block_n, 1, block_k]),
             epilogue.scale,
             epilogue.bias,
             residual_desc,
@@ -212,7 +212,7 @@ def shared_memory(config: TmaHaloConfig, element_size: int, stride: int) -> int:
     return config.PROGRAMS * (128 * lines + stage + BARRIERS)
 
 
-def _rows(x: torch.Tensor, stride: int) -> torch.Tensor:
+def rows_first(x: torch.Tensor, stride: int) -> torch.Tensor:
     """x [N, C, H, W], channels_last, as [H / stride, stride, N, W / stride, stride * C].
 
     In this order a box in shared memory has together what its images have of a row. With the strides of these sizes,
@@ -228,5 +228,5 @@ def _layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(128, bits, rank)
 
 
-def _descriptor(x: torch.Tensor, box: list[int], **rounding: bool) -> TensorDescriptor:
+def box_descriptor(x: torch.Tensor, box: list[int], **rounding: bool) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, box, _layout(8 * x.element_size(), len(box)), **rounding)
