@@ -283,6 +283,25 @@ def test_a_norm_of_one_channel_before_a_convolution():
     same_at_every_call(Net(code, **layers))
 
 
+ODD = {
+    "columns left out of a row of odd length": lambda n, x: (lambda y: y + n.b(y))(F.pad(x, (1, 0, 0, 1))[..., ::2]),
+    "columns left out of a result": lambda n, x: (lambda y: n.b(y[..., ::2]) + y[..., ::2])(
+        n.a(F.pad(x, (1, 0, 0, 1)))
+    ),
+    "one image, in place": lambda n, x: F.leaky_relu_(x[0].relu() + x[0], 0.1).relu().clamp(0, 6),
+    "a pixel made larger": lambda n, x: (
+        F.adaptive_avg_pool2d(n.a(x.mean((2, 3), True)).sigmoid(), 2)[:, :1] + x[:, :1, :2, :2]
+    ),
+}
+
+
+@pytest.mark.parametrize("channels_last_weights", [False, True])
+@pytest.mark.parametrize("code", ODD)
+def test_layouts_that_are_neither_format(code, channels_last_weights):
+    model = Net(ODD[code])
+    same_at_every_call(model.to(memory_format=torch.channels_last) if channels_last_weights else model)
+
+
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 def test_an_image_that_gets_another_shape_meanwhile():
     """How it lay decides about what was made of it before."""

@@ -45,7 +45,7 @@ class Format:
 
     `pixel`: an image of one pixel, which decides nothing where it meets a larger one. `settled`: where it is contiguous
     if it fits both formats. `single`: it has one channel, None where that is not known. `part`: of a larger image, not
-    dense. `convolved`: made of a convolution's result. `odd`: its dimensions may lie in another order than in both.
+    dense. `odd`: its dimensions may lie in another order than in both.
     """
 
     sources: frozenset[fx.Node] = frozenset()
@@ -54,7 +54,6 @@ class Format:
     settled: int = NEVER
     single: bool | None = None
     part: bool = False
-    convolved: bool = False
     odd: bool = False
 
     @property
@@ -66,7 +65,8 @@ class Format:
 class _Value:
     """`exact`: it lies in memory as PyTorch's does. `format` is None where it is no image of a format that is known.
 
-    `parts`: a tuple or list of such. `like`: in PyTorch it is the memory of that node, which was overwritten.
+    `parts`: a tuple or list of such. `like`: in PyTorch it is the memory of that node, which was overwritten; only a
+    convolution takes it as it is.
     """
 
     exact: bool
@@ -80,20 +80,20 @@ def keep_formats(traced: FunctionalGraph) -> None:
     _Formats(traced).run()
 
 
-def as_pytorch_puts_it(x: object, always: bool, settled: int, convolved: bool, *sources: object) -> object:
+def as_pytorch_puts_it(x: object, always: bool, settled: int, *sources: object) -> object:
     """The image x [(N,) C, H, W] in channels_last if `always` or one of the sources is, else contiguous.
 
     A source is a tensor, or whether it was. What fits both formats is contiguous where `settled` says so.
     """
     if isinstance(x, (tuple, list)):
-        return tuple(as_pytorch_puts_it(part, always, settled, convolved, *sources) for part in x)
+        return tuple(as_pytorch_puts_it(part, always, settled, *sources) for part in x)
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.dim() not in (3, 4):
         return x
     channels_last = always or any(map(is_in_channels_last, sources))
     settles = settled == ALWAYS or (settled == ON_A_CPU and x.device.type == "cpu")
     if x.dim() == 3 or (settles and 1 in (x.shape[1], x.shape[2] * x.shape[3])):
         channels_last = False
-    if convolved and x.is_cuda and x.dtype == torch.float64:  # of which PyTorch's convolutions make contiguous images
+    if x.is_cuda and x.dtype == torch.float64:  # of which PyTorch's convolutions make contiguous images
         channels_last = False
     strides = _strides(x.shape, channels_last)
     if x.stride() == strides:
@@ -173,7 +173,7 @@ class _Formats:
             else:
                 f = value.format
                 sources = [self._look(x) if x in self.resized else x for x in sorted(f.sources, key=str)]
-                arguments = (node, f.always, f.settled, f.convolved, *sources)
+                arguments = (node, f.always, f.settled, *sources)
                 with self.graph.inserting_after(node):
                     copy = self.graph.call_function(as_pytorch_puts_it, arguments)
             self.copies[node] = copy
@@ -197,10 +197,15 @@ class _Formats:
         inputs = [self.values[x] for x in node.all_input_nodes]
         if not inputs or node.op == "output" or (module is not None and is_changed(module)):
             return None
-        first, kind = inputs[0], kind_of(module)
+        kind = kind_of(module)
         if kind == "conv2d":
             # Padding that is no zeros is put into a copy of the image, whose format depends on the device.
             return self._convolved(node, module) if module.padding_mode == "zeros" else None
+        for x in node.all_input_nodes:
+            if self.values[x].like is not None:
+                node.replace_input_with(x, self._exact(x))
+        inputs = [self.values[x] for x in node.all_input_nodes]
+        first = inputs[0]
         if all(x.exact for x in inputs):
             return self._beside_its_input(node) if node in self.traced.once_in_place else None
         if node in self.traced.overwriting or node in self.traced.once_in_place:
@@ -222,29 +227,28 @@ class _Formats:
         """What is known of a convolution: whatever its input, its result does not lie in memory as PyTorch's does."""
         x = node.all_input_nodes[0]
         format = self.values[x].format
-        if format is None or (layer.in_channels == 1 and format.settled == ON_A_CPU):
+        if format is None or format.odd or (layer.in_channels == 1 and format.settled == ON_A_CPU):
             node.replace_input_with(x, self._exact(x))
             x = self._exact(x)
             format = replace(format or Format(), sources=frozenset([x]), always=False, settled=NEVER)
         if layer.in_channels == 1 and format.settled == ALWAYS:
             format = replace(format, sources=frozenset(), always=False)
-        one_tap = tuple(layer.kernel_size) == (1, 1) and layer.padding in ("valid", "same", 0, (0, 0))
         always = format.always or is_channels_last(layer.weight)
         single = layer.out_channels == 1
-        pixel = format.pixel and one_tap
-        return _Value(False, Format(format.sources, always, pixel=pixel, single=single, convolved=True))
+        pixel = format.pixel and _leaves_a_pixel(layer)
+        return _Value(False, Format(format.sources, always, pixel=pixel, single=single))
 
     @staticmethod
     def _resized(node: fx.Node, x: _Value, module: nn.Module | None) -> _Value | None:
         if x.format is None or (x.format.settled == ALWAYS and x.format.single is None):
             return None
-        format, upsampling = replace(x.format, settled=NEVER, part=False), _is_upsampling(node, module)
+        format = replace(x.format, settled=NEVER, part=False)
         if x.format.settled == ON_A_CPU and (x.format.single is not False or x.format.pixel):
             return None
-        if x.format.settled == ALWAYS and (x.format.single or (x.format.pixel and upsampling)):
+        if x.format.settled == ALWAYS and (x.format.single or x.format.pixel):
             format = replace(format, sources=frozenset(), always=False)
         indices = getattr(module, "return_indices", False) or argument(node, 6, "return_indices", False) is True
-        pixel = not upsampling and (format.pixel or makes_pixels(node, module))
+        pixel = makes_pixels(node, module) or (format.pixel and _keeps_pixels(node, module))
         return _Value(False, replace(format, pixel=pixel), bool(indices))
 
     def _beside_its_input(self, node: fx.Node) -> _Value | None:
@@ -282,8 +286,7 @@ class _Formats:
         settled = settled if any(format.part for format in formats) else max(settled, settles)
         singles = {format.single for format in formats}
         single = False if False in singles else None if None in singles else True
-        convolved = any(format.convolved for format in formats)
-        return _Value(False, replace(deciding[0], settled=settled, single=single, part=False, convolved=convolved))
+        return _Value(False, replace(deciding[0], settled=settled, single=single, part=False))
 
     def _concatenated(self, operands: list[fx.Node]) -> _Value | None:
         formats = [self.values[x].format for x in operands]
@@ -296,8 +299,7 @@ class _Formats:
         if len({format.settled for format in formats}) > 1 and formats[0].pixel:
             return None
         settled = all(format.settled and format.pixel for format in formats)
-        convolved = any(format.convolved for format in formats)
-        format = replace(formats[0], single=False, settled=NEVER, part=False, convolved=convolved)
+        format = replace(formats[0], single=False, settled=NEVER, part=False)
         return _Value(False, replace(format, sources=frozenset(), always=False) if settled else format)
 
     @staticmethod
@@ -313,7 +315,7 @@ class _Formats:
             return replace(x, format=part, parts=name != "narrow")
         if name == "getitem" and x.parts:
             return replace(x, parts=False) if isinstance(node.args[1], int) else _Value(False, None)
-        if name == "getitem" and _is_slices(node.args[1]):
+        if name == "getitem" and _is_slices(node.args[1]) and not _has_steps(node.args[1]):
             return replace(x, format=part)
         converts = name in CONVERSIONS and not node.kwargs
         return x if converts else _Value(False, None)
@@ -333,8 +335,13 @@ def _reorders(node: fx.Node, traced: FunctionalGraph) -> bool:
         return False
     if name_of(node) == "getitem":
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        return not all(isinstance(i, (slice, int)) or i is Ellipsis for i in index)
+        return _has_steps(index) or not all(isinstance(i, (slice, int)) or i is Ellipsis for i in index)
     return name_of(node) not in (*PARTS, *CONVERSIONS, "contiguous", "detach", "dropout", "flatten")
+
+
+def _has_steps(index: tuple) -> bool:
+    """Whether pixels are left out between others, so that columns may lie further from each other than rows."""
+    return any(isinstance(i, slice) and i.step not in (None, 1) for i in index)
 
 
 def _is_slices(index: object) -> bool:
@@ -372,6 +379,22 @@ def makes_pixels(node: fx.Node, module: nn.Module | None) -> bool:
         return isinstance(node.args[1], tuple) and node.args[1][-2:] == (None, None)
     sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
     return name in ("view", "reshape") and len(sizes) == 4 and tuple(sizes[-2:]) == (1, 1)
+
+
+def _leaves_a_pixel(layer: nn.Conv2d) -> bool:
+    """Whether its result for an image of one pixel is another."""
+    if layer.padding == "same":
+        return True
+    padding = (0, 0) if layer.padding == "valid" else layer.padding
+    sizes = zip(layer.kernel_size, layer.stride, padding, layer.dilation)
+    return all(0 <= 2 * p - d * (k - 1) < s for k, s, p, d in sizes)
+
+
+def _keeps_pixels(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a pool of an image of one pixel is of one pixel."""
+    if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
+        return module.padding in (0, (0, 0))
+    return node.target in (F.max_pool2d, F.avg_pool2d) and argument(node, 3, "padding", 0) in (0, (0, 0))
 
 
 def _is_upsampling(node: fx.Node, module: nn.Module | None) -> bool:
