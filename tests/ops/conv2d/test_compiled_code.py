@@ -494,7 +494,14 @@ ROUNDS = [
     "padded rows",
     *BY_TAPS[3:],
 ]
-GATHERS = ["conv2d, 3 channels", "max_pool2d, contiguous", "avg_pool2d, contiguous", "channels_last", "padded rows"]
+GATHERS = [
+    "conv2d, 3 channels",
+    "conv2d, 3 channels, float32",
+    "max_pool2d, contiguous",
+    "avg_pool2d, contiguous",
+    "channels_last",
+    "padded rows",
+]
 GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous"]
 """Kernels that read neighbouring pixels, one by one."""
 REDUCTIONS = ["batch_norm2d, statistics", "batch_norm2d, statistics, contiguous", "gradient of batch_norm2d, sums"]
