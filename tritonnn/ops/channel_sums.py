@@ -16,6 +16,7 @@ from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
 from ..runtime import hardware
 from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
+from ..runtime.capabilities import LANES_TAKE_LAST_DIMENSIONS
 from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import is_channels_last, pixel_strides
@@ -59,9 +60,10 @@ def passed_by_relu(g, y):
 
 
 @triton.jit
-def pixels_of(step, UNROLL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The pixels of a step of a reduction, [BLOCK_M, UNROLL]: of so many blocks, of which each lane has a pixel."""
-    return step * (UNROLL * BLOCK_M) + tl.arange(0, BLOCK_M)[:, None] + tl.arange(0, UNROLL)[None, :] * BLOCK_M
+def pixels_of(step, UNROLL: tl.constexpr, BLOCK_M: tl.constexpr, AXIS: tl.constexpr):
+    """The pixels of a step of a reduction: of UNROLL blocks along AXIS, 0 or 1, of each of which every lane has one."""
+    block, pixel = tl.arange(0, UNROLL), tl.arange(0, BLOCK_M)
+    return step * (UNROLL * BLOCK_M) + tl.expand_dims(block, 1 - AXIS) * BLOCK_M + tl.expand_dims(pixel, AXIS)
 
 
 @triton.jit
@@ -92,6 +94,7 @@ def channel_sums_partial_kernel(
     DEPENDENT: tl.constexpr,
     STEPS: tl.constexpr,
     UNROLL: tl.constexpr,
+    AXIS: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -117,7 +120,7 @@ def channel_sums_partial_kernel(
         scale, bias = affine(inverse_ptr, weight_ptr, bias_ptr, c, mask_c, HAS_WEIGHT, HAS_BIAS, ACC)
         scale, bias = scale[None, :, :], bias[None, :, :]
     for step in range(STEPS):
-        offs_m = pixels_of(split.to(INDEX) * STEPS + step, UNROLL, BLOCK_M)  # [BLOCK_M, UNROLL]
+        offs_m = pixels_of(split.to(INDEX) * STEPS + step, UNROLL, BLOCK_M, AXIS)
         mask = (offs_m < M)[:, :, None] & mask_c[None, None, :]
         offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
         offs = offs[:, :, None] + (c * stride_c)[None, None, :]
@@ -132,9 +135,9 @@ def channel_sums_partial_kernel(
         if BY_INPUT:
             g = passed_by_relu(g, normalized(x, mean, scale, bias, g.dtype).to(ACC))
         g = g.to(ACC)
-        sums += tl.sum(g, 1)
+        sums += tl.sum(g, AXIS)
         if HAS_X:
-            products += tl.sum(tl.where(mask, g * (x - mean), 0), 1)
+            products += tl.sum(tl.where(mask, g * (x - mean), 0), AXIS)
     start_successor(DEPENDENT)
     tl.store(partial_ptr + c * SPLITS + split, tl.sum(sums.to(tl.float64), 0), mask=mask_c)
     if HAS_X:
@@ -264,6 +267,7 @@ def partial_sums(
         **dependent_launch(g),
         STEPS=steps,
         UNROLL=UNROLL,
+        AXIS=0 if LANES_TAKE_LAST_DIMENSIONS else 1,
         ACC=accumulator(g.dtype),
         INDEX=index_type(M + steps * UNROLL * blocks.BLOCK_M),
         **blocks._asdict(),

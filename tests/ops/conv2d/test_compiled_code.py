@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers.hopper import run
 
-from tritonnn.runtime.capabilities import LOADS_BEFORE_PRODUCTS
+from tritonnn.runtime.capabilities import LANES_TAKE_LAST_DIMENSIONS, LOADS_BEFORE_PRODUCTS
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
 EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, ACTIVATION="relu", SLOPE=0.01, ROUND_Y=False)
@@ -86,6 +86,7 @@ MAX_POOL = FILTER | dict(
 )
 AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
 LARGE_POOL = "ops.avg_pool2d:avg_pool2d_large_forward_kernel"
+SUMS = dict(STEPS=32, UNROLL=4, AXIS=0 if LANES_TAKE_LAST_DIMENSIONS else 1)
 WHOLE_IMAGES = AVG_POOL | dict(R=112, S=112, PADDING_H=0, PADDING_W=0, ADAPTIVE=True, WHOLE=True, UNROLL=4)
 NORMALIZE = dict(DEPENDENT=True, INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True, HAS_RESIDUAL=False, RELU=False)
 NORM_BACKWARD = dict(TRAINING=True, BY_INPUT=True, BY_OUTPUT=False, HAS_X=True, HAS_WEIGHT=True, HAS_BIAS=True)
@@ -401,13 +402,13 @@ KERNELS = {
         "ops.channel_sums:channel_sums_partial_kernel",
         "bf16",
         LAST,
-        NORM_BACKWARD | BY_CHANNELS | dict(STEPS=32, UNROLL=4),
+        NORM_BACKWARD | BY_CHANNELS | SUMS,
     ),
     "gradient of batch_norm2d, sums, contiguous": (
         "ops.channel_sums:channel_sums_partial_kernel",
         "bf16",
         FIRST,
-        NORM_BACKWARD | BY_PIXELS | dict(STEPS=32, UNROLL=4),
+        NORM_BACKWARD | BY_PIXELS | SUMS,
     ),
     "gradient of max_pool2d": (
         "ops.max_pool2d_backward:max_pool2d_backward_kernel",
