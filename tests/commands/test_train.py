@@ -337,7 +337,7 @@ def test_every_option_of_ours_has_a_text(capsys):
 
 def test_bare_command_is_cifar10():
     cli = train.command_line(QUIET)
-    assert cli.datamodule.name == "cifar10" and cli.trainer.max_epochs == 60
+    assert cli.datamodule.name == "cifar10" and cli.trainer.max_epochs == 70
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_224", "digits"])
