@@ -84,20 +84,20 @@ def max_pool2d_rows_forward_kernel(
     s0 = tl.full((BLOCK_M, BLOCK_C), 0, tl.int32)
     s1, s2 = s0, s0
     for i in tl.static_range(STRIP + 2):
-        h = p_first + i - PADDING_H
+        h = tl.full((BLOCK_M,), p_first + i - PADDING_H, tl.int32)
         best0, s0, best1, s1 = best1, s1, best2, s2
         best2 = tl.full((BLOCK_M, BLOCK_C), float("-inf"), ACC)
         s2 = tl.full((BLOCK_M, BLOCK_C), 0, tl.int32)
         for s in tl.static_range(3):
             w = w_first + s
             inside = (mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & mask_c[None, :]
-            offs = h.to(tl.int64) * x_stride_h + (w.to(tl.int64) * x_stride_w)[:, None]
-            x = tl.load(x_ptrs + offs, mask=inside, other=float("-inf")).to(ACC)
+            offs = h.to(tl.int64) * x_stride_h + w.to(tl.int64) * x_stride_w
+            x = tl.load(x_ptrs + offs[:, None], mask=inside, other=float("-inf")).to(ACC)
             replaces = better(x, best2)
             best2 = tl.where(replaces, x, best2)
             s2 = tl.where(replaces, s, s2)
         if i >= 2:
-            p = p_first + i - 2
+            p = tl.full((BLOCK_M,), p_first + i - 2, tl.int32)
             h_first = p - PADDING_H
             r_inside = tl.where(h_first < 0, -h_first, 0)
             first = r_inside * 3 + s_inside  # of a window of -inf: its first pixel inside the image
@@ -112,7 +112,7 @@ def max_pool2d_rows_forward_kernel(
             replaces = better(best2, best)
             best, tap = tl.where(replaces, best2, best), tl.where(replaces, s2 + 6, tap)
             mask = (mask_m & (p < P))[:, None] & mask_c[None, :]
-            offs = y_offs + (p * Q).to(tl.int64) * y_stride_pixel
+            offs = y_offs + ((p * Q).to(tl.int64) * y_stride_pixel)[:, None]
             tl.store(y_ptr + offs, best.to(y_ptr.dtype.element_ty), mask=mask)
             tl.store(taps_ptr + offs, tap.to(tl.uint8), mask=mask)
     start_successor(DEPENDENT)
@@ -168,25 +168,25 @@ def max_pool2d_rows_backward_kernel(
     sum0 = tl.full((BLOCK_M, BLOCK_C), 0, ACC)  # of the rows of pixels under r = 0, 1, 2 of a row of windows
     sum1, sum2 = sum0, sum0
     for i in tl.static_range(STRIP + 2):
-        p = h_first + PADDING_H - 2 + i
+        p = tl.full((BLOCK_M,), h_first + PADDING_H - 2 + i, tl.int32)
         sum0, sum1 = sum1, sum2
         sum2 = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
         for back in tl.static_range(3):
             s = 2 - back
             q = w + PADDING_W - s
             mask = (mask_m & (p >= 0) & (p < P) & (q >= 0) & (q < Q))[:, None] & mask_c[None, :]
-            offs = (q.to(tl.int64) * g_stride_q)[:, None] + p.to(tl.int64) * g_stride_p
-            g = tl.load(g_ptrs + offs, mask=mask, other=0.0).to(ACC)
-            offs = (q.to(tl.int64) * t_stride_q)[:, None] + p.to(tl.int64) * t_stride_p
-            tap = tl.load(taps_ptrs + offs, mask=mask, other=255).to(tl.int32)
+            offs = p.to(tl.int64) * g_stride_p + q.to(tl.int64) * g_stride_q
+            g = tl.load(g_ptrs + offs[:, None], mask=mask, other=0.0).to(ACC)
+            offs = p.to(tl.int64) * t_stride_p + q.to(tl.int64) * t_stride_q
+            tap = tl.load(taps_ptrs + offs[:, None], mask=mask, other=NO_TAP).to(tl.int32)
             sum0 += tl.where(tap == s, g, 0)
             sum1 += tl.where(tap == 3 + s, g, 0)
             sum2 += tl.where(tap == 6 + s, g, 0)
         if i >= 2:
-            h = h_first + i - 2
+            h = tl.full((BLOCK_M,), h_first + i - 2, tl.int32)
             mask = (mask_m & (h < H))[:, None] & mask_c[None, :]
-            grad_x = round_to(sum0, grad_x_ptr.dtype.element_ty)
-            tl.store(grad_x_ptr + x_offs + (h * W).to(tl.int64) * x_stride_pixel, grad_x, mask=mask)
+            offs = x_offs + ((h * W).to(tl.int64) * x_stride_pixel)[:, None]
+            tl.store(grad_x_ptr + offs, round_to(sum0, grad_x_ptr.dtype.element_ty), mask=mask)
     start_successor(DEPENDENT)
 
 

@@ -84,6 +84,7 @@ MAX_POOL = FILTER | dict(
     INDEX_0_OF_INFINITIES=False,
     indices_ptr=None,
 )
+MAX_POOL_ROWS = dict(PADDING_H=1, PADDING_W=1, STRIP=8, DEPENDENT=True, types=dict(taps_ptr="*u8"))
 AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
 LARGE_POOL = "ops.avg_pool2d:avg_pool2d_large_forward_kernel"
 SUMS = dict(STEPS=32, UNROLL=4, AXIS=0 if LANES_TAKE_LAST_DIMENSIONS else 1)
@@ -356,6 +357,12 @@ KERNELS = {
     ),
     "max_pool2d": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
     "max_pool2d, contiguous": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
+    "max_pool2d, rows": (
+        "ops.max_pool2d_rows:max_pool2d_rows_forward_kernel",
+        "bf16",
+        LAST,
+        MAX_POOL_ROWS | BY_CHANNELS | dict(INDEX_0_OF_INFINITIES=False),
+    ),
     "avg_pool2d": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", LAST, AVG_POOL | BY_CHANNELS),
     "avg_pool2d, contiguous": ("ops.avg_pool2d:avg_pool2d_forward_kernel", "fp32", FIRST, AVG_POOL | BY_PIXELS),
     "avg_pool2d, whole images": (LARGE_POOL, "bf16", LAST, WHOLE_IMAGES | dict(SPLITS=8, BLOCK_W=64, BLOCK_C=64)),
@@ -415,6 +422,12 @@ KERNELS = {
         "bf16",
         LAST,
         FILTER | BY_CHANNELS | dict(BY_TAPS=True, types=dict(indices_ptr="*u8")),
+    ),
+    "gradient of max_pool2d, rows": (
+        "ops.max_pool2d_rows:max_pool2d_rows_backward_kernel",
+        "bf16",
+        LAST,
+        MAX_POOL_ROWS | BY_CHANNELS,
     ),
     "gradient of avg_pool2d": (
         "ops.avg_pool2d_backward:avg_pool2d_backward_kernel",
