@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from helpers.hopper import run
 
-from tritonnn.runtime.capabilities import LANES_TAKE_LAST_DIMENSIONS, LOADS_BEFORE_PRODUCTS
+from tritonnn.device.layouts import LANES_ALONG_LAST
+from tritonnn.runtime.capabilities import LOADS_BEFORE_PRODUCTS
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
 EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, ACTIVATION="relu", SLOPE=0.01, ROUND_Y=False)
@@ -87,7 +88,7 @@ MAX_POOL = FILTER | dict(
 MAX_POOL_ROWS = dict(PADDING_H=1, PADDING_W=1, STRIP=8, DEPENDENT=True, types=dict(taps_ptr="*u8"))
 AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
 LARGE_POOL = "ops.avg_pool2d:avg_pool2d_large_forward_kernel"
-SUMS = dict(STEPS=32, UNROLL=4, AXIS=0 if LANES_TAKE_LAST_DIMENSIONS else 1)
+SUMS = dict(STEPS=32, UNROLL=4, AXIS=0 if LANES_ALONG_LAST.value else 1)
 WHOLE_IMAGES = AVG_POOL | dict(R=112, S=112, PADDING_H=0, PADDING_W=0, ADAPTIVE=True, WHOLE=True, UNROLL=4)
 NORMALIZE = dict(DEPENDENT=True, INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True, HAS_RESIDUAL=False, RELU=False)
 NORM_BACKWARD = dict(TRAINING=True, BY_INPUT=True, BY_OUTPUT=False, HAS_X=True, HAS_WEIGHT=True, HAS_BIAS=True)
@@ -141,6 +142,12 @@ KERNELS = {
         "fp32",
         LAST,
         POINTERS | dict(INPUT_PRECISION="tf32x3"),
+    ),
+    "conv2d, 1x1, stride 2, contiguous": (
+        KERNEL_OF["pointers"],
+        "bf16",
+        FIRST,
+        POINTERS | dict(BLOCK_K=64, R=1, S=1, STRIDE_H=2, STRIDE_W=2, PADDING_H=0, PADDING_W=0),
     ),
     "conv2d, float32, one filter": (
         KERNEL_OF["pointers"],
@@ -509,6 +516,7 @@ ROUNDS = [
     *BY_TAPS[3:],
 ]
 GATHERS = [
+    "conv2d, 1x1, stride 2, contiguous",
     "conv2d, 3 channels",
     "conv2d, 3 channels, float32",
     "max_pool2d, contiguous",
@@ -531,10 +539,11 @@ FEW_OUTPUTS = [
 """Kernels of which a thread has one output, or a column of them."""
 
 
-def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> str:
-    """The PTX of a kernel for tensors of `dtype`, sizes and strides multiples of 16 but for the stride 1, and `odd`.
+def compiled_code(path: str, dtype: str, memory_format: str, constants: dict) -> dict[str, object]:
+    """The PTX of a kernel, its loads in TTGIR, and the vectors of integers that LLVM makes.
 
-    Triton finds that out for itself when it launches, unless an argument's type is annotated.
+    For tensors of `dtype`, sizes and strides multiples of 16 but for the stride 1, and `odd`. Triton finds that out for
+    itself when it launches, unless an argument's type is annotated.
     """
     import importlib
 
@@ -590,7 +599,20 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source(kernel, signature, constexprs=values, attrs=attributes)
     options = {"num_warps": 4} | launched
-    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    asm = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+    vectors = sorted(set(re.findall(r"<\d+ x i32>", asm["llir"])))
+    return dict(ptx=asm["ptx"], loads=loads_of(asm["ttgir"]), vectors=vectors)
+
+
+def loads_of(ttgir: str) -> list[tuple[list[int], list[int]]]:
+    """Of each load of a tile in blocks its sizes, and how many lanes of a warp lie along each dimension."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<.*?threadsPerWarp = \[([\d, ]+)\]", ttgir, re.MULTILINE))
+    found = re.findall(r"= tt\.load .*?: tensor<([\dx]+)x!tt\.ptr<\w+>, (#\w+)>", ttgir)
+    return [
+        ([int(size) for size in sizes.split("x")], [int(lanes) for lanes in layouts[layout].split(",")])
+        for sizes, layout in found
+        if layout in layouts
+    ]
 
 
 def matmul_types(dtype: str, constants: dict) -> dict[str, str]:
@@ -632,9 +654,14 @@ def gradient_with_halo_types(dtype: str, constants: dict) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def ptx() -> dict[str, str]:
-    """PTX by the name of the kernel, compiled in a process without the interpreter."""
+def code() -> dict[str, dict]:
+    """By the name of the kernel, compiled in a process without the interpreter."""
     return run(__file__)
+
+
+@pytest.fixture(scope="module")
+def ptx(code) -> dict[str, str]:
+    return {name: of["ptx"] for name, of in code.items()}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -722,6 +749,40 @@ def test_products_overlap_and_all_fits_the_registers(name, ptx, tmp_path):
     assert "0 bytes spill stores" in said and "serializ" not in said
 
 
+@pytest.mark.parametrize("name", [name for name in WITH_HALO if "groups" not in name])
+def test_all_threads_meet_before_what_products_read_is_overwritten_and_not_between_its_load_and_a_product(name, ptx):
+    """There is a barrier in each step that overwrites, also where it belongs to what is said of the load.
+
+    A barrier after the wait for a load would delay the product; with Triton 3.7 to 3.9 there was one.
+    """
+    first, *steps = re.split(r"wgmma\.wait_group\.sync\.aligned 1;", ptx[name])
+    for step in steps:
+        assert "bar.sync" in step.partition("expect_tx")[0]
+    for step in [first, *steps[:-1]]:
+        waited = step.rpartition("wgmma.fence")[0].rpartition("try_wait")[2]
+        assert waited and ("bar.sync" not in waited or "rounded" in name)
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_HALO if not re.search("groups|NCHW|stride 2", name)])
+def test_numbers_of_several_steps_are_not_computed_together(name, code):
+    """With Triton 3.8 and 3.9 they were: addresses of products came back from the registers of each thread.
+
+    Pairs are those of one step. Weights of groups, addresses of NCHW and of one box of stride 2 may be vectors.
+    """
+    assert set(code[name]["vectors"]) <= {"<2 x i32>"}
+
+
+@pytest.mark.parametrize("name", ["channels_last", "conv2d, 1x1, stride 2, contiguous", "conv2d, 3 channels"])
+def test_lanes_load_pixels_where_channels_are_apart(name, code):
+    """Lanes read a line of pixels, one after the other; of channels each would read another line.
+
+    Newer versions of Triton spread over the lanes what 3.6 did not, where nothing is contiguous.
+    """
+    sizes, lanes = code[name]["loads"][0]
+    pixels = -1 if LANES_ALONG_LAST.value else 0
+    assert sizes[pixels] == KERNELS[name][3]["BLOCK_M"] and lanes[pixels] >= 16
+
+
 @pytest.mark.parametrize("name", RESIDENT_KERNELS)
 def test_all_is_loaded_before_the_first_product(name, ptx, tmp_path):
     """16 bytes at a time, as operands of the tensor cores, and behind the wait; nothing of it leaves the registers."""
@@ -775,4 +836,4 @@ if __name__ == "__main__":
     from triton.runtime import driver
 
     driver.set_active(Hopper())
-    json.dump({name: compiled_ptx(*arguments) for name, arguments in KERNELS.items()}, sys.stdout)
+    json.dump({name: compiled_code(*arguments) for name, arguments in KERNELS.items()}, sys.stdout)
