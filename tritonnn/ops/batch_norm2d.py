@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
+from ..device.pixels import block_of_channels, block_of_pixels
 from ..runtime.blocks import ceil_div, pixel_blocks
 from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
@@ -56,12 +57,10 @@ def batch_norm2d_normalize_kernel(
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
-    offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
-    mask = (offs_m < M)[:, None] & mask_c[None, :]
-    offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
-    offs = offs[:, None] + (c * stride_c)[None, :]
+    n, pixel, mask_m = block_of_pixels(pid // blocks_c, M, PIXELS, INDEX, BLOCK_M)
+    c, mask_c = block_of_channels(pid % blocks_c, C, BLOCK_C)
+    mask = mask_m[:, None] & mask_c[None, :]
+    offs = (n * stride_n + pixel.to(tl.int64) * stride_pixel)[:, None] + (c * stride_c)[None, :]
 
     wait_for_predecessor(DEPENDENT)
     mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)
@@ -129,8 +128,7 @@ def batch_norm2d_partial_statistics_kernel(
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     split = pid // blocks_c
-    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
+    c, mask_c = block_of_channels(pid % blocks_c, C, BLOCK_C)
     count = tl.full((BLOCK_M, 1), 0, ACC)
     mean = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     m2 = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
