@@ -382,13 +382,13 @@ KERNELS = {
     "relu": ("ops.relu:relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
     "gradient of relu": ("ops.relu_backward:relu_backward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
     "batch_norm2d, statistics": (
-        "ops.batch_norm2d:batch_norm2d_partial_statistics_kernel",
+        "ops.batch_norm2d_statistics:batch_norm2d_partial_statistics_kernel",
         "bf16",
         LAST,
         BY_CHANNELS | dict(STEPS=8, DEPENDENT=True),
     ),
     "batch_norm2d, statistics, contiguous": (
-        "ops.batch_norm2d:batch_norm2d_partial_statistics_kernel",
+        "ops.batch_norm2d_statistics:batch_norm2d_partial_statistics_kernel",
         "bf16",
         FIRST,
         BY_PIXELS | dict(STEPS=8, DEPENDENT=True),
