@@ -149,19 +149,26 @@ def sentence() -> list[str]:
     """Of the README."""
     suites = record()["suites"]
     whole = [s for s in suites if s["device"] == "CPU" and s["of"] == "all"]
-    pairs = " and ".join(f"Triton {s['triton']} with PyTorch {s['torch']}" for s in whole)
-    on_gpus: dict[str, dict[str, None]] = {}
+    pairs = listed([f"{s['triton']} (PyTorch {s['torch']})" for s in whole])
+    on_gpus: dict[str, set[str]] = {}
     for s in suites:
         if s["device"] != "CPU" and not s["failed"]:
-            on_gpus.setdefault(s["device"], {})[s["triton"]] = None
-    ran = "; ".join(f"on an {gpu} with Triton {' and '.join(found)}" for gpu, found in on_gpus.items())
-    only = ", ".join(name for capability, (name, _) in CARDS.items() if capability not in RUN_ON)
-    *others, last = (version.rstrip(".") for version in GLUON_VERSIONS)
-    gluon = f"The kernels in Gluon run on Hopper GPUs with Triton {', '.join(others)} and {last}"
-    text = (
-        f"Tested on a CPU: {pairs}; {ran}. {gluon}. Only compiled: {only}. [All of it](docs/compatibility.md#versions)."
+            on_gpus.setdefault(s["device"], set()).add(s["triton"])
+    ran = "".join(
+        f"; on an {gpu} with {listed(sorted(found, key=by_version))}" for gpu, found in on_gpus.items()
     )
-    return [f"{BEGIN}{text} [All of it](docs/compatibility.md#versions).{END}"]
+    only = ", ".join(name for capability, (name, _) in CARDS.items() if capability not in RUN_ON)
+    gluon = listed([version.rstrip(".") for version in GLUON_VERSIONS])
+    text = (
+        f"Tested on a CPU with Triton {pairs}{ran}. The kernels in Gluon run on Hopper GPUs with Triton {gluon}. "
+        f"Only compiled: {only}. [All of it](docs/compatibility.md#versions)."
+    )
+    return [f"{BEGIN}{text}{END}"]
+
+
+def listed(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def put(page: str, lines: list[str]) -> str:
