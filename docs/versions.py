@@ -154,9 +154,7 @@ def sentence() -> list[str]:
     for s in suites:
         if s["device"] != "CPU" and not s["failed"]:
             on_gpus.setdefault(s["device"], set()).add(s["triton"])
-    ran = "".join(
-        f"; on an {gpu} with {listed(sorted(found, key=by_version))}" for gpu, found in on_gpus.items()
-    )
+    ran = "".join(f"; on an {gpu} with {listed(sorted(found, key=by_version))}" for gpu, found in on_gpus.items())
     only = ", ".join(name for capability, (name, _) in CARDS.items() if capability not in RUN_ON)
     gluon = listed([version.rstrip(".") for version in GLUON_VERSIONS])
     text = (

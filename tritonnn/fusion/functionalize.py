@@ -34,7 +34,7 @@ class FunctionalGraph:
     pure: set[fx.Node] = field(default_factory=set)
     """Sums and activations that are computed beside their input: they may be moved and merged."""
     once_in_place: set[fx.Node] = field(default_factory=set)
-    """Those of `pure` that overwrote their input in the network's own code."""
+    """The nodes of `pure` that overwrote their input in the network's own code."""
     overwriting: set[fx.Node] = field(default_factory=set)
     """Operations that are left in place."""
     stage: dict[fx.Node, int] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class FunctionalGraph:
     numbers: set[fx.Node] = field(default_factory=set)
     """Nodes that are no tensors, such as sizes."""
     families: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
-    """Of each node those that may share memory with it, itself among them."""
+    """For each node the nodes that may share memory with it, itself among them."""
     shared: set[fx.Node] = field(default_factory=set)
     """Nodes whose memory may have been overwritten by code that is not known, or through the name of another node."""
 

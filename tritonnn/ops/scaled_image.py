@@ -21,7 +21,7 @@ from ..runtime.memory_format import pixel_stride
 from ..runtime.operator import register
 
 BLOCK_BYTES = 8192
-"""That a program reads of x: 64 for each of 128 threads."""
+"""Bytes of x that a program reads: 64 for each of 128 threads."""
 
 
 @triton.jit

@@ -29,9 +29,9 @@ On an H200 0.82 of them take 33.7 us so, all of them with what remains shared ou
 """
 
 SUM = 2048
-"""Terms that a program of the sum adds up at a time, of 32 elements or more."""
+"""Terms that a program of the sum adds up at a time, of all its elements together, which are at least 32."""
 MOST_TERMS = 64
-"""Of them of one element."""
+"""Terms of one element that it adds up at a time, at most."""
 
 
 class Shares(NamedTuple):
@@ -64,7 +64,7 @@ def are_alike(tiles: int, programs: int) -> bool:
 
 
 def shares_of(boxes: int, tiles: int, programs: int) -> Shares:
-    """For as many programs as run at the same time, or fewer."""
+    """How so many programs, all that run at the same time, or fewer of them, share the work."""
     splits = programs // tiles
     if are_alike(tiles, programs) or splits * LEAST_SHARE >= boxes:
         share = max(ceil_div(boxes, splits), min(LEAST_SHARE, boxes))
