@@ -47,10 +47,6 @@ def table(head: list[str], rows: list[list[object]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def minor(version: str) -> str:
-    return ".".join(version.split(".")[:2])
-
-
 def by_version(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
