@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -24,8 +25,7 @@ from tritonnn.compile_ahead import Kernel, compile_ahead, kernels_of
 from tritonnn.compile_swapped import calls_of_swapped, compile_swapped
 from tritonnn.ops.conv2d.forms.pointers import conv2d_pointers_forward_kernel
 from tritonnn.ops.conv2d.pack import channels_last_kernel
-from tritonnn.runtime import dependent_launch
-from tritonnn.runtime.dependent_launch import launches_as_in_graphs
+from tritonnn.runtime.dependent_launch import dependent_launch, launches_as_in_graphs
 
 POINTERS, RELU = "conv2d_pointers_forward_kernel", "relu_forward_kernel"
 OF_CONVOLUTIONS = [
@@ -101,14 +101,15 @@ def test_two_threads_that_note_kernels_leave_no_hook_behind():
     assert triton.knobs.runtime.jit_cache_hook is before
 
 
-def test_two_threads_that_launch_as_in_graphs_leave_nothing_behind():
-    first, second = launches_as_in_graphs(), launches_as_in_graphs()
+def test_two_threads_that_launch_as_in_graphs_leave_nothing_behind(on_hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    first, second, x = launches_as_in_graphs(), launches_as_in_graphs(), SimpleNamespace(device=torch.device("cuda", 0))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert dependent_launch._blocks == 1
+    assert dependent_launch(x)["DEPENDENT"]
     second.__exit__(None, None, None)
-    assert dependent_launch._blocks == 0
+    assert not dependent_launch(x)["DEPENDENT"]
 
 
 def test_layers_give_zeros():
