@@ -1,7 +1,7 @@
-"""Concatenations of channels: convolutions write to where their channels come, and rows of them are one image.
+"""Concatenations of channels: convolutions write their part of the result, and those of a dense block share one image.
 
-In such a row each has all channels of the one before, as in a dense block: the image grows, and nothing of it is copied
-again. What reads it takes some channels of an image.
+A row of concatenations, each of which has all channels of the one before and some more, is one image that grows:
+nothing of it is copied again. What reads one of them takes the first channels of that image.
 """
 
 from dataclasses import dataclass

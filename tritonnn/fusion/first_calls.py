@@ -1,4 +1,4 @@
-"""The first call of a fused network with images of a kind: its kernels are compiled beside each other before."""
+"""Before the first call of a fused network with images of a kind, its kernels are compiled beside each other."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

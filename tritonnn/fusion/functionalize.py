@@ -1,8 +1,8 @@
 """A network's graph in which additions and activations overwrite nothing, so that they may be moved and merged.
 
-An operation in place is made one that is not where nothing else can see the difference; where something might, it
-stays and is a barrier: nothing is moved across it. So does code that is not known. formats.py then sees to it
-that whatever can tell how a tensor lies in memory gets it as PyTorch would have it.
+An operation in place becomes an ordinary one where nothing else can see the difference. Where something might, it
+stays and is a barrier, as code that is not known is: nothing is moved across it. formats.py then sees to it that
+whatever can tell how a tensor lies in memory gets it as PyTorch would have put it.
 """
 
 import inspect

@@ -5,7 +5,7 @@
     grad_x = weight * s * (g - sum(g) / M - (x - mean) * s^2 * sum(g * (x - mean)) / M)                  in training
 
 x: [N, C, H, W], read where it is if dense; grad_x likewise, channels_last where x is. The sums are one pass over g and
-x, grad_x is a second one, which starts with what the first one read last, part of which is in the L2 cache yet.
+x. grad_x is a second one, which starts with what the first one read last, as the L2 cache still holds part of that.
 """
 
 import torch

@@ -23,9 +23,10 @@ from ....runtime.launch_plan import launch
 LEAST_SHARE = 8
 """Boxes of a program, at least: what it stores costs as much as some boxes."""
 ALIKE = 0.8
-"""The part of the programs that are to be busy where all take one tile alone.
+"""If at least this part of the programs would be busy, each takes boxes of one tile alone, and nothing is shared out.
 
-On an H200 0.82 of them take 33.7 us so, all of them with what remains shared out 35.0; 0.73 of them 62.8 and 57.9.
+On an H200, with 0.82 of them busy that takes 33.7 us, and sharing out the rest among all 35.0; with 0.73 of them 62.8
+and 57.9.
 """
 
 SUM = 2048
@@ -83,8 +84,8 @@ def shares_of(boxes: int, tiles: int, programs: int) -> Shares:
 def segment_of(pid, segment, first, SHARE, FULL, REST, BOXES, TILES: tl.constexpr, SEGMENTS: tl.constexpr):
     """(tile, first box, end, where it is stored, `first` of the next segment) of a program's segment; it may be empty.
 
-    Of the boxes that remain, of one tile after the other, `first` is the one at which it begins: at first
-    (pid - FULL) * SHARE.
+    What remains of all tiles is one row of boxes, tile after tile. `first` is the box of that row at which the segment
+    begins: for a program's first segment (pid - FULL) * SHARE.
     """
     if pid < FULL:
         tile = pid % TILES
