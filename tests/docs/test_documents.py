@@ -82,6 +82,21 @@ def test_the_first_numbers_of_the_readme_are_those_of_the_results():
     assert f"1,024 images take {fused:.1f} ms and PyTorch takes {pytorch:.1f}" in " ".join(README.split())
 
 
+def test_files_over_400_lines_are_named_with_a_reason():
+    """By their names alone, and no other files."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("no clone of the repository")
+    long = {
+        Path(name).name
+        for name in listed.stdout.split()
+        if (ROOT / name).exists() and (ROOT / name).read_text().count("\n") > 400
+    }
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("## Long files")[2]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert {Path(name).name for row in rows for name in re.findall(r"`(.*?)`", row)} == long
+
+
 def test_pre_commit_runs_the_ruff_that_is_pinned():
     (pinned,) = re.findall(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()

@@ -62,6 +62,16 @@ def assert_identical(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(actual[~nan].signbit(), expected[~nan].signbit())
 
 
+def assert_same_nan_and_infinities(layer: nn.Module, x: torch.Tensor) -> None:
+    """The layer, which stays swapped, gives both where PyTorch's does in float64 on a CPU, and numbers elsewhere."""
+    expected = copy.deepcopy(layer).cpu().double()(x.cpu().double())
+    tritonnn.swap(layer, strict=True)
+    y = layer(x).cpu()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
+    assert y.isfinite().any() and not y.isfinite().all()
+
+
 def assert_same_layer(layer: nn.Module, x: torch.Tensor, gradients: bool = True) -> None:
     """The Triton version of `layer` gives PyTorch's values, type and strides for x, from a kernel, and its gradients.
 

@@ -10,8 +10,9 @@ import torch
 
 from ..runtime.memory_format import is_channels_last
 from ..runtime.operator import register, register_gradient
-from .batch_norm2d import batch_statistics, normalize
+from .batch_norm2d import normalize
 from .batch_norm2d_backward import dense, run, statistics_dtype
+from .batch_norm2d_statistics import batch_statistics
 from .channel_sums import Mask
 
 
@@ -77,8 +78,8 @@ def _outputs(x, residual, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _launch(x, residual, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    mean, var, inverse = batch_statistics(x, eps)
     x = dense(x, x)
+    mean, var, inverse = batch_statistics(x, is_channels_last(x), eps)
     if residual is not None:
         residual = dense(residual, x)
     y = normalize(x, weight, bias, mean, inverse, eps, inverted=True, residual=residual, relu=True)

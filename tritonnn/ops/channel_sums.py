@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
+from ..device.pixels import block_of_channels
 from ..runtime import hardware
 from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
 from ..runtime.capabilities import LANES_TAKE_LAST_DIMENSIONS
@@ -109,8 +110,7 @@ def channel_sums_partial_kernel(
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     split = pid // blocks_c
-    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
+    c, mask_c = block_of_channels(pid % blocks_c, C, BLOCK_C)
     wait_for_predecessor(DEPENDENT)
     sums = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     products = sums

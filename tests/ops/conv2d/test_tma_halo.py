@@ -20,6 +20,7 @@ from helpers.halo_tiles import (
     TF32_BY_2,
     halo,
 )
+from helpers.operands import assert_graph_repeats
 from helpers.problems import product
 from torch import Tensor
 from torch.nn import functional as F
@@ -437,7 +438,6 @@ class TestOnAGpu:
         "shape, precision", [("64", "bf16"), ("128", "bf16"), ("64", "TF32"), ("8x8", "bf16"), ("4x4", "TF32")]
     )
     def test_dependent_launches(self, shape, precision):
-        """In a graph each convolution may start before the one ends whose y it reads."""
         x, weight, _ = self.operands(shape, precision)
         packed = pack_weight(weight, "tf32" if x.dtype == torch.float32 else "ieee")
         config, images = usual_config(x, weight.shape[0], 1), [x, torch.empty_like(x), torch.empty_like(x)]
@@ -447,19 +447,8 @@ class TestOnAGpu:
                 source, y = images[0] if i == 0 else images[1 + i % 2], images[2 - i % 2]
                 launch(source, packed, y, False, Epilogue(residual=images[0], round_y=True), config)
 
-        chain()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            chain()
-        for _ in range(5):
-            images[0].copy_(torch.randn_like(x) if precision == "bf16" else tf32(torch.randn_like(x)))
-            chain()
-            expected = images[1].clone()
-            images[1].fill_(float("nan"))
-            images[2].fill_(float("nan"))
-            graph.replay()
-            assert torch.equal(images[1], expected)
+        rounded = tf32 if precision == "TF32" else torch.clone
+        assert_graph_repeats(chain, images, lambda: rounded(torch.randn_like(x)))
 
 
 GROUPS_AND_ENDS = {

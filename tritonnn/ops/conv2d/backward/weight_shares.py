@@ -48,6 +48,15 @@ class Shares(NamedTuple):
     def stored(self) -> int:
         return self.FULL + (self.programs - self.FULL) * self.SEGMENTS
 
+    @property
+    def work(self) -> tuple[int, int, int, int]:
+        """SHARE, FULL, REST and BOXES, as the kernels take them."""
+        return self[:4]
+
+    def partial_sums(self, tile: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+        """[stored, *tile]: a place for the sum of each segment."""
+        return torch.empty(self.stored, *tile, dtype=torch.float32, device=device)
+
 
 def are_alike(tiles: int, programs: int) -> bool:
     """Whether these programs take one tile each, of one size, and few are idle."""

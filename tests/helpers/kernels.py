@@ -1,20 +1,14 @@
-"""What the compiler makes of the kernels for a Hopper GPU, read from the PTX: no GPU is needed to compile.
+"""Kernels of all operations and their constants in launches that networks make, to be compiled for Hopper.
 
-Two things once went wrong here that the interpreter does not show. With the image's size a constexpr, LLVM computed the
-coordinates of pixels in pairs of 16-bit integers, and masks were wrong on an H200. With annotated strides, Triton no
-longer saw that one of them is 1, and every load took one element: ten times slower.
+python tests/helpers/kernels.py    # with tests/ in PYTHONPATH and TRITON_INTERPRET=0: all PTX by the name, as JSON
 """
 
 import json
-import math
-import re
-import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-from helpers.hopper import run
+from triton.runtime import driver
 
+from helpers.hopper import Hopper, compiled_ptx
 from tritonnn.runtime.capabilities import LANES_TAKE_LAST_DIMENSIONS, LOADS_BEFORE_PRODUCTS
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
@@ -388,13 +382,13 @@ KERNELS = {
     "relu": ("ops.relu:relu_forward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
     "gradient of relu": ("ops.relu_backward:relu_backward_kernel", "bf16", FIRST, dict(BLOCK=2048)),
     "batch_norm2d, statistics": (
-        "ops.batch_norm2d:batch_norm2d_partial_statistics_kernel",
+        "ops.batch_norm2d_statistics:batch_norm2d_partial_statistics_kernel",
         "bf16",
         LAST,
         BY_CHANNELS | dict(STEPS=8, DEPENDENT=True),
     ),
     "batch_norm2d, statistics, contiguous": (
-        "ops.batch_norm2d:batch_norm2d_partial_statistics_kernel",
+        "ops.batch_norm2d_statistics:batch_norm2d_partial_statistics_kernel",
         "bf16",
         FIRST,
         BY_PIXELS | dict(STEPS=8, DEPENDENT=True),
@@ -481,298 +475,13 @@ KERNELS = {
     "scaled_image": (GATE_KERNEL, "bf16", LAST, GATE | dict(CHANNELS_LAST=True)),
     "scaled_image, contiguous": (GATE_KERNEL, "bf16", FIRST, GATE | dict(CHANNELS_LAST=False)),
 }
-OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
-ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
-ON_TENSOR_CORES += ["gradient of the weight", "gradient of the weight, tiles of several taps"]
-BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
-COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[3:]]
-COMPUTED_OPERANDS += ["conv2d, matrix product, float32", "conv2d, matrix product, float32, NCHW"]
-COMPUTED_OPERANDS += ["conv2d, matrix product, gates", "conv2d, matrix product, batch norm before"]
-COMPUTED_OPERANDS += ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
-"""Kernels that compute or transpose x in registers, from which, or from one place of shared memory, tensor cores read
-it."""
-WITH_HALO = [name for name in KERNELS if "halo" in name and "gradient" not in name]
-PRODUCTS = [name for name in KERNELS if "matrix product" in name]
-RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
-GRADIENTS_BY_TMA = [name for name in KERNELS if "gradient" in name and "TMA" in name]
-GRADIENTS_WITH_HALO = ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
-BY_TMA = BY_TAPS + WITH_HALO + PRODUCTS + GRADIENTS_BY_TMA + GRADIENTS_WITH_HALO
-FEW_PIXELS = ["conv2d, sliced-K", *RESIDENT_KERNELS]
-ROUNDS = [
-    *[name for name in WITH_HALO if "rounded" in name],
-    *[name for name in PRODUCTS if "32" in name],
-    "conv2d, TF32",
-    "conv2d, float32",
-    "conv2d, in registers, float32",
-    "conv2d, few channels, float32",
-    "padded rows",
-    *BY_TAPS[3:],
-]
-GATHERS = [
-    "conv2d, 3 channels",
-    "conv2d, 3 channels, float32",
-    "max_pool2d, contiguous",
-    "avg_pool2d, contiguous",
-    "channels_last",
-    "padded rows",
-]
-GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous"]
-"""Kernels that read neighbouring pixels, one by one."""
-REDUCTIONS = ["batch_norm2d, statistics", "batch_norm2d, statistics, contiguous", "gradient of batch_norm2d, sums"]
-REDUCTIONS += ["gradient of batch_norm2d, sums, contiguous"]
-FEW_OUTPUTS = [
-    "conv2d, float32, one filter",
-    "avg_pool2d, whole images",
-    "avg_pool2d, whole images, contiguous",
-    "conv2d, depthwise, contiguous",
-    "conv2d, direct, contiguous",
-    *REDUCTIONS,
-]
-"""Kernels of which a thread has one output, or a column of them."""
+"""By what they are of: the kernel, the type of its tensors, their memory format, and its constants.
 
-
-def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> str:
-    """The PTX of a kernel for tensors of `dtype`, sizes and strides multiples of 16 but for the stride 1, and `odd`.
-
-    Triton finds that out for itself when it launches, unless an argument's type is annotated.
-    """
-    import importlib
-
-    import triton.language as tl
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    module, _, name = path.partition(":")
-    kernel = getattr(importlib.import_module(f"tritonnn.{module}"), name)
-    assert not [p.name for p in kernel.params if "stride" in p.name and p.annotation_type], "annotated strides"
-    names, odd, descriptors = kernel.arg_names, constants.get("odd", ()), constants.get("descriptors")
-    special = constants.get("types", {})
-    ones = ("stride_c", "stride_k") if memory_format == "channels_last" else ("stride_w", "stride_pixel")
-    types_of_sums = dict(ACC=tl.float32, LANE=tl.float32, INDEX=tl.int32, OFFSET=tl.int32)
-    constants = {name: 1 for name in names if name.endswith(ones)} | types_of_sums | constants
-    launched = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
-    constants = {name: value for name, value in constants.items() if name in names}
-    types = {
-        "eps": "fp64",
-        "semaphores_ptr": "*i32",
-        "indices_ptr": "*i64",
-        "inverse_of_pixels": "fp32",
-        "inverse_of_q": "fp32",
-    } | {name: "*fp32" for name in ("mean_ptr", "var_ptr", "partial_ptr", "coefficients_ptr", "inverse_ptr")}
-    types |= special
-    if descriptors:
-        types |= {name: f"tensordesc<{dtype}{box}>" for name, box in descriptors.items()}
-    elif "RESIDENT" in constants:
-        types |= matmul_types(dtype, constants)
-    elif "SLOTS" in constants:
-        types |= gradient_with_halo_types(dtype, constants)
-    elif "W_SLOTS" in constants:
-        c, k = constants["C"], constants["K"]
-        constants = dict(CHANNELS_LAST=True, EXPAND=False, DEPTH=c, GROUP_C=c, GROUP_K=k) | constants
-        types |= halo_types(dtype, constants)
-    elif "TILE_N" in constants:
-        tile, n, k = (
-            [constants[size] for size in sizes]
-            for sizes in (("TILE_N", "TILE_P", "TILE_Q"), ("BLOCK_N",), ("BLOCK_K",))
-        )
-        boxes = {"x_desc": tile + k, "weight_desc": n + k, "residual_desc": tile + n, "y_desc": tile + n}
-        types |= {name: f"tensordesc<{dtype}{box}>" for name, box in boxes.items()}
-    types |= {name: f"*{dtype}" for name in names if name.endswith("_ptr") and name not in types}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if (signature[name] == "i32" and name not in odd) or signature[name].startswith("*")
-    }
-    values = {(names.index(name),): value for name, value in constants.items()}
-    source = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = source(kernel, signature, constexprs=values, attrs=attributes)
-    options = {"num_warps": 4} | launched
-    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-
-
-def matmul_types(dtype: str, constants: dict) -> dict[str, str]:
-    """The types of the descriptors."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-
-    m, n, k = (constants[f"BLOCK_{name}"] for name in "MNK")
-    x = [1, m, k] if constants["CHANNELS_LAST_X"] else [1, k, m]
-    y = [1, m, n] if constants["CHANNELS_LAST_Y"] else [1, n, m]
-    boxes = {"x_desc": x, "weight_desc": [n, k], "y_desc": y, "residual_desc": y}
-    bits = 32 if dtype == "fp32" else 16
-    return {name: f"tensordesc<{dtype}{box},{NVMMASharedLayout(128, bits, len(box))!r}>" for name, box in boxes.items()}
-
-
-def halo_types(dtype: str, constants: dict) -> dict[str, str]:
-    """The types of the descriptors, and of the pointers that y and the residual are where they are not staged."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-
-    images, rows, columns, n, k = (constants[size] for size in ("TILE_N", "TILE_P", "TILE_Q", "BLOCK_N", "BLOCK_K"))
-    y = [rows, images, columns, n] if constants["STAGED"] else None
-    x, edge = [rows, 1, images, columns, k], [3 - constants["STRIDE"], 1, images, columns, k]
-    weight = None if constants["EXPAND"] else [n, 1, k]
-    boxes = {"x_desc": x, "edge_desc": edge, "weight_desc": weight, "y_desc": y, "residual_desc": y}
-    bits = 32 if dtype == "fp32" else 16
-    return {
-        name: f"tensordesc<{dtype}{box},{NVMMASharedLayout(128, bits, len(box))!r}>" if box else f"*{dtype}"
-        for name, box in boxes.items()
-    }
-
-
-def gradient_with_halo_types(dtype: str, constants: dict) -> dict[str, str]:
-    """The types of the descriptors."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-
-    images, rows, columns = (constants[size] for size in ("TILE_N", "TILE_P", "TILE_Q"))
-    rest = [images, columns, 64]
-    boxes = {"g_desc": [rows, *rest], "x_desc": [rows, 1, *rest], "edge_desc": [3 - constants["STRIDE"], 1, *rest]}
-    return {name: f"tensordesc<{dtype}{box},{NVMMASharedLayout(128, 16, len(box))!r}>" for name, box in boxes.items()}
-
-
-@pytest.fixture(scope="module")
-def ptx() -> dict[str, str]:
-    """PTX by the name of the kernel, compiled in a process without the interpreter."""
-    return run(__file__)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_no_pairs_of_16_bit_integers(name, ptx):
-    assert not re.search(r"\.[su]16x2", ptx[name])
-
-
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in BY_TMA + FEW_PIXELS + FEW_OUTPUTS])
-def test_stores_take_16_bytes(name, ptx):
-    assert re.search(r"st\.global\.v4\.b32", ptx[name])
-
-
-@pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS + BY_TMA])
-def test_loads_take_16_bytes(name, ptx):
-    assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
-
-
-@pytest.mark.parametrize("name", REDUCTIONS)
-def test_lanes_add_up_their_pixels_alone(name, ptx):
-    """In the loop no thread waits for another: what is exchanged there costs more than what is loaded."""
-    code = ptx[name].partition("ld.global.v4")[2]
-    loop = code[: re.search(r"bra\s+\$L__BB", code).start()]
-    assert loop.count("ld.global.v4.b32") >= 3 and not re.search(r"shfl|bar\.sync|\.shared", loop)
-
-
-@pytest.mark.parametrize("name", OF_FEW_CHANNELS)
-def test_windows_are_loaded_16_bytes_at_a_time_and_all_fits_the_registers(name, ptx, tmp_path):
-    """Both operands: ahead of time into shared memory or, with one stage, through registers. No bias is loaded here."""
-    loads = re.findall(r"cp\.async\.c\w\.shared\.global [^;]*?, (0x\d+)|ld\.global[\w.:]*?\.(v\d|b\d+)\b", ptx[name])
-    assert {size for pair in loads for size in pair if size} == {"v4" if "one stage" in name else "0x10"}
-    assert "0 bytes spill stores" in assembled(ptx[name], tmp_path)
-
-
-@pytest.mark.parametrize("name", GRADIENTS_BY_TMA)
-def test_tensor_cores_read_gradients_from_where_tma_brought_them(name, ptx, tmp_path):
-    """While the products of one step run, those of the step before may still be running."""
-    assert "cp.async.bulk.tensor.4d.shared" in ptx[name]
-    loop = ptx[name].partition("wgmma.mma_async")[2].partition("wgmma.wait_group.sync.aligned 0")[0]
-    assert "ldmatrix" not in ptx[name] and "st.shared" not in loop
-    assert re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])[0] != "0"
-    assert "0 bytes spill stores" in assembled(ptx[name], tmp_path)
-
-
-@pytest.mark.parametrize("name", ["conv2d, 3 channels", "conv2d, 3 channels, float32"])
-def test_few_channels_fit_the_registers(name, ptx, tmp_path):
-    """With 32 products a step Triton 3.9 spilled 5.6 KB a thread of the second: ResNet18 took half as long again."""
-    said = assembled(ptx[name], tmp_path)
-    assert "0 bytes spill stores" in said and int(re.search(r"Used (\d+) registers", said)[1]) > 32
-
-
-@pytest.mark.parametrize("name", GRADIENTS_WITH_HALO)
-def test_gradients_are_transposed_on_their_way_to_registers_and_all_fits_there(name, ptx, tmp_path):
-    """64 x 64 of a gradient in four loads; the sums of three products of it stay where they are."""
-    assert ptx[name].count("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16") == 4
-    assert "cp.async.bulk.tensor.5d.shared" in ptx[name] and not re.search(r"(ld|st)\.shared", ptx[name])
-    assert ptx[name].count("wgmma.mma_async") == 12
-    said = assembled(ptx[name], tmp_path)
-    assert "0 bytes spill stores" in said and "serializ" not in said
-
-
-@pytest.mark.parametrize("name", BY_TAPS + WITH_HALO + PRODUCTS)
-def test_tma_brings_the_tiles(name, ptx):
-    dimensions = 3 if name in PRODUCTS else 4
-    assert f"cp.async.bulk.tensor.{5 if name in WITH_HALO else dimensions}d.shared" in ptx[name]
-    staged = KERNELS[name][3].get("STAGED", True)
-    assert (f"cp.async.bulk.tensor.{dimensions}d.global" in ptx[name]) == staged
-
-
-@pytest.mark.parametrize("name", COMPUTED_OPERANDS)
-def test_a_product_of_computed_operands_is_awaited(name, ptx):
-    """Otherwise the next step overwrites the registers that the tensor core still reads, as it did on an H200."""
-    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == {"0"}
-
-
-@pytest.mark.parametrize("name", ON_TENSOR_CORES + BY_TMA)
-def test_products_run_on_the_tensor_cores(name, ptx):
-    assert "wgmma.mma_async" in ptx[name]
-
-
-@pytest.mark.parametrize("name", [name for name in WITH_HALO if "NCHW" not in name] + PRODUCTS[:2])
-def test_products_overlap_and_all_fits_the_registers(name, ptx, tmp_path):
-    waits = {"0", "1", "3"} if "groups" in name else {"0", "1"}  # a weight that stays is not waited for
-    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == waits
-    said = assembled(ptx[name], tmp_path)
-    assert "0 bytes spill stores" in said and "serializ" not in said
-
-
-@pytest.mark.parametrize("name", RESIDENT_KERNELS)
-def test_all_is_loaded_before_the_first_product(name, ptx, tmp_path):
-    """16 bytes at a time, as operands of the tensor cores, and behind the wait; nothing of it leaves the registers."""
-    assembled(ptx[name], tmp_path)
-    machine_code = subprocess.run(
-        [disassembler(), tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
-    )
-    steps = re.findall(r"ACQBULK|LDG\.E\.128|HMMA|STL|LDL", machine_code.stdout)
-    order = [step for step, before in zip(steps, [None, *steps]) if step != before]
-    assert order == ["ACQBULK", "LDG.E.128", "HMMA"]
-    c = KERNELS[name][3]
-    size = 4 if "float32" in name else 2
-    reductions = c["R"] * c["S"] * c["C"], c["HAS_SHORTCUT"] * c["SHORTCUT_C"]
-    blocks = sum(math.ceil(reduction / (c["BLOCK_K"] * c["num_warps"])) for reduction in reductions)
-    vectors = blocks * c["BLOCK_K"] * (c["BLOCK_M"] + c["BLOCK_N"]) * size // 16
-    assert steps.count("LDG.E.128") == vectors / 32
-
-
-@pytest.mark.parametrize("name", [name for name, (*_, constants) in KERNELS.items() if constants.get("DEPENDENT")])
-def test_dependent_launches_touch_no_tensor_before_they_waited(name, ptx):
-    first = re.search(r"(ld|st)\.global|cp\.async|griddepcontrol\.wait", ptx[name])
-    assert first[0] == "griddepcontrol.wait"
-    assert "griddepcontrol.launch_dependents" in ptx[name]
-
-
-@pytest.mark.parametrize("name", ROUNDS)
-def test_rounding_to_tf32_is_one_instruction(name, ptx):
-    assert "cvt.rn.tf32.f32" in ptx[name] and "cvt.rna" not in ptx[name]
-
-
-def assembled(ptx: str, folder: Path) -> str:
-    """What the assembler says of a kernel: registers, spills, warnings."""
-    (folder / "kernel.ptx").write_text(ptx)
-    command = ptxas(), "-arch=sm_90a", "-v", folder / "kernel.ptx", "-o", folder / "kernel.cubin"
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def ptxas() -> Path:
-    """The assembler that Triton takes for Hopper."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    return Path(get_ptxas(90).path)
-
-
-def disassembler() -> Path:
-    return ptxas().with_name("nvdisasm")
+Tables of constants also name what is none of the kernel's: num_warps and num_stages, `odd` sizes, which are no
+multiples of 16, `types` of arguments, and boxes of `descriptors`.
+"""
 
 
 if __name__ == "__main__":
-    from helpers.hopper import Hopper
-    from triton.runtime import driver
-
     driver.set_active(Hopper())
     json.dump({name: compiled_ptx(*arguments) for name, arguments in KERNELS.items()}, sys.stdout)
