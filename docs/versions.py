@@ -14,6 +14,7 @@ import datetime
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -45,6 +46,12 @@ def record() -> dict:
 
 def table(head: list[str], rows: list[list[object]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def listed(parts: Iterable[str]) -> str:
+    """As in a sentence: a, b and c."""
+    *others, last = parts
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def by_version(version: str) -> tuple[int, ...]:
@@ -145,24 +152,18 @@ def sentence() -> list[str]:
     """The line of the README."""
     suites = record()["suites"]
     whole = [s for s in suites if s["device"] == "CPU" and s["of"] == "all"]
-    pairs = listed([f"{s['triton']} (PyTorch {s['torch']})" for s in whole])
+    pairs = listed(f"Triton {s['triton']} with PyTorch {s['torch']}" for s in whole)
     on_gpus: dict[str, set[str]] = {}
     for s in suites:
         if s["device"] != "CPU" and not s["failed"]:
             on_gpus.setdefault(s["device"], set()).add(s["triton"])
-    ran = "".join(f"; on an {gpu} with {listed(sorted(found, key=by_version))}" for gpu, found in on_gpus.items())
-    only = ", ".join(name for capability, (name, _) in CARDS.items() if capability not in RUN_ON)
-    gluon = listed([version.rstrip(".") for version in GLUON_VERSIONS])
-    text = (
-        f"Tested on a CPU with Triton {pairs}{ran}. The kernels in Gluon run on Hopper GPUs with Triton {gluon}. "
-        f"Only compiled: {only}. [All of it](docs/compatibility.md#versions)."
+    ran = "; ".join(
+        f"on an {gpu} with Triton {listed(sorted(found, key=by_version))}" for gpu, found in on_gpus.items()
     )
-    return [f"{BEGIN}{text}{END}"]
-
-
-def listed(names: list[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
+    only = listed(name for capability, (name, _) in CARDS.items() if capability not in RUN_ON)
+    gluon = f"The kernels in Gluon run on Hopper GPUs with Triton {listed(v.rstrip('.') for v in GLUON_VERSIONS)}"
+    text = f"Tested on a CPU: {pairs}; {ran}. {gluon}. Only compiled: {only}."
+    return [f"{BEGIN}{text} [All of it](docs/compatibility.md#versions).{END}"]
 
 
 def put(page: str, lines: list[str]) -> str:
