@@ -23,7 +23,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 class ConvNeXtBlock(nn.Module):
-    """As torchvision has it; `norm2d`: the norm over the channels of an image, by permuting."""
+    """As torchvision has it, and behind it a layer norm over the channels of an image, by permuting."""
 
     def __init__(self, C: int = 8) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     if "--cuda" not in sys.argv:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-import tritonnn  # noqa: E402
+import tritonnn
 from tritonnn.layers.fused.conv2d import FusedConv2d
 
 CHANNELS = (1, 2, 4, 6)
