@@ -67,7 +67,7 @@ def test_plans_that_were_made_meanwhile_are_forgotten(told):
 
 
 def test_keys_are_the_same_in_every_process():
-    """So that Triton finds on disk what another process compiled; 3.6 mixes in what was asked for before."""
+    """Then Triton finds on disk what another process compiled; 3.6 mixes in what was asked for before."""
     modules = "tritonnn.ops.conv2d.forms.pointers", "tritonnn.device.arithmetic"
     assert run(__file__, "keys", *modules) == run(__file__, "keys", *reversed(modules))
 
@@ -133,7 +133,7 @@ def test_a_fused_network_gives_zeros_and_stays_right():
 
 
 def test_a_swapped_network_tells_each_kind_of_layer_once():
-    """Also before it is swapped; it is left as it is, and gives what it gave."""
+    """It may be compiled for before it is swapped; it is left as it is, and gives what it gave."""
     layers = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(4)
     model, x, ran = trained(nn.Sequential(*layers), torch.float64), image(1, 4, 6, 6, dtype=torch.float64), []
     calls = calls_of_swapped(model, x)
@@ -169,7 +169,7 @@ def test_a_swapped_network_compiles_nothing_afterwards(tmp_path, monkeypatch, in
 
 @pytest.mark.gpu
 def test_a_network_runs_right_afterwards(tmp_path, monkeypatch):
-    """Without compiling, and with the weights that it packed while its convolutions were noted and not launched."""
+    """It runs without compiling, with the weights packed while its convolutions were noted and not launched."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for kernel in channels_last_kernel, conv2d_pointers_forward_kernel:
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))

@@ -77,7 +77,7 @@ def test_a_block_of_convnext_under_autocast():
 
 
 def test_the_scale_of_a_linear_layer_follows_the_switch_for_products(monkeypatch):
-    """Not that for convolutions, which may use TF32 where products may not."""
+    """It does not follow the one for convolutions, which may use TF32 where products may not."""
     layer = layers(tritonnn.fuse(trained(ConvNeXtBlock(), torch.float32)), FusedLinearOfImages)[0]
     seen = []
     monkeypatch.setattr("tritonnn.layers.fused.linear.matmul_input_precision", lambda x, w: seen.append(x) or "ieee")

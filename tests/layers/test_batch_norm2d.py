@@ -76,7 +76,7 @@ TYPES = {
     "float16 beside float32": (torch.float16, torch.float32, True),
     "float16": (torch.float16, torch.float16, True),
 }
-"""Of images and parameters, and whether there is a weight."""
+"""The types of images and parameters, and whether there is a weight."""
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])

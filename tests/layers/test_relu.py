@@ -96,7 +96,7 @@ def test_inplace_gradient_of_a_view(view):
 
 
 def test_inplace_gradient_twice():
-    """Of the second order, where the input, which is the output now, is used afterwards."""
+    """Gradients of the second order, where the input, which is the output now, is used afterwards."""
     x, gradients = image(4, 6, dtype=torch.float64), []
     for layer in (nn.ReLU(inplace=True), tritonnn.TritonReLU(inplace=True)):
         leaf = x.clone().requires_grad_()
