@@ -73,7 +73,7 @@ NETWORKS = (
 )
 DTYPES = ("bf16", "default")
 FEW_ALGORITHMS = 5
-"""Of cuDNN's for a convolution, the first by its own ranking, are timed where others wait for it; else ten."""
+"""So many of cuDNN's algorithms, the first by its own ranking, are timed where other cases wait; else ten."""
 OUT_OF_MEMORY = "OutOfMemoryError"
 
 

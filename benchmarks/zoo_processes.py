@@ -49,7 +49,7 @@ class Run:
         self.start = time.perf_counter()
         self.failed: list[str] = []
         self.processes: dict[subprocess.Popen, str] = {}
-        """Those that run, and their GPUs."""
+        """The processes that run, and their GPUs."""
         self.stopped = False
         self.lock = threading.Lock()
 
@@ -81,7 +81,7 @@ class Run:
         return not self.args.layers and not set(peers) <= set(ZooResult.load(path).peers)
 
     def _peers(self, case: ZooCase) -> list[str]:
-        """Those that are to be measured."""
+        """The peers that are to be measured."""
         ready = [peer for peer in self.args.peers if not _compiles(peer) or self._mark(case, peer).exists()]
         return ready if self.args.only_compiled else list(self.args.peers)
 

@@ -119,7 +119,7 @@ def cards() -> list[str]:
 
 
 def section() -> list[str]:
-    """Of compatibility.md."""
+    """The lines of compatibility.md."""
     known = record()
     return [
         BEGIN,
@@ -149,7 +149,7 @@ def section() -> list[str]:
 
 
 def sentence() -> list[str]:
-    """Of the README."""
+    """The line of the README."""
     suites = record()["suites"]
     whole = [s for s in suites if s["device"] == "CPU" and s["of"] == "all"]
     pairs = listed(f"Triton {s['triton']} with PyTorch {s['torch']}" for s in whole)

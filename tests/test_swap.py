@@ -48,7 +48,7 @@ def test_several_kinds_one_after_the_other():
 
 
 def strictness(model: nn.Module) -> dict[str, bool]:
-    """Of the convolution, the ReLU and the linear layer."""
+    """Whether the convolution, the ReLU and the linear layer are strict, by their kinds."""
     return {tritonnn.kind_of(model[i]): model[i].strict for i in (0, 2, 7)}
 
 

@@ -90,7 +90,7 @@ def _does_nothing(module: nn.Module) -> bool:
     return type(module) is nn.Identity or (type(module) in _DROPOUTS and not module.training)
 
 
-def _reason_to_stay(module: nn.Module, requested: set[str]) -> str:
+def _reason_to_stay(module: nn.Module) -> str:
     kind = kind_of(module)
     if kind is not None:
         return f"{kind} was not asked for"
@@ -129,7 +129,7 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
             and not _does_nothing(module)
             and (not any(module.children()) or isinstance(module, tuple(_TRITON)))
         ):
-            report.stayed[name] = _reason_to_stay(module, requested)
+            report.stayed[name] = _reason_to_stay(module)
     return report
 
 

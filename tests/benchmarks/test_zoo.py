@@ -157,7 +157,7 @@ print("timed", flush=True)
 
 
 def test_who_is_timed_has_the_gpu_alone(tmp_path, monkeypatch):
-    """Of two that run together, the other one is stopped meanwhile, and goes on afterwards."""
+    """Where two run together, one is stopped while the other is timed, and goes on afterwards."""
     (script := tmp_path / "child.py").write_text(CHILD)
     monkeypatch.setattr(zoo_processes, "SCRIPT", str(script))
     monkeypatch.setattr(zoo_processes, "devices", lambda: ["0"])

@@ -23,7 +23,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 class ConvNeXtBlock(nn.Module):
-    """As torchvision has it; `norm2d`: the norm over the channels of an image, by permuting."""
+    """As torchvision has it, and behind it a layer norm over the channels of an image, by permuting."""
 
     def __init__(self, C: int = 8) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_a_block_of_convnext_under_autocast():
 
 
 def test_the_scale_of_a_linear_layer_follows_the_switch_for_products(monkeypatch):
-    """Not that for convolutions, which may use TF32 where products may not."""
+    """It does not follow the one for convolutions, which may use TF32 where products may not."""
     layer = layers(tritonnn.fuse(trained(ConvNeXtBlock(), torch.float32)), FusedLinearOfImages)[0]
     seen = []
     monkeypatch.setattr("tritonnn.layers.fused.linear.matmul_input_precision", lambda x, w: seen.append(x) or "ieee")

@@ -184,16 +184,6 @@ def test_rows_of_concatenations(case, channels_last):
     assert len(layers(network, FusedAppend)) == appended and not network.report.fallbacks
 
 
-def test_what_is_copied_too_is_not_rounded_ahead():
-    """To TF32, which convolutions want of what they read, and nobody else."""
-    for code, rounds in (
-        (lambda n, x: torch.cat([n.a(n.convs[0](x)), n.b(n.convs[1](x))], 1), True),
-        (copied_too, False),
-    ):
-        network = tritonnn.fuse(trained(Dense(code, (8, 8, 8)), torch.float32)).network
-        assert network.get_submodule("convs.0").round_output is rounds
-
-
 def read_by_convolutions(n: Dense, x: Tensor) -> Tensor:
     return torch.cat([n.a(n.convs[0](x)), n.b(n.convs[1](x))], 1)
 
@@ -201,6 +191,13 @@ def read_by_convolutions(n: Dense, x: Tensor) -> Tensor:
 def copied_too(n: Dense, x: Tensor) -> Tensor:
     y = n.convs[0](x)
     return torch.cat([y, n.a(y)], 1)
+
+
+def test_what_is_copied_too_is_not_rounded_ahead():
+    """Rounding to TF32 is for convolutions that read the result, and for nobody else."""
+    for code, rounds in ((read_by_convolutions, True), (copied_too, False)):
+        network = tritonnn.fuse(trained(Dense(code, (8, 8, 8)), torch.float32)).network
+        assert network.get_submodule("convs.0").round_output is rounds
 
 
 def test_no_room_is_no_error():

@@ -29,17 +29,9 @@ SHORTCUT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="i
 SHORTCUT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
 SLICED_K = FILTER | EPILOGUE | dict(C=64, K=64, ROUND_X=False, ONE_IMAGE=False, BLOCK_K=64)
 SLICED_K |= dict(SPLITS=4, SLICES=2, BLOCK_M=16, BLOCK_N=16)
-SLICED_K |= dict(
-    HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False
-)
-SLICED_K |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
-SLICED_K |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None)
+SLICED_K |= SHORTCUT
 RESIDENT = FILTER | EPILOGUE | dict(C=128, K=128, INPUT_PRECISION="ieee", ROUND_X=False, ONE_IMAGE=True, BLOCK_M=16)
-RESIDENT |= dict(
-    HAS_SHORTCUT=True, HAS_SHORTCUT_SCALE=False, HAS_SHORTCUT_BIAS=False, SHORTCUT_C=64, ROUND_SHORTCUT=False
-)
-RESIDENT |= dict(SHORTCUT_STRIDE_H=2, SHORTCUT_STRIDE_W=2, SHORTCUT_PRECISION="ieee")
-RESIDENT |= dict(shortcut_scale_ptr=None, shortcut_bias_ptr=None, Y_STEP=128, BLOCK_N=16, BLOCK_K=64, num_warps=8)
+RESIDENT |= SHORTCUT | dict(Y_STEP=128, BLOCK_N=16, BLOCK_K=64, num_warps=8)
 RESIDENT_1X1 = dict(C=64, R=1, S=1, PADDING_H=0, PADDING_W=0, HAS_SHORTCUT=False, num_warps=4)
 RESIDENT_TF32X3 = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
 TMA = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_AB=True, FLUSH=8)
@@ -118,36 +110,11 @@ KERNEL_OF = {
 }
 """By the form."""
 KERNELS = {
-    "conv2d, bfloat16": (
-        KERNEL_OF["pointers"],
-        "bf16",
-        LAST,
-        POINTERS | dict(BLOCK_K=64),
-    ),
-    "conv2d, TF32": (
-        KERNEL_OF["pointers"],
-        "fp32",
-        LAST,
-        POINTERS | dict(INPUT_PRECISION="tf32", ROUND_X=True),
-    ),
-    "conv2d, float32": (
-        KERNEL_OF["pointers"],
-        "fp32",
-        LAST,
-        POINTERS | dict(INPUT_PRECISION="tf32x3"),
-    ),
-    "conv2d, float32, one filter": (
-        KERNEL_OF["pointers"],
-        "fp32",
-        LAST,
-        POINTERS | dict(K=1, BLOCK_N=1, BLOCK_K=16),
-    ),
-    "conv2d, 3 channels": (
-        KERNEL_OF["pointers"],
-        "bf16",
-        FIRST,
-        POINTERS | dict(C=3, SPAN_TAPS=True),
-    ),
+    "conv2d, bfloat16": (KERNEL_OF["pointers"], "bf16", LAST, POINTERS | dict(BLOCK_K=64)),
+    "conv2d, TF32": (KERNEL_OF["pointers"], "fp32", LAST, POINTERS | dict(INPUT_PRECISION="tf32", ROUND_X=True)),
+    "conv2d, float32": (KERNEL_OF["pointers"], "fp32", LAST, POINTERS | dict(INPUT_PRECISION="tf32x3")),
+    "conv2d, float32, one filter": (KERNEL_OF["pointers"], "fp32", LAST, POINTERS | dict(K=1, BLOCK_N=1, BLOCK_K=16)),
+    "conv2d, 3 channels": (KERNEL_OF["pointers"], "bf16", FIRST, POINTERS | dict(C=3, SPAN_TAPS=True)),
     "conv2d, 3 channels, float32": (
         KERNEL_OF["pointers"],
         "fp32",
@@ -178,56 +145,26 @@ KERNELS = {
         LAST,
         FEW_CHANNELS | ODD | dict(INPUT_PRECISION="tf32x3", BLOCK_M=64),
     ),
-    "conv2d, few channels, bfloat16": (
-        KERNEL_OF["pointers"],
-        "bf16",
-        LAST,
-        FEW_CHANNELS | ODD,
-    ),
+    "conv2d, few channels, bfloat16": (KERNEL_OF["pointers"], "bf16", LAST, FEW_CHANNELS | ODD),
     "padded rows": (
         "ops.conv2d.forms.few_channels:padded_rows_kernel",
         "fp32",
         FIRST,
         dict(C=3, PADDING=3, ROUND_TO_TF32=True, BLOCK_H=4, BLOCK_W=256, BLOCK_C=4, odd=("H", "W", "rows", "columns")),
     ),
-    "conv2d, sliced-K": (
-        KERNEL_OF["sliced_k"],
-        "bf16",
-        LAST,
-        SLICED_K | dict(INPUT_PRECISION="ieee"),
-    ),
-    "conv2d, in registers": (
-        KERNEL_OF["in_registers"],
-        "bf16",
-        LAST,
-        RESIDENT,
-    ),
+    "conv2d, sliced-K": (KERNEL_OF["sliced_k"], "bf16", LAST, SLICED_K | dict(INPUT_PRECISION="ieee")),
+    "conv2d, in registers": (KERNEL_OF["in_registers"], "bf16", LAST, RESIDENT),
     "conv2d, in registers, 256 channels": (
         KERNEL_OF["in_registers"],
         "bf16",
         LAST,
         RESIDENT | dict(C=256, K=256, Y_STEP=256, BLOCK_N=8),
     ),
-    "conv2d, in registers, 1x1": (
-        KERNEL_OF["in_registers"],
-        "bf16",
-        LAST,
-        RESIDENT | RESIDENT_1X1,
-    ),
-    "conv2d, in registers, float32": (
-        KERNEL_OF["in_registers"],
-        "fp32",
-        LAST,
-        RESIDENT | RESIDENT_TF32X3,
-    ),
+    "conv2d, in registers, 1x1": (KERNEL_OF["in_registers"], "bf16", LAST, RESIDENT | RESIDENT_1X1),
+    "conv2d, in registers, float32": (KERNEL_OF["in_registers"], "fp32", LAST, RESIDENT | RESIDENT_TF32X3),
     "conv2d, TMA": (KERNEL_OF["tma"], "bf16", LAST, TMA),
     "conv2d, TMA, 96 channels": (KERNEL_OF["tma"], "bf16", LAST, TMA | dict(C=96)),
-    "conv2d, TMA, TF32": (
-        KERNEL_OF["tma"],
-        "fp32",
-        LAST,
-        TMA | dict(INPUT_PRECISION="tf32", BLOCK_K=32),
-    ),
+    "conv2d, TMA, TF32": (KERNEL_OF["tma"], "fp32", LAST, TMA | dict(INPUT_PRECISION="tf32", BLOCK_K=32)),
     "conv2d, TMA, TF32, rounded": (
         KERNEL_OF["tma"],
         "fp32",
@@ -246,18 +183,8 @@ KERNELS = {
         LAST,
         TMA | dict(INPUT_PRECISION="tf32x3", BLOCK_K=32, SWAP_AB=False),
     ),
-    "conv2d, halo": (
-        KERNEL_OF["tma_halo"],
-        "bf16",
-        LAST,
-        HALO_64,
-    ),
-    "conv2d, halo, TF32": (
-        KERNEL_OF["tma_halo"],
-        "fp32",
-        LAST,
-        HALO_128,
-    ),
+    "conv2d, halo": (KERNEL_OF["tma_halo"], "bf16", LAST, HALO_64),
+    "conv2d, halo, TF32": (KERNEL_OF["tma_halo"], "fp32", LAST, HALO_128),
     "conv2d, halo, TF32, rounded": (
         KERNEL_OF["tma_halo"],
         "fp32",
@@ -282,12 +209,7 @@ KERNELS = {
         LAST,
         HALO_4X4 | AHEAD | dict(MASKED=True),
     ),
-    "conv2d, halo, stride 2": (
-        KERNEL_OF["tma_halo"],
-        "bf16",
-        LAST,
-        HALO_BY_2,
-    ),
+    "conv2d, halo, stride 2": (KERNEL_OF["tma_halo"], "bf16", LAST, HALO_BY_2),
     "conv2d, halo, stride 2, TF32, rounded": (
         KERNEL_OF["tma_halo"],
         "fp32",
@@ -325,12 +247,7 @@ KERNELS = {
     "conv2d, matrix product, gates": (KERNEL_OF["matmul"], "bf16", LAST, MATMUL_GATED),
     "conv2d, matrix product, batch norm before": (KERNEL_OF["matmul"], "bf16", LAST, MATMUL_OF_NORM),
     "conv2d, direct, contiguous": (KERNEL_OF["direct"], "fp32", FIRST, DIRECT),
-    "conv2d, depthwise": (
-        KERNEL_OF["depthwise"],
-        "bf16",
-        LAST,
-        DEPTHWISE | dict(BLOCK_M=16, BLOCK_C=64),
-    ),
+    "conv2d, depthwise": (KERNEL_OF["depthwise"], "bf16", LAST, DEPTHWISE | dict(BLOCK_M=16, BLOCK_C=64)),
     "conv2d, depthwise, 72 channels": (
         KERNEL_OF["depthwise"],
         "bf16",
@@ -343,12 +260,7 @@ KERNELS = {
         LAST,
         POINTERS | IN_UNITS | dict(C=24, K=24, X_UNIT=8, Y_UNIT=8, BLOCK_N=32, BLOCK_K=32),
     ),
-    "conv2d, depthwise, contiguous": (
-        KERNEL_OF["depthwise"],
-        "fp32",
-        FIRST,
-        DEPTHWISE | dict(BLOCK_M=128, BLOCK_C=1),
-    ),
+    "conv2d, depthwise, contiguous": (KERNEL_OF["depthwise"], "fp32", FIRST, DEPTHWISE | dict(BLOCK_M=128, BLOCK_C=1)),
     "max_pool2d": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", LAST, MAX_POOL | BY_CHANNELS),
     "max_pool2d, contiguous": ("ops.max_pool2d:max_pool2d_forward_kernel", "bf16", FIRST, MAX_POOL | BY_PIXELS),
     "max_pool2d, rows": (

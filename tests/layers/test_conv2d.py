@@ -5,8 +5,9 @@ import torch
 from helpers.compare import (
     DEVICE,
     DTYPES,
-    assert_close,
     assert_identical,
+    assert_same_autocast,
+    assert_same_error,
     assert_same_layer,
     assert_same_nan_and_infinities,
     image,
@@ -103,12 +104,7 @@ def test_empty_batch(channels_last):
 )
 def test_errors_are_pytorchs(x):
     layer = nn.Conv2d(16, 8, 3).to(DEVICE)
-    with pytest.raises(RuntimeError) as expected:
-        layer(x.to(DEVICE))
-    tritonnn.swap(layer)
-    with pytest.raises(RuntimeError) as actual:
-        layer(x.to(DEVICE))
-    assert str(actual.value) == str(expected.value)
+    assert_same_error(layer, x.to(DEVICE))
     assert not layer.fallbacks
 
 
@@ -186,11 +182,6 @@ def test_no_channels(channels, x):
 def test_autocast(dtype):
     layer = nn.Conv2d(16, 8, 3).to(DEVICE)
     x = image(2, 16, 5, 5)
-    with torch.autocast(DEVICE.type, dtype):
-        expected = layer(x)
-        tritonnn.swap(layer)
-        actual = layer(x)
-    assert actual.dtype == expected.dtype == dtype
-    assert_close(actual, expected.double(), dtype)
+    assert_same_autocast(layer, x, dtype)
     with torch.autocast(DEVICE.type, dtype):
         assert layer.double()(x.double()).dtype == torch.float64

@@ -232,7 +232,7 @@ class LargeWindows(NamedTuple):
 LEAST_WINDOW = 32
 """Windows of at least so many pixels are added up by many threads."""
 TILE_BYTES = {True: 8192, False: 4096}
-"""Of a program, in channels_last and else: 128 threads load 16 bytes four times or twice."""
+"""Bytes that a program loads at a time, in channels_last or not: 128 threads load 16 bytes four times, or twice."""
 MOST_SPLITS = 64
 
 

@@ -146,7 +146,7 @@ def _run(g, grad_x, channels_last, kernel_size, stride, padding, adaptive, count
 
 
 def _most_windows(size: int, outputs: int) -> int:
-    """Of `outputs` adaptive windows over `size` rows, those over one row, at most."""
+    """How many of `outputs` adaptive windows over `size` rows see the same row, at most."""
     return max(-(-(i + 1) * outputs // size) - i * outputs // size for i in range(size))
 
 

@@ -263,7 +263,7 @@ def _backward_inference(ctx, grad_y):
 
 
 def _gradients(ctx, grad_y, x, weight, mean, var, training: bool) -> Iterator[torch.Tensor | None]:
-    """Those of x, weight and bias that are needed."""
+    """The gradients of x, weight and bias, None where one is not needed."""
     needed = tuple(ctx.needs_input_grad[:3])
     grads = batch_norm2d_backward(grad_y, x, weight, mean, var, ctx.eps, training, needed)
     return (grad if wanted else None for grad, wanted in zip(grads, needed))

@@ -1,9 +1,9 @@
 """Batch norm in training with what follows it in a residual block: y = relu(batch_norm(x) + residual); its gradients.
 
-x, residual: [N, C, H, W]. Normalising, adding and ReLU are one pass over memory, and the mask of ReLU needs none of its
-own backward: without a residual it is computed again from x, with one it is that of y, which the next layer keeps
-anyway, and the masked gradient is that of the residual. Values and gradients are those of three operations one after
-the other.
+x, residual: [N, C, H, W]. Normalising, adding and ReLU are one pass over memory. Backward, the mask of ReLU needs no
+pass of its own: without a residual it is computed again from x; with one it is the sign of y, which the next layer
+keeps anyway, and the masked gradient is that of the residual. Values and gradients are those of three operations one
+after the other.
 """
 
 import torch

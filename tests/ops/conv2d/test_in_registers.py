@@ -37,7 +37,7 @@ OTHERS = {
     "misaligned x": dict(c=128, side=16, misaligned=True),
     "float32 not on tensor cores": F32 | dict(c=128, side=16, input_precision="ieee"),
 }
-"""Of one image."""
+"""Convolutions of one image, by what `product` takes."""
 
 
 @pytest.mark.usefixtures("on_hopper")

@@ -89,7 +89,7 @@ class TestChoice:
         assert not can_run(product(**sizes), choice) and default_choice(product(**sizes)) != choice
 
     def test_sizes_may_be_lists(self):
-        """As they come from PyTorch's dispatcher."""
+        """PyTorch's dispatcher gives strides, paddings and dilations as lists."""
         assert default_choice(product(stride=[1, 1], padding=[1, 1], dilation=[1, 1])) == Choice(HALF_64)
 
     def test_nchw_is_copied(self):
@@ -310,7 +310,7 @@ def usual_config(x: Tensor, K: int, stride: int) -> TmaHaloConfig:
 
 
 def launch(x: Tensor, packed: Tensor, y: Tensor, round_x: bool, epilogue: Epilogue, config: TmaHaloConfig) -> None:
-    """Of the stride that the sizes of x and y tell."""
+    """Fills y; the stride is that which the sizes of x and y tell."""
     input_precision, stride = "tf32" if x.dtype == torch.float32 else "ieee", x.shape[2] // y.shape[2]
     window = (stride, stride), (1, 1), (1, 1)
     product = Product(x, packed, y, True, *window, 1, input_precision, round_x, epilogue)
@@ -333,7 +333,7 @@ def run(
 
 
 def convolved(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-    """In float64, of operands that are rounded to TF32 if they are float32; zeros are padded, and multiplied."""
+    """The result in float64, of operands rounded to TF32 if they are float32; zeros are padded, and multiplied."""
     x, weight = (tf32(t) if t.dtype == torch.float32 else t for t in (x, weight))
     return F.conv2d(F.pad(x.double(), (1, 1, 1, 1)), weight.double(), stride=stride)
 
@@ -401,7 +401,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("shape", ["64", "128", "56x56", "64 to 128 by 2"])
     @pytest.mark.parametrize("precision", ["bf16", "TF32", "TF32, rounded on the way"])
     def test_nan_and_infinity(self, shape, precision):
-        """In x; and in the weight, times the zeros of the padding."""
+        """NaN and infinity in x, and in the weight, times the zeros of the padding."""
         x, weight, round_x = self.operands(shape, precision)
         last, stride = x.shape[2] - 1, stride_of(shape)
         x[0, 5, 0, 0], x[1, 0, 7, 8], x[1, 1, last, last] = float("nan"), float("inf"), -float("inf")

@@ -241,7 +241,7 @@ def default_config(g_shape: Sequence[int], stride: int, shared_memory: int) -> C
 
 
 def bytes_of(box: tuple[int, int, int], stride: int) -> int:
-    """Of a slot: the lines of g and of x."""
+    """The bytes of a slot: the lines of g and of x."""
     tile_n, tile_p, tile_q = box
     return 128 * tile_n * tile_q * (tile_p + box_rows(tile_p, stride))
 
