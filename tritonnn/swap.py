@@ -96,7 +96,9 @@ def _reason_to_stay(module: nn.Module) -> str:
         return f"{kind} was not asked for"
     base = next((cls for cls in _TRITON if isinstance(module, cls)), None)
     if base is not None:
-        return f"{type(module).__name__} is a subclass of {base.__name__}, with behaviour of its own"
+        name = type(module).__name__
+        name = f"{type(module).__module__}.{name}" if name == base.__name__ else name
+        return f"{name} is a subclass of {base.__name__}, with behaviour of its own"
     return f"no Triton layer for {type(module).__name__}"
 
 
