@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import tritonnn
 from lit_modules.resnet import ResNet18
 from tritonnn.layers.fused.conv2d import FusedConv2d, FusedSum
+from tritonnn.ops.conv2d.op import takes_shortcut
 from tritonnn.runtime import hardware
 
 
@@ -503,6 +504,19 @@ def test_report_of_resnet18(monkeypatch):
     ]
 
 
+OF_FEW_PIXELS = {1: True, 3: True, 512: False}
+"""By the number of images of 32x32, whether the shortcuts of ResNet18 are in the kernels of their blocks."""
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "expected"), OF_FEW_PIXELS.items())
+def test_which_shortcuts_hopper_takes_in_the_kernel(n, expected, dtype):
+    for c, side in ((128, 16), (256, 8), (512, 4)):
+        x = torch.empty(n, c, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        assert takes_shortcut(x, c, (3, 3), side, side, c // 2) is expected
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tf32", ["ieee", "tf32"])
@@ -517,7 +531,7 @@ def test_a_shortcut_of_few_pixels_is_in_the_kernel_of_its_block(dtype, tf32, mon
 
     monkeypatch.setattr(FusedSum, "_in_one_kernel", staticmethod(noted))
     model = trained(ResNet18(), dtype)
-    for n, expected in ((1, True), (3, True), (512, False)):
+    for n, expected in OF_FEW_PIXELS.items():
         x = image(n, 3, 32, 32, dtype=dtype, channels_last=True)
         with torch.no_grad():
             exact = copy.deepcopy(model).double()(x.double())
