@@ -31,7 +31,7 @@ from benchmarks.results import Results, load, save
 from benchmarks.timing import DeviceLost, ceilings, failure
 from lit_modules.command_line import UserError, user_errors_in_one_line
 from lit_modules.environment import environment
-from lit_modules.report import Table, rich_table
+from lit_modules.tables import Table, rich_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -206,7 +206,7 @@ def described(device: torch.device) -> dict[str, str]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """Without the output folder, which has nothing to do with the measurement."""
+    """The command line without the output folder, which has nothing to do with the measurement."""
     words, rest = [], iter(arguments)
     for word in rest:
         if word == "--output":

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 
 from benchmarks.results import OK
 from benchmarks.zoo_case import OURS, PEERS, PYTORCH, Layer, ZooCase, ZooResult
-from lit_modules.report import Table, rich_table, table_markdown
+from lit_modules.tables import Table, rich_table, table_markdown
 
 Key = tuple[str, int]
 """Type and batch size."""
@@ -131,7 +131,7 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 
 def _kinds(layers: Sequence[Layer], title: str) -> Table:
-    """Of a layer that several networks have, the first one counts."""
+    """A row for each kind of layer; a layer that several networks have counts once."""
     layers = list({layer.label: layer for layer in reversed(layers)}.values())
     rows = []
     for kind in sorted({layer.kind for layer in layers}):

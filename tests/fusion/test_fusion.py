@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import tritonnn
 from lit_modules.resnet import ResNet18
 from tritonnn.layers.fused.conv2d import FusedConv2d, FusedSum
+from tritonnn.ops.conv2d.op import takes_shortcut
 from tritonnn.runtime import hardware
 
 
@@ -226,7 +227,7 @@ def test_weights_are_folded_in_float64():
 
 
 def errors_of_a_block(model: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Of the exact result in this type, of PyTorch's and of the fused one, with autocast where the model has another.
+    """Errors of the exact result in this type, PyTorch's and the fused one, with autocast where the model has another.
 
     2-norms, relative to that of the exact result.
     """
@@ -503,9 +504,25 @@ def test_report_of_resnet18(monkeypatch):
     ]
 
 
-@pytest.mark.gpu
+OF_FEW_PIXELS = {1: True, 3: True, 512: False}
+"""By the number of images of 32x32, whether the shortcuts of ResNet18 are in the kernels of their blocks."""
+
+
+@pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tf32", ["ieee", "tf32"])
+@pytest.mark.parametrize(("n", "expected"), OF_FEW_PIXELS.items())
+def test_which_shortcuts_hopper_takes_in_the_kernel(n, expected, dtype):
+    for c, side in ((128, 16), (256, 8), (512, 4)):
+        x = torch.empty(n, c, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        assert takes_shortcut(x, c, (3, 3), side, side, c // 2) is expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "tf32"),
+    [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"), (torch.float16, "ieee")],
+    ids=str,
+)
 def test_a_shortcut_of_few_pixels_is_in_the_kernel_of_its_block(dtype, tf32, monkeypatch):
     torch.backends.cudnn.conv.fp32_precision = tf32
     called = []
@@ -517,12 +534,12 @@ def test_a_shortcut_of_few_pixels_is_in_the_kernel_of_its_block(dtype, tf32, mon
 
     monkeypatch.setattr(FusedSum, "_in_one_kernel", staticmethod(noted))
     model = trained(ResNet18(), dtype)
-    for n, expected in ((1, True), (3, True), (512, False)):
+    for n in [n for n, few in OF_FEW_PIXELS.items() if few]:
         x = image(n, 3, 32, 32, dtype=dtype, channels_last=True)
         with torch.no_grad():
             exact = copy.deepcopy(model).double()(x.double())
             apart, together = ((net(x).double() - exact).norm() / exact.norm() for net in (model, tritonnn.fuse(model)))
-        assert called == [expected] * 3
+        assert called == [True] * 6  # the first call goes through the network twice, to compile ahead
         called.clear()
         assert together < 2 * apart + 1e-6
 
@@ -592,7 +609,7 @@ def test_average_pool_apart_from_the_linear_layer(code):
 
 
 def test_what_only_convolutions_read_is_rounded_once_in_tf32():
-    """Not what is read elsewhere too, or only added: the last result, and the summands of the shortcuts."""
+    """What is read elsewhere too, or only added, is not: the last result, and the summands of the shortcuts."""
     network = tritonnn.fuse(trained(ResNet18(width=64))).network
     convolutions = {name: m for name, m in network.named_modules() if isinstance(m, FusedConv2d)}
     exact = {name for name, m in convolutions.items() if not m.round_output}
@@ -601,7 +618,7 @@ def test_what_only_convolutions_read_is_rounded_once_in_tf32():
 
 
 def test_what_a_convolution_without_tf32_reads_is_not_rounded(monkeypatch):
-    """Of the readers of a, b, whose sums are short, uses TF32 for many images only; c always does."""
+    """b and c read what a gives: b, whose sums are short, uses TF32 for many images only, c always."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     monkeypatch.setattr("tritonnn.runtime.precision._on_tensor_cores", lambda x: True)
     layers = {"a": nn.Conv2d(64, 48, 3, padding=1), "b": nn.Conv2d(48, 64, 1), "c": nn.Conv2d(48, 64, 3, padding=1)}

@@ -1,4 +1,4 @@
-"""The first call of a fused network with images of a kind: its kernels are compiled beside each other before."""
+"""Before the first call of a fused network with images of a kind, its kernels are compiled beside each other."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,7 +31,8 @@ class FirstCalls:
     """Compiles ahead what a call of `network` needs, once for each shape and type of its inputs.
 
     The call is gone through twice for that, the first time without launches. So nothing may notice: there is no code
-    but that of a traced graph of layers, which overwrites nothing and draws no random numbers.
+    but that of a traced graph of layers, which overwrites nothing and draws no random numbers, and functions of the
+    network's own (`torch.fx.wrap`) that have an attribute `only_reads`, which is true.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -42,7 +43,7 @@ class FirstCalls:
         return self.__dict__ | {"_seen": set()}
 
     def before(self, call: Callable, network: nn.Module, args: tuple, kwargs: dict, in_graphs: bool) -> None:
-        """For each `call(*args, **kwargs)`, which runs the layers of `network`, in CUDA graphs or not."""
+        """Comes before each `call(*args, **kwargs)`, which runs the layers of `network`, in CUDA graphs or not."""
         if not self.can_go_through_twice or kwargs or not args or type(args[0]) is not torch.Tensor:
             return
         kind = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else None for x in args)
@@ -84,6 +85,8 @@ def _is_harmless(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
         known = isinstance(module, (FusedLayer, TritonLayer)) or is_layer(module)
         quiet = all(not is_changed(m) and not m.training and not getattr(m, "inplace", False) for m in module.modules())
         return known and quiet
+    if getattr(node.target, "only_reads", False):
+        return True
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     library = (getattr(node.target, "__module__", "") or "torch").partition(".")[0]
     if library not in (*LIBRARIES, "tritonnn"):
