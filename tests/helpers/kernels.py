@@ -1,6 +1,6 @@
 """Kernels of all operations and their constants in launches that networks make, to be compiled for Hopper.
 
-python tests/helpers/kernels.py    # with tests/ in PYTHONPATH and TRITON_INTERPRET=0: what they become, by name, as JSON
+python tests/helpers/kernels.py    # with tests/ in the path, TRITON_INTERPRET=0: what they become, by name, as JSON
 """
 
 import json
