@@ -5,6 +5,7 @@ The assembler and the disassembler come with Triton, and need no GPU either.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,10 +41,11 @@ def run(file: str, *arguments: str) -> dict:
     return json.loads(result.stdout)
 
 
-def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> str:
-    """The PTX of a kernel for tensors of `dtype`, sizes and strides multiples of 16 but for the stride 1, and `odd`.
+def compiled(path: str, dtype: str, memory_format: str, constants: dict) -> dict[str, object]:
+    """The PTX of a kernel, its loads in TTGIR, and the vectors of integers that LLVM makes.
 
-    Triton finds that out for itself when it launches, unless an argument's type is annotated.
+    For tensors of `dtype`, sizes and strides multiples of 16 but for the stride 1, and `odd`. Triton finds that out for
+    itself when it launches, unless an argument's type is annotated.
     """
     import importlib
 
@@ -84,7 +86,20 @@ def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> 
     values = {(names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source(kernel, signature, constexprs=values, attrs=attributes)
-    return compile(source, target=Hopper().get_current_target(), options=options).asm["ptx"]
+    asm = compile(source, target=Hopper().get_current_target(), options=options).asm
+    vectors = sorted(set(re.findall(r"<\d+ x i32>", asm["llir"])))
+    return {"ptx": asm["ptx"], "loads": loads_of(asm["ttgir"]), "vectors": vectors}
+
+
+def loads_of(ttgir: str) -> list[tuple[list[int], list[int]]]:
+    """Of each load of a tile in blocks its sizes, and how many lanes of a warp lie along each dimension."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<.*?threadsPerWarp = \[([\d, ]+)\]", ttgir, re.MULTILINE))
+    found = re.findall(r"= tt\.load .*?: tensor<([\dx]+)x!tt\.ptr<\w+>, (#\w+)>", ttgir)
+    return [
+        ([int(size) for size in sizes.split("x")], [int(lanes) for lanes in layouts[layout].split(",")])
+        for sizes, layout in found
+        if layout in layouts
+    ]
 
 
 def type_of(box: list[int] | None, dtype: str, in_gluon: bool) -> str:

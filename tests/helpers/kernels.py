@@ -1,6 +1,6 @@
 """Kernels of all operations and their constants in launches that networks make, to be compiled for Hopper.
 
-python tests/helpers/kernels.py    # with tests/ in PYTHONPATH and TRITON_INTERPRET=0: all PTX by the name, as JSON
+python tests/helpers/kernels.py    # with tests/ in the path, TRITON_INTERPRET=0: what they become, by name, as JSON
 """
 
 import json
@@ -8,8 +8,9 @@ import sys
 
 from triton.runtime import driver
 
-from helpers.hopper import Hopper, compiled_ptx
-from tritonnn.runtime.capabilities import LANES_TAKE_LAST_DIMENSIONS, LOADS_BEFORE_PRODUCTS
+from helpers.hopper import Hopper, compiled
+from tritonnn.device.layouts import LANES_ALONG_LAST
+from tritonnn.runtime.capabilities import LOADS_BEFORE_PRODUCTS
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
 EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, ACTIVATION="relu", SLOPE=0.01, ROUND_Y=False)
@@ -73,7 +74,7 @@ MAX_POOL = FILTER | dict(
 MAX_POOL_ROWS = dict(PADDING_H=1, PADDING_W=1, STRIP=8, DEPENDENT=True, types=dict(taps_ptr="*u8"))
 AVG_POOL = FILTER | dict(DEPENDENT=True, ADAPTIVE=False, COUNT_INCLUDE_PAD=True, DIVISOR_OVERRIDE=0)
 LARGE_POOL = "ops.avg_pool2d:avg_pool2d_large_forward_kernel"
-SUMS = dict(STEPS=32, UNROLL=4, AXIS=0 if LANES_TAKE_LAST_DIMENSIONS else 1)
+SUMS = dict(STEPS=32, UNROLL=4, AXIS=0 if LANES_ALONG_LAST.value else 1)
 WHOLE_IMAGES = AVG_POOL | dict(R=112, S=112, PADDING_H=0, PADDING_W=0, ADAPTIVE=True, WHOLE=True, UNROLL=4)
 NORMALIZE = dict(DEPENDENT=True, INVERTED=False, HAS_WEIGHT=True, HAS_BIAS=True, HAS_RESIDUAL=False, RELU=False)
 NORM_BACKWARD = dict(TRAINING=True, BY_INPUT=True, BY_OUTPUT=False, HAS_X=True, HAS_WEIGHT=True, HAS_BIAS=True)
@@ -113,6 +114,12 @@ KERNELS = {
     "conv2d, bfloat16": (KERNEL_OF["pointers"], "bf16", LAST, POINTERS | dict(BLOCK_K=64)),
     "conv2d, TF32": (KERNEL_OF["pointers"], "fp32", LAST, POINTERS | dict(INPUT_PRECISION="tf32", ROUND_X=True)),
     "conv2d, float32": (KERNEL_OF["pointers"], "fp32", LAST, POINTERS | dict(INPUT_PRECISION="tf32x3")),
+    "conv2d, 1x1, stride 2, contiguous": (
+        KERNEL_OF["pointers"],
+        "bf16",
+        FIRST,
+        POINTERS | dict(BLOCK_K=64, R=1, S=1, STRIDE_H=2, STRIDE_W=2, PADDING_H=0, PADDING_W=0),
+    ),
     "conv2d, float32, one filter": (KERNEL_OF["pointers"], "fp32", LAST, POINTERS | dict(K=1, BLOCK_N=1, BLOCK_K=16)),
     "conv2d, 3 channels": (KERNEL_OF["pointers"], "bf16", FIRST, POINTERS | dict(C=3, SPAN_TAPS=True)),
     "conv2d, 3 channels, float32": (
@@ -396,4 +403,4 @@ multiples of 16, `types` of arguments, and boxes of `descriptors`.
 
 if __name__ == "__main__":
     driver.set_active(Hopper())
-    json.dump({name: compiled_ptx(*arguments) for name, arguments in KERNELS.items()}, sys.stdout)
+    json.dump({name: compiled(*arguments) for name, arguments in KERNELS.items()}, sys.stdout)

@@ -13,6 +13,8 @@ import pytest
 from helpers.hopper import assembled, disassembler, run
 from helpers.kernels import KERNELS
 
+from tritonnn.device.layouts import LANES_ALONG_LAST
+
 OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
 ON_TENSOR_CORES += ["gradient of the weight", "gradient of the weight, tiles of several taps"]
@@ -41,6 +43,7 @@ ROUNDS = [
     *BY_TAPS[3:],
 ]
 GATHERS = [
+    "conv2d, 1x1, stride 2, contiguous",
     "conv2d, 3 channels",
     "conv2d, 3 channels, float32",
     "max_pool2d, contiguous",
@@ -64,9 +67,14 @@ FEW_OUTPUTS = [
 
 
 @pytest.fixture(scope="module")
-def ptx() -> dict[str, str]:
-    """PTX by the name of the kernel, compiled in a process without the interpreter."""
+def code() -> dict[str, dict]:
+    """By the name of the kernel, compiled in a process without the interpreter."""
     return run("tests/helpers/kernels.py")
+
+
+@pytest.fixture(scope="module")
+def ptx(code) -> dict[str, str]:
+    return {name: of["ptx"] for name, of in code.items()}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -152,6 +160,40 @@ def test_products_overlap_and_all_fits_the_registers(name, ptx, tmp_path):
     assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == waits
     said = assembled(ptx[name], tmp_path)
     assert "0 bytes spill stores" in said and "serializ" not in said
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_HALO if "groups" not in name])
+def test_all_threads_meet_before_what_products_read_is_overwritten_and_not_between_its_load_and_a_product(name, ptx):
+    """There is a barrier in each step that overwrites, also where it belongs to what is said of the load.
+
+    A barrier after the wait for a load would delay the product; with Triton 3.7 to 3.9 there was one.
+    """
+    first, *steps = re.split(r"wgmma\.wait_group\.sync\.aligned 1;", ptx[name])
+    for step in steps:
+        assert "bar.sync" in step.partition("expect_tx")[0]
+    for step in [first, *steps[:-1]]:
+        waited = step.rpartition("wgmma.fence")[0].rpartition("try_wait")[2]
+        assert waited and ("bar.sync" not in waited or "rounded" in name)
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_HALO if not re.search("groups|NCHW|stride 2", name)])
+def test_numbers_of_several_steps_are_not_computed_together(name, code):
+    """With Triton 3.8 and 3.9 they were: addresses of products came back from the registers of each thread.
+
+    Pairs are those of one step. Weights of groups, addresses of NCHW and of one box of stride 2 may be vectors.
+    """
+    assert set(code[name]["vectors"]) <= {"<2 x i32>"}
+
+
+@pytest.mark.parametrize("name", ["channels_last", "conv2d, 1x1, stride 2, contiguous", "conv2d, 3 channels"])
+def test_lanes_load_pixels_where_channels_are_apart(name, code):
+    """Lanes read a line of pixels, one after the other; of channels each would read another line.
+
+    Newer versions of Triton spread over the lanes what 3.6 did not, where nothing is contiguous.
+    """
+    sizes, lanes = code[name]["loads"][0]
+    pixels = -1 if LANES_ALONG_LAST.value else 0
+    assert sizes[pixels] == KERNELS[name][3]["BLOCK_M"] and lanes[pixels] >= 16
 
 
 @pytest.mark.parametrize("name", RESIDENT_KERNELS)

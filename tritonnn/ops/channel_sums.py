@@ -14,10 +14,10 @@ import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
+from ..device.layouts import LANES_ALONG_LAST
 from ..device.pixels import block_of_channels
 from ..runtime import hardware
 from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
-from ..runtime.capabilities import LANES_TAKE_LAST_DIMENSIONS
 from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import is_channels_last, pixel_strides
@@ -268,7 +268,7 @@ def partial_sums(
         **dependent_launch(g),
         STEPS=steps,
         UNROLL=UNROLL,
-        AXIS=0 if LANES_TAKE_LAST_DIMENSIONS else 1,
+        AXIS=0 if LANES_ALONG_LAST.value else 1,
         ACC=accumulator(g.dtype),
         INDEX=index_type(M + steps * UNROLL * blocks.BLOCK_M),
         **blocks._asdict(),

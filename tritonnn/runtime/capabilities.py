@@ -219,8 +219,6 @@ def _version(version: str) -> tuple[int, ...]:
 
 LOADS_BEFORE_PRODUCTS = _version(triton.__version__) >= (3, 7)
 """Whether LLVM has all operands of a step in registers before its first product, where there are no tensor cores."""
-LANES_TAKE_LAST_DIMENSIONS = _version(triton.__version__) >= (3, 7)
-"""Whether Triton spreads the last of the dimensions that are not contiguous in memory over the lanes, not the first."""
 
 
 def forget() -> None:
