@@ -52,6 +52,14 @@ TMA = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_
 TMA |= dict(
     HAS_RESIDUAL=True, ROUND_X=False, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee"
 )
+
+
+def taps_of(constants: dict) -> dict:
+    """The boxes of descriptors where blocks do not divide the channels: the weight is [R * S, K, C]."""
+    tile, n, k = ([constants[f"TILE_{axis}"] for axis in "NPQ"], [constants["BLOCK_N"]], [constants["BLOCK_K"]])
+    return {"descriptors": dict(x_desc=tile + k, weight_desc=[1, *n, *k], residual_desc=tile + n, y_desc=tile + n)}
+
+
 HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, ROUND_AHEAD=False, WHOLE=True, MASKED=False, STRIDE=1)
 HALO_64 = HALO | dict(C=64, K=64, N=None, TILE_N=1, TILE_P=8, TILE_Q=32, BLOCK_N=64, BLOCK_K=64, X_SLOTS=2, W_SLOTS=4)
 HALO_64 |= dict(STAGED=True, IN_SLOT=True, num_warps=4)
@@ -227,7 +235,7 @@ KERNELS = {
         RESIDENT | RESIDENT_TF32X3,
     ),
     "conv2d, TMA": (KERNEL_OF["tma"], "bf16", LAST, TMA),
-    "conv2d, TMA, 96 channels": (KERNEL_OF["tma"], "bf16", LAST, TMA | dict(C=96)),
+    "conv2d, TMA, 96 channels": (KERNEL_OF["tma"], "bf16", LAST, TMA | dict(C=96, num_stages=3) | taps_of(TMA)),
     "conv2d, TMA, TF32": (
         KERNEL_OF["tma"],
         "fp32",
@@ -693,6 +701,14 @@ def test_gradients_are_transposed_on_their_way_to_registers_and_all_fits_there(n
     assert ptx[name].count("wgmma.mma_async") == 12
     said = assembled(ptx[name], tmp_path)
     assert "0 bytes spill stores" in said and "serializ" not in said
+
+
+@pytest.mark.parametrize("name", ["conv2d, TMA", "conv2d, TMA, 96 channels"])
+def test_tensor_cores_read_both_operands_from_where_tma_brought_them(name, ptx):
+    """A weight in registers would be overwritten while the products of the step before still read it."""
+    loop = ptx[name].partition("wgmma.mma_async")[2].partition("wgmma.wait_group.sync.aligned 0")[0]
+    assert not re.search(r"ldmatrix|(ld|st)\.shared", loop)
+    assert re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])[0] == "1"
 
 
 @pytest.mark.parametrize("name", BY_TAPS + WITH_HALO + PRODUCTS)
