@@ -84,6 +84,7 @@ IN_UNITS = dict(odd=("K", "weight_stride_tap", *(f"{t}_stride_{d}" for t in "xy"
 """Sizes that are known to be multiples of 8 by how the kernel computes them."""
 DIRECT = FILTER | EPILOGUE | dict(GROUP_C=8, GROUP_K=8, STRIP=7, BLOCK_M=128, BLOCK_N=8, num_warps=4)
 DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, UNIT=1, num_warps=4)
+WIDE = DEPTHWISE | dict(UNIT=8, BLOCK_M=8, BLOCK_C=64, odd=("M", "H", "W", "P", "Q", "strips_p"))
 MAX_POOL = FILTER | dict(
     DEPENDENT=True,
     RETURN_INDICES=False,
@@ -351,6 +352,9 @@ KERNELS = {
         LAST,
         DEPTHWISE | IN_UNITS | dict(UNIT=8, BLOCK_M=16, BLOCK_C=64),
     ),
+    "conv2d, depthwise, 5x5": (KERNEL_OF["depthwise"], "bf16", LAST, WIDE | dict(R=5, S=5)),
+    "conv2d, depthwise, 5x5, strided": (KERNEL_OF["depthwise"], "bf16", LAST, WIDE | dict(R=5, S=5, STRIDE_H=2)),
+    "conv2d, depthwise, 7x7": (KERNEL_OF["depthwise"], "bf16", LAST, WIDE | dict(R=7, S=7)),
     "conv2d, 24 channels": (
         KERNEL_OF["pointers"],
         "bf16",
@@ -516,6 +520,9 @@ ROUNDS = [
     "padded rows",
     *BY_TAPS[3:],
 ]
+WIDE_FILTERS = {"conv2d, depthwise, 5x5": 168, "conv2d, depthwise, 5x5, strided": 232, "conv2d, depthwise, 7x7": 224}
+"""Depthwise kernels whose threads take 8 bytes of channels, and the most registers of a thread that leave a
+multiprocessor as many programs as when all columns were unrolled."""
 GATHERS = [
     "conv2d, 3 channels",
     "conv2d, 3 channels, float32",
@@ -524,7 +531,7 @@ GATHERS = [
     "channels_last",
     "padded rows",
 ]
-GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous"]
+GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous", *WIDE_FILTERS]
 """Kernels that read neighbouring pixels, one by one."""
 REDUCTIONS = ["batch_norm2d, statistics", "batch_norm2d, statistics, contiguous", "gradient of batch_norm2d, sums"]
 REDUCTIONS += ["gradient of batch_norm2d, sums, contiguous"]
@@ -535,8 +542,9 @@ FEW_OUTPUTS = [
     "conv2d, depthwise, contiguous",
     "conv2d, direct, contiguous",
     *REDUCTIONS,
+    *WIDE_FILTERS,
 ]
-"""Kernels of which a thread has one output, or a column of them."""
+"""Kernels of which a thread has one output, a column of them, or 8 bytes of a column's channels."""
 
 
 def compiled_ptx(path: str, dtype: str, memory_format: str, constants: dict) -> str:
@@ -691,6 +699,22 @@ def test_few_channels_fit_the_registers(name, ptx, tmp_path):
     """With 32 products a step Triton 3.9 spilled 5.6 KB a thread of the second: ResNet18 took half as long again."""
     said = assembled(ptx[name], tmp_path)
     assert "0 bytes spill stores" in said and int(re.search(r"Used (\d+) registers", said)[1]) > 32
+
+
+@pytest.mark.parametrize("name", WIDE_FILTERS)
+def test_columns_of_wide_filters_are_a_loop_that_loads_the_next_one(name, ptx, tmp_path):
+    """Of each column rows and weights are loaded once, 8 bytes at a time, before the column before is multiplied.
+
+    Triton's time to compile grows with the cube of loads and products: a 7x7 filter took 6 times as long unrolled.
+    """
+    constants, code = KERNELS[name][3], re.sub(r"\t//.*", "", ptx[name])
+    loop = code[: code.rindex("bra")].rpartition("$L__BB")[2].partition("\n")[2]
+    rows = (constants["STRIP"] - 1) * constants["STRIDE_H"] + constants["R"]
+    assert re.findall(r"ld\.global[\w.]*", loop) == ["ld.global.v2.b32"] * (rows + constants["R"])
+    assert 0 < loop.count("fma.rn.f32") <= 4 * constants["STRIP"] * constants["R"]
+    assert code.count("ld.global") == 2 * (rows + constants["R"]) and "shared" not in loop
+    said = assembled(ptx[name], tmp_path)
+    assert "0 bytes spill stores" in said and int(re.search(r"Used (\d+) registers", said)[1]) <= WIDE_FILTERS[name]
 
 
 @pytest.mark.parametrize("name", GRADIENTS_WITH_HALO)
