@@ -148,8 +148,8 @@ def conv2d_depthwise_forward_kernel(
     """One program owns BLOCK_M of M = N * strips_p * Q strips of STRIP output rows x BLOCK_C output channels.
 
     Output channel k reads input channel k // MULTIPLIER. Of each column of the filter the rows of x under the strip are
-    loaded, then multiplied for each of its output rows; in a loop, while the next are loaded. K and the strides, but for those of channels, are in units of
-    UNIT elements.
+    loaded, then multiplied for each of its output rows; in a loop, while the next are loaded. K and the strides, but
+    for those of channels, are in units of UNIT elements.
     """
     K = K * UNIT
     x_stride_n, x_stride_h, x_stride_w = x_stride_n * UNIT, x_stride_h * UNIT, x_stride_w * UNIT
