@@ -98,7 +98,7 @@ def add_products(sums, rows, weights, STRIDE_H: tl.constexpr, DILATION_H: tl.con
     return added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips_p"])  # one strip asks for no compilation of its own
 def conv2d_depthwise_forward_kernel(
     x_ptr,
     weight_ptr,
