@@ -84,8 +84,8 @@ MATMUL_NCHW = dict(CHANNELS_LAST_X=False, CHANNELS_LAST_Y=False)
 IN_UNITS = dict(odd=("K", "weight_stride_tap", *(f"{t}_stride_{d}" for t in "xy" for d in ("n", "h", "w", "pixel"))))
 """Sizes that are known to be multiples of 8 by how the kernel computes them."""
 DIRECT = FILTER | EPILOGUE | dict(GROUP_C=8, GROUP_K=8, STRIP=7, BLOCK_M=128, BLOCK_N=8, num_warps=4)
-DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, UNIT=1, num_warps=4)
-WIDE = DEPTHWISE | dict(UNIT=8, BLOCK_M=8, BLOCK_C=64, odd=("M", "H", "W", "P", "Q", "strips_p"))
+DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, UNIT=1, LOOP=False, num_warps=4)
+WIDE = DEPTHWISE | dict(LOOP=True, UNIT=8, BLOCK_M=8, BLOCK_C=64, odd=("M", "H", "W", "P", "Q", "strips_p"))
 MAX_POOL = FILTER | dict(
     DEPENDENT=True,
     RETURN_INDICES=False,

@@ -31,12 +31,13 @@ from .form import Config, Form
 
 MOST_TAPS = 64
 """The largest filter whose taps are unrolled."""
-MOST_UNROLLED_COLUMNS = tl.constexpr(3)
-"""Of a filter of 16-bit numbers in channels_last; wider ones are a loop over columns.
+MOST_UNROLLED_COLUMNS = 3
+"""Of a filter of 16-bit numbers in channels_last, over images of several strips; wider ones are a loop over columns.
 
 Triton's time to compile grows with the cube of what is unrolled: a 7x7 filter takes 1.2 s of a core in a loop, 6.8
 unrolled. The machine code for Hopper is as good: 7x7 219 registers for 254 and 4 % fewer instructions executed, 5x5 168
-and as many, stride 2 229 for 255 and none spilled. In float32 and in NCHW it would not be.
+and as many, stride 2 229 for 255 and none spilled. In float32, in NCHW and for one strip it would not be: 7x7 216
+registers for 163, 5x5 a quarter more instructions, 7x7 184 registers for 110.
 """
 
 
@@ -98,7 +99,7 @@ def add_products(sums, rows, weights, STRIDE_H: tl.constexpr, DILATION_H: tl.con
     return added
 
 
-@triton.jit(do_not_specialize=["strips_p"])  # one strip asks for no compilation of its own
+@triton.jit
 def conv2d_depthwise_forward_kernel(
     x_ptr,
     weight_ptr,
@@ -141,6 +142,7 @@ def conv2d_depthwise_forward_kernel(
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
     UNIT: tl.constexpr,
+    LOOP: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -148,7 +150,7 @@ def conv2d_depthwise_forward_kernel(
     """One program owns BLOCK_M of M = N * strips_p * Q strips of STRIP output rows x BLOCK_C output channels.
 
     Output channel k reads input channel k // MULTIPLIER. Of each column of the filter the rows of x under the strip are
-    loaded, then multiplied for each of its output rows; in a loop, while the next are loaded. K and the strides, but
+    loaded, then multiplied for each of its output rows; in a LOOP, while the next are loaded. K and the strides, but
     for those of channels, are in units of UNIT elements.
     """
     K = K * UNIT
@@ -173,7 +175,7 @@ def conv2d_depthwise_forward_kernel(
     sums = ()
     for _ in tl.static_range(STRIP):
         sums = sums + (tl.full((BLOCK_M, BLOCK_C), 0, ACC),)
-    if S <= MOST_UNROLLED_COLUMNS or BLOCK_C == 1 or x_ptr.dtype.element_ty.primitive_bitwidth > 16:
+    if not LOOP:
         for s in tl.static_range(S):
             w = w_first + s * DILATION_W
             rows = load_rows(x_ptrs, h_first, w, x_stride_h, x_stride_w, mask_m, mask_k, H, W, ROWS)
@@ -370,7 +372,10 @@ class DepthwiseForm(Form):
         if x_c == y_k == weight_k == 1:
             unit = stride_unit(x.element_size(), x_n, x_h, x_w, y_n, y_pixel, weight_tap, K)
         kernel = conv2d_depthwise_forward_kernel
-        if not constants.pop("UNROLLED"):
+        if constants.pop("UNROLLED"):
+            neighbours = config.BLOCK_C > 1 and x.element_size() == 2
+            constants["LOOP"] = weight.shape[2] > MOST_UNROLLED_COLUMNS and neighbours and strips_p > 1
+        else:
             kernel, sizes = conv2d_depthwise_general_forward_kernel, (P * Q, Q)
             del constants["STRIP"]
         launch(
