@@ -2,10 +2,12 @@
 
     python benchmarks/first_call.py
     python benchmarks/first_call.py --networks resnet50 --ways fuse compile --beside
+    python benchmarks/first_call.py --count --networks convnext_tiny
 
 Each way to run a network is a process of its own with empty caches, and then another process that finds them filled.
-With --beside the ways of a network run at the same time, each on its share of the cores. Ends with 0, 1 if a way
-failed, 2 on wrong use.
+With --beside the ways of a network run at the same time, each on its share of the cores. --count needs no GPU: it poses
+as an H100, and compiles one after the other what the first call of the fused network would compile there, in seconds
+of a core. Ends with 0, 1 if a way failed, 2 on wrong use.
 """
 
 import sys
@@ -21,16 +23,22 @@ import os
 import subprocess
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 import tritonnn
 from tritonnn.command.networks import build, calibrate, random_images
+from tritonnn.compile_ahead import kernels_of
 from tritonnn.compiler import backend
+from tritonnn.runtime import hardware, operator
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITONNN_CACHE_DIR")
 NETWORKS = ("resnet18", "resnet50", "efficientnet_b0", "convnext_tiny")
@@ -89,13 +97,78 @@ def child(network: str, way: str, dtype: str, batch: int) -> None:
     print(json.dumps({"first_s": times[0], "second_s": times[1], "error": error, "log": logged}))
 
 
-def measured(args: argparse.Namespace, network: str, way: str, caches: str, cores: Sequence[int]) -> dict[str, object]:
+class H100:
+    """What Triton asks of the driver of a machine that has one."""
+
+    gpu = hardware.Gpu((9, 0), 132, 227 * 1024)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def counted(network: str, dtype: str, batch: int) -> None:
+    """Prints the seconds that each kernel takes to compile, by its function's name."""
+    driver.set_active(H100())
+    hardware.gpu = lambda device: H100.gpu
+    # What launches is asked on CPU tensors, as the interpreter would be, and launches nothing.
+    operator.triton = SimpleNamespace(knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=True)))
+    model = build(f"torchvision:{network}")
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    model = model.to(kind, memory_format=torch.channels_last).requires_grad_(False)
+    fused, x = tritonnn.fuse(model), torch.empty(batch, 3, 224, 224, dtype=kind, memory_format=torch.channels_last)
+    failed: list[Exception] = []
+
+    def call() -> None:
+        try:
+            fused(x)
+        except Exception as error:  # which going through it would not tell
+            failed.append(error)
+
+    with torch.no_grad():
+        kernels = kernels_of(call, every_kernel=True)
+    if failed:
+        raise failed[0]
+    seconds = defaultdict(list)
+    for kernel in kernels:
+        start = sum(os.times()[:4])  # the assembler is a process of its own
+        kernel.function.preload(kernel.specialization)
+        seconds[kernel.function.__name__].append(sum(os.times()[:4]) - start)
+    print(json.dumps(seconds))
+
+
+def count(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Of each network, in a process with empty caches."""
+    found = []
+    for network in args.networks:
+        with tempfile.TemporaryDirectory() as caches:
+            took = measured(args, network, args.ways[0], caches, sorted(os.sched_getaffinity(0)), "--count")
+        found.append({"network": network} | took)
+        if "failed" in took:
+            print(f"{network}: FAILED {took['failed']}", flush=True)
+            continue
+        seconds = {name: took[name] for name in took if name != "process_s"}
+        every = sum(seconds.values(), [])
+        print(f"{network}: {len(every)} kernels, {sum(every):.1f} s, the longest {max(every):.1f} s")
+        for name, each in sorted(seconds.items(), key=lambda item: -sum(item[1])):
+            print(f"  {len(each):3} {name} {sum(each):.1f} s", flush=True)
+    return found
+
+
+def measured(
+    args: argparse.Namespace, network: str, way: str, caches: str, cores: Sequence[int], *more: str
+) -> dict[str, object]:
     """What a new process says, and the seconds that all of it took."""
     start = time.perf_counter()
     options = ["--networks", network, "--ways", way, "--dtype", args.dtype, "--batch-size", str(args.batch_size)]
     done = subprocess.run(
-        [sys.executable, __file__, "--child", *options],
-        env=os.environ | {name: f"{caches}/{name.lower()}" for name in CACHES},
+        [sys.executable, __file__, "--child", *options, *more],
+        env=os.environ | {"TRITON_INTERPRET": "0"} | {name: f"{caches}/{name.lower()}" for name in CACHES},
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
         capture_output=True,
         text=True,
@@ -145,9 +218,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--dtype", choices=tuple(LIMIT), default="bf16")
     add("--batch-size", type=int, default=64, metavar="N")
     add("--beside", action="store_true", help="the ways of a network at the same time, each on its share of the cores")
+    add("--count", action="store_true", help="only the kernels that the fused network compiles, posing as an H100")
     add("--output", type=Path, metavar="FILE", help="JSON of all that was found")
     add("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.count and args.child:
+        counted(args.networks[0], args.dtype, args.batch_size)
+        return
+    if args.count:
+        found = count(args)
+        if args.output:
+            args.output.write_text(json.dumps({"gpu": "posing as an H100", "found": found}, indent=1) + "\n")
+        sys.exit(int(any("failed" in of_network for of_network in found)))
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU: there is nothing to compile for")
     if args.child:

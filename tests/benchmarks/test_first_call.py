@@ -45,3 +45,24 @@ def test_without_a_gpu_it_ends_with_an_error(capsys):
     with pytest.raises(SystemExit) as end:
         first_call.main([])
     assert end.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_counts_what_an_h100_would_compile_without_one(tmp_path, capsys):
+    """AlexNet: its first layer from rows that are copied, 5x5 and 3x3 filters, pools and linear layers."""
+    with pytest.raises(SystemExit) as end:
+        first_call.main(["--count", "--networks", "alexnet", "--output", str(tmp_path / "found")])
+    (found,) = json.loads((tmp_path / "found").read_text())["found"]
+    kernels = {name: seconds for name, seconds in found.items() if name.endswith("_kernel")}
+    assert {"padded_rows_kernel", "conv2d_pointers_forward_kernel", "max_pool2d_forward_kernel"} <= kernels.keys()
+    assert any("tma" in name for name in kernels), "kernels of a Hopper GPU"
+    number = sum(map(len, kernels.values()))
+    assert 6 <= number <= 16 and all(min(seconds) > 0 for seconds in kernels.values())
+    assert end.value.code == 0 and f"alexnet: {number} kernels" in capsys.readouterr().out
+
+
+def test_a_network_that_cannot_be_counted_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(first_call, "measured", lambda *args: {"failed": "UserError: no such network", "process_s": 1})
+    with pytest.raises(SystemExit) as end:
+        first_call.main(["--count", "--networks", "nonet"])
+    assert end.value.code == 1 and capsys.readouterr().out == "nonet: FAILED UserError: no such network\n"

@@ -39,6 +39,14 @@ TMA = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_
 TMA |= dict(
     HAS_RESIDUAL=True, ROUND_X=False, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee"
 )
+
+
+def taps_of(constants: dict) -> dict:
+    """The boxes of descriptors where blocks do not divide the channels: the weight is [R * S, K, C]."""
+    tile, n, k = ([constants[f"TILE_{axis}"] for axis in "NPQ"], [constants["BLOCK_N"]], [constants["BLOCK_K"]])
+    return {"descriptors": dict(x_desc=tile + k, weight_desc=[1, *n, *k], residual_desc=tile + n, y_desc=tile + n)}
+
+
 HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, ROUND_AHEAD=False, WHOLE=True, MASKED=False, STRIDE=1)
 HALO_64 = HALO | dict(C=64, K=64, N=None, TILE_N=1, TILE_P=8, TILE_Q=32, BLOCK_N=64, BLOCK_K=64, X_SLOTS=2, W_SLOTS=4)
 HALO_64 |= dict(STAGED=True, IN_SLOT=True, num_warps=4)
@@ -62,7 +70,8 @@ MATMUL_NCHW = dict(CHANNELS_LAST_X=False, CHANNELS_LAST_Y=False)
 IN_UNITS = dict(odd=("K", "weight_stride_tap", *(f"{t}_stride_{d}" for t in "xy" for d in ("n", "h", "w", "pixel"))))
 """Sizes that are known to be multiples of 8 by how the kernel computes them."""
 DIRECT = FILTER | EPILOGUE | dict(GROUP_C=8, GROUP_K=8, STRIP=7, BLOCK_M=128, BLOCK_N=8, num_warps=4)
-DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, UNIT=1, num_warps=4)
+DEPTHWISE = FILTER | EPILOGUE | dict(MULTIPLIER=1, STRIP=7, weight_stride_k=1, UNIT=1, LOOP=False, num_warps=4)
+WIDE = DEPTHWISE | dict(LOOP=True, UNIT=8, BLOCK_M=8, BLOCK_C=64, odd=("M", "H", "W", "P", "Q", "strips_p"))
 MAX_POOL = FILTER | dict(
     DEPENDENT=True,
     RETURN_INDICES=False,
@@ -170,7 +179,7 @@ KERNELS = {
     "conv2d, in registers, 1x1": (KERNEL_OF["in_registers"], "bf16", LAST, RESIDENT | RESIDENT_1X1),
     "conv2d, in registers, float32": (KERNEL_OF["in_registers"], "fp32", LAST, RESIDENT | RESIDENT_TF32X3),
     "conv2d, TMA": (KERNEL_OF["tma"], "bf16", LAST, TMA),
-    "conv2d, TMA, 96 channels": (KERNEL_OF["tma"], "bf16", LAST, TMA | dict(C=96)),
+    "conv2d, TMA, 96 channels": (KERNEL_OF["tma"], "bf16", LAST, TMA | dict(C=96, num_stages=3) | taps_of(TMA)),
     "conv2d, TMA, TF32": (KERNEL_OF["tma"], "fp32", LAST, TMA | dict(INPUT_PRECISION="tf32", BLOCK_K=32)),
     "conv2d, TMA, TF32, rounded": (
         KERNEL_OF["tma"],
@@ -261,6 +270,9 @@ KERNELS = {
         LAST,
         DEPTHWISE | IN_UNITS | dict(UNIT=8, BLOCK_M=16, BLOCK_C=64),
     ),
+    "conv2d, depthwise, 5x5": (KERNEL_OF["depthwise"], "bf16", LAST, WIDE | dict(R=5, S=5)),
+    "conv2d, depthwise, 5x5, strided": (KERNEL_OF["depthwise"], "bf16", LAST, WIDE | dict(R=5, S=5, STRIDE_H=2)),
+    "conv2d, depthwise, 7x7": (KERNEL_OF["depthwise"], "bf16", LAST, WIDE | dict(R=7, S=7)),
     "conv2d, 24 channels": (
         KERNEL_OF["pointers"],
         "bf16",

@@ -10,6 +10,7 @@ import re
 import subprocess
 
 import pytest
+import triton
 from helpers.hopper import assembled, disassembler, run
 from helpers.kernels import KERNELS
 
@@ -42,6 +43,9 @@ ROUNDS = [
     "padded rows",
     *BY_TAPS[3:],
 ]
+WIDE_FILTERS = {"conv2d, depthwise, 5x5": 168, "conv2d, depthwise, 5x5, strided": 232, "conv2d, depthwise, 7x7": 224}
+"""Depthwise kernels whose threads take 8 bytes of channels, and the most registers of a thread that leave a
+multiprocessor as many programs as when all columns were unrolled."""
 GATHERS = [
     "conv2d, 1x1, stride 2, contiguous",
     "conv2d, 3 channels",
@@ -51,7 +55,7 @@ GATHERS = [
     "channels_last",
     "padded rows",
 ]
-GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous"]
+GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous", *WIDE_FILTERS]
 """Kernels that read neighbouring pixels, one by one."""
 REDUCTIONS = ["batch_norm2d, statistics", "batch_norm2d, statistics, contiguous", "gradient of batch_norm2d, sums"]
 REDUCTIONS += ["gradient of batch_norm2d, sums, contiguous"]
@@ -62,8 +66,9 @@ FEW_OUTPUTS = [
     "conv2d, depthwise, contiguous",
     "conv2d, direct, contiguous",
     *REDUCTIONS,
+    *WIDE_FILTERS,
 ]
-"""Kernels of which a thread has one output, or a column of them."""
+"""Kernels of which a thread has one output, a column of them, or 8 bytes of a column's channels."""
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +130,24 @@ def test_few_channels_fit_the_registers(name, ptx, tmp_path):
     assert "0 bytes spill stores" in said and int(re.search(r"Used (\d+) registers", said)[1]) > 32
 
 
+@pytest.mark.parametrize("name", WIDE_FILTERS)
+def test_columns_of_wide_filters_are_a_loop_that_loads_the_next_one(name, ptx, tmp_path):
+    """Of each column rows and weights are loaded once, 8 bytes at a time, before the column before is multiplied.
+
+    Triton's time to compile grows with the cube of loads and products: a 7x7 filter took 6 times as long unrolled.
+    """
+    constants, code = KERNELS[name][3], re.sub(r"\t//.*", "", ptx[name])
+    loop = code[: code.rindex("bra")].rpartition("$L__BB")[2].partition("\n")[2]
+    rows = (constants["STRIP"] - 1) * constants["STRIDE_H"] + constants["R"]
+    assert re.findall(r"ld\.global[\w.]*", loop) == ["ld.global.v2.b32"] * (rows + constants["R"])
+    assert 0 < loop.count("fma.rn.f32") <= 4 * constants["STRIP"] * constants["R"]
+    assert code.count("ld.global") == 2 * (rows + constants["R"]) and "shared" not in loop
+    said = assembled(ptx[name], tmp_path)
+    if triton.__version__.startswith("3.6."):  # the assembler of Triton 3.9 takes more for both
+        assert "0 bytes spill stores" in said
+        assert int(re.search(r"Used (\d+) registers", said)[1]) <= WIDE_FILTERS[name]
+
+
 @pytest.mark.parametrize("name", GRADIENTS_WITH_HALO)
 def test_gradients_are_transposed_on_their_way_to_registers_and_all_fits_there(name, ptx, tmp_path):
     """64 x 64 of a gradient in four loads; the sums of three products of it stay where they are."""
@@ -133,6 +156,14 @@ def test_gradients_are_transposed_on_their_way_to_registers_and_all_fits_there(n
     assert ptx[name].count("wgmma.mma_async") == 12
     said = assembled(ptx[name], tmp_path)
     assert "0 bytes spill stores" in said and "serializ" not in said
+
+
+@pytest.mark.parametrize("name", ["conv2d, TMA", "conv2d, TMA, 96 channels"])
+def test_tensor_cores_read_both_operands_from_where_tma_brought_them(name, ptx):
+    """A weight in registers would be overwritten while the products of the step before still read it."""
+    loop = ptx[name].partition("wgmma.mma_async")[2].partition("wgmma.wait_group.sync.aligned 0")[0]
+    assert not re.search(r"ldmatrix|(ld|st)\.shared", loop)
+    assert re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])[0] == "1"
 
 
 @pytest.mark.parametrize("name", BY_TAPS + WITH_HALO + PRODUCTS)

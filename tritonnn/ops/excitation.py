@@ -64,7 +64,8 @@ def excitation_forward_kernel(
     h = tl.sum(products, 1)
     if HAS_BIAS1:
         h += tl.load(bias1_ptr + s, mask=s < S, other=0.0).to(ACC)
-    h = round_to(activate(h, INNER, SLOPE1), y_ptr.dtype.element_ty).to(ACC)
+    # Beyond the last the weights are zeros, and zero times infinity is NaN.
+    h = tl.where(s < S, round_to(activate(h, INNER, SLOPE1), y_ptr.dtype.element_ty).to(ACC), 0)
     start_successor(DEPENDENT)
     mask = (k < K)[:, None] & (s < S)[None, :]
     weight2 = tl.load(weight2_ptr + k[:, None] * S + s[None, :], mask=mask, other=0.0).to(ACC)

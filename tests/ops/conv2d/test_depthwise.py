@@ -21,6 +21,7 @@ CASES = {
     "5x5, two filters a channel": (6, 2, (5, 5), (1, 1), (2, 2), (1, 1)),
     "oblong, dilated, strided": (8, 1, (5, 3), (2, 1), (2, 0), (1, 2)),
     "7x7": (4, 3, (7, 7), (1, 1), (3, 3), (1, 1)),
+    "wide, dilated, strided": (6, 1, (3, 5), (2, 2), (1, 4), (1, 2)),
     "dilated rows": (8, 1, (3, 3), (1, 1), (2, 2), (2, 2)),
     "1x1": (20, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
 }
@@ -50,6 +51,16 @@ def test_types(dtype):
     N, K, P, Q = exact.shape
     run(operands, Choice(config_of(4, N, P, Q, K, dtype.itemsize, True, 16)))
     assert worst_image(operands.y, exact) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("strip", [1, 4])
+@pytest.mark.parametrize("case", ["5x5, two filters a channel", "7x7", "wide, dilated, strided"])
+def test_columns_in_a_loop(case, strip):
+    """As 16-bit numbers in channels_last have them under a wide filter."""
+    operands, exact = product(case, True, torch.bfloat16)
+    N, K, P, Q = exact.shape
+    run(operands, Choice(config_of(strip, N, P, Q, K, 2, True, 8)))
+    assert worst_image(operands.y, exact) < LIMIT[torch.bfloat16]
 
 
 @pytest.mark.gpu

@@ -139,13 +139,14 @@ def conv2d_tma_forward_kernel(
     back. Else acc [pixels, channels] = x @ weight.T, with x in registers, where it is rounded to TF32 or,
     "tf32x3", split; then weight_desc holds the weights rounded to TF32 and, K rows below, what that left of them, and
     the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. y_desc is a pointer
-    unless y is CHANNELS_LAST. Where BLOCK_K does not divide C, x's last block of a tap ends with zeros, which multiply
-    the next tap's weights.
+    unless y is CHANNELS_LAST. weight_desc is [K, R * S * C] or, where BLOCK_K does not divide C, [R * S, K, C]: a tap's
+    last block then ends with zeros in both operands, as zero times infinity is NaN.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = R * S * BLOCKS_C
+    BY_TAPS: tl.constexpr = len(weight_desc.block_shape) == 3
 
     tile = tl.program_id(0)
     k = tile % BLOCKS_N * BLOCK_N
@@ -166,13 +167,19 @@ def conv2d_tma_forward_kernel(
         r = tap // S * DILATION_H - PADDING_H
         s = tap % S * DILATION_W - PADDING_W
         x = tl.reshape(load_box(x_desc, n, p, q, r, s, c, C, STRIDE), (BLOCK_M, BLOCK_K))
-        weight = weight_desc.load([k, tap * C + c])  # [BLOCK_N, BLOCK_K]
+        if BY_TAPS:
+            weight = tl.reshape(weight_desc.load([tap, k, c]), (BLOCK_N, BLOCK_K))
+        else:
+            weight = weight_desc.load([k, tap * C + c])
         if SWAP_AB:
             if ROUND_X:
                 x = round_to_tf32(x)
             acc = tl.dot(weight, x.T, acc, input_precision=INPUT_PRECISION)
         elif INPUT_PRECISION == "tf32x3":
-            rest = weight_desc.load([K + k, tap * C + c])
+            if BY_TAPS:
+                rest = tl.reshape(weight_desc.load([tap, K + k, c]), (BLOCK_N, BLOCK_K))
+            else:
+                rest = weight_desc.load([K + k, tap * C + c])
             part = add_split_dot(x, weight.T, rest.T, part)
             if (step + 1) % FLUSH == 0:
                 acc += part
@@ -292,7 +299,11 @@ class TmaForm(Form):
         else:  # of one tap, or of stride 1
             x = _pixels(x)[:, :: product.stride[0], :: product.stride[1]]
             x_desc = TensorDescriptor.from_tensor(x, [tile_n, tile_p, tile_q, block_k], **rounding)
-        weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
+        if R * S > 1 and C % block_k != 0:
+            taps = weight.view(-1, R * S, C).transpose(0, 1)
+            weight_desc = TensorDescriptor.from_tensor(taps, [1, block_n, block_k])
+        else:
+            weight_desc = TensorDescriptor.from_tensor(weight.view(-1, R * S * C), [block_n, block_k])
         y_box = [tile_n, tile_p, tile_q, block_n]
         y_desc = TensorDescriptor.from_tensor(_pixels(y), y_box) if product.channels_last_y else y
         residual_desc = y_desc
