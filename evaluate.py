@@ -82,6 +82,8 @@ def evaluate(args: Namespace) -> bool:
         raise UserError("--tune needs a CUDA GPU: in Triton's interpreter there is nothing to tune")
     if args.precision == "16-mixed" and not torch.cuda.is_available():
         raise UserError("--precision 16-mixed needs a GPU: on a CPU PyTorch has bf16-mixed")
+    if args.log_dir and args.log_dir.is_file():
+        raise UserError(f"--log-dir {args.log_dir} is a file")
     path = checkpoint_file(args.ckpt_path)
     classifier, checkpoint = load_classifier(path)
     overrides = {"batch_size": args.batch_size, "root": args.data_root and str(args.data_root)}
@@ -100,7 +102,7 @@ def checkpoint_file(given: Path | None) -> Path:
         return given
     folder = given or Path("checkpoints")
     path = best_of(newest_run(folder))
-    notice(f"Evaluating {path}, of the latest run in {folder}.")
+    notice(f"Evaluating {path}, of the latest run in {folder}/.")
     return path
 
 

@@ -25,7 +25,7 @@ start_command()
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from lit_modules.checkpoint import check_architecture, last_of, load
 from lit_modules.classifier import ImageClassifier
 from lit_modules.data import ImageData
 from lit_modules.kept_checkpoints import LAST, BestCheckpoint, LastCheckpoint
-from lit_modules.run_folder import claimed
+from lit_modules.run_folder import claimed, present
 from lit_modules.training_cli import HelpFormatter, check_image_size, describe_model, named_networks, resumes
 from lit_modules.triton_evaluation import TritonEvaluation
 
@@ -74,6 +74,12 @@ class TrainingCLI(LightningCLI):
         describe_model(parser)
         for name in ("num_classes", "in_channels"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        seed = self.config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= (seed or 0) < 2**32:
+            raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
 
     @property
     def best(self) -> BestCheckpoint:
@@ -111,14 +117,20 @@ class TrainingCLI(LightningCLI):
         """Gives the run `checkpoints/<data>/version_<number>/` and its loggers `logs/<data>/version_<number>/`.
 
         A dry run (`trainer.fast_dev_run`) has neither.
+
+        Raises:
+            OSError: a folder cannot be made, that of `checkpoint.dirpath` included.
         """
         config, name = self.config_init.trainer, self.datamodule.name
         if config.fast_dev_run:
             self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, Checkpoint)]
             yield
             return
-        root = Path(config.default_root_dir or ".")
-        with claimed(root / "checkpoints" / name, "version_", root / "logs" / name) as (folder, number):
+        root, chosen = Path(config.default_root_dir or "."), self.best.dirpath
+        with (
+            present(Path(chosen)) if chosen and "://" not in str(chosen) else nullcontext(),
+            claimed(root / "checkpoints" / name, "version_", root / "logs" / name) as (folder, number),
+        ):
             self.best.dirpath = self.last.dirpath = self.best.dirpath or str(folder.resolve())
             if config.logger in (None, True) and not config.barebones:
                 tensorboard = TensorBoardLogger(root / "logs", name, number, default_hp_metric=False)

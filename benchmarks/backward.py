@@ -109,7 +109,7 @@ class Gradient(NamedTuple):
 
 
 def gradients(network: str, dtype: torch.dtype, channels_last: bool) -> Iterator[Gradient]:
-    """Of a network's layers, each shape once."""
+    """The gradients of a network's layers, each shape once."""
     N = IMAGES[network]
 
     def image(*shape: int) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Case:
 
     @property
     def layout(self) -> str:
-        """That of the images, for peers whose name says none."""
+        """The memory format of the images, for peers whose name says none."""
         return "nchw" if self.dtype == "default" else "channels-last"
 
     @property

@@ -206,7 +206,7 @@ def described(device: torch.device) -> dict[str, str]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """Without the output folder, which has nothing to do with the measurement."""
+    """The command line without the output folder, which has nothing to do with the measurement."""
     words, rest = [], iter(arguments)
     for word in rest:
         if word == "--output":

@@ -16,14 +16,14 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.cases import DTYPES, flags  # noqa: E402
-from tritonnn.clocks import captured, event_clock  # noqa: E402
-from tritonnn.compile_ahead import compile_ahead  # noqa: E402
-from tritonnn.ops.conv2d.dispatch import candidates, run  # noqa: E402
-from tritonnn.ops.conv2d.problem import Problem  # noqa: E402
-from tritonnn.runtime import hardware  # noqa: E402
-from tritonnn.runtime.dependent_launch import launches_as_in_graphs  # noqa: E402
-from tritonnn.tuning.harness import Harness, Wrong, operands  # noqa: E402
+from benchmarks.cases import DTYPES, flags
+from tritonnn.clocks import captured, event_clock
+from tritonnn.compile_ahead import compile_ahead
+from tritonnn.ops.conv2d.dispatch import candidates, run
+from tritonnn.ops.conv2d.problem import Problem
+from tritonnn.runtime import hardware
+from tritonnn.runtime.dependent_launch import launches_as_in_graphs
+from tritonnn.tuning.harness import Harness, Wrong, operands
 
 PRECISIONS = {"bf16": "ieee", "fp16": "ieee", "tf32": "tf32", "fp32": "tf32x3"}
 SHAPES = (64, 64, 32, 1), (64, 128, 32, 2), (128, 128, 16, 1), (128, 256, 16, 2), (256, 256, 8, 1), (512, 512, 4, 1)

@@ -11,7 +11,7 @@ OK, WRONG, FAILED, MISSING = "ok", "wrong", "failed", "unavailable"
 
 @dataclass
 class Measured:
-    """Of one peer in one case. There is no `timing` unless `status` is "ok".
+    """What was measured of one peer in one case. There is no `timing` unless `status` is "ok".
 
     Errors are against float64, in units of the reference's root mean square: the largest and the root mean square.
     """

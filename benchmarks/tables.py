@@ -14,10 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tritonnn  # noqa: E402
-from benchmarks.cases import IMAGENET_BATCH_SIZE, Case, flags  # noqa: E402
-from benchmarks.networks import Setup  # noqa: E402
-from tritonnn.ops.conv2d.tables import SHIPPED, file_name  # noqa: E402
+import tritonnn
+from benchmarks.cases import IMAGENET_BATCH_SIZE, Case, flags
+from benchmarks.networks import Setup
+from tritonnn.ops.conv2d.tables import SHIPPED, file_name
 
 DTYPES = ("bf16", "tf32", "fp32")
 CASES = [Case("cifar", dtype, n) for n in (1024, 128, 1, 8) for dtype in DTYPES]

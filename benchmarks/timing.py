@@ -80,7 +80,7 @@ def capture(call: Callable[[], object]) -> tuple[Callable[[], object], object]:
 def ceilings(
     device: torch.device, flags: Callable[[str], AbstractContextManager], n: int = 8192, copied: int = 2**29
 ) -> dict[str, float]:
-    """Of the GPU, now: TFLOP/s of an n x n x n product of random numbers by type, GB/s read and written by a copy.
+    """Measures the GPU now: TFLOP/s of an n x n x n product of random numbers by type, GB/s that a copy moves.
 
     `flags` sets PyTorch's switches for a type; `copied` numbers of 4 bytes are copied.
     """

@@ -136,7 +136,7 @@ def curve(variant: str, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
 
 
 def batches(root: Path | None, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """On the GPU; epoch after epoch the same images in another order."""
+    """Batches on the GPU: epoch after epoch the same images in another order."""
     data = ImageFolder(str(root)) if root else Digits()
     data.prepare_data()
     data.setup("fit")

@@ -40,7 +40,7 @@ LOADS: list[Case] = [
     ("tf32", 1024, "convolutions alone, rounded on load"),
     ("tf32", 1024, "convolutions alone, PyTorch's"),
 ]
-"""Of versions whose descriptors can round."""
+"""Cases for versions whose descriptors can round."""
 Kernel = tuple[str, str, str]
 """What a process needs to compile one: module, name and specialization."""
 
@@ -105,7 +105,7 @@ def convolutions(model: Callable, x: object, what: str) -> dict[str, Callable[[]
 
 
 def kernels(dtype: str, n: int, what: str) -> list[Kernel]:
-    """Those that are launched in CUDA graphs."""
+    """The kernels that are launched in CUDA graphs."""
     import tritonnn
     from tritonnn.compile_ahead import kernels_of
     from tritonnn.runtime.dependent_launch import launches_as_in_graphs

@@ -50,7 +50,7 @@ class ZooCase(Case):
 
     @property
     def network(self) -> str:
-        """As `python -m tritonnn` names it."""
+        """The network as `python -m tritonnn` names it."""
         return self.task if "/" in self.task or ":" in self.task else f"torchvision:{self.task}"
 
     @property

@@ -131,7 +131,7 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 
 def _kinds(layers: Sequence[Layer], title: str) -> Table:
-    """Of a layer that several networks have, the first one counts."""
+    """A row for each kind of layer; a layer that several networks have counts once."""
     layers = list({layer.label: layer for layer in reversed(layers)}.values())
     rows = []
     for kind in sorted({layer.kind for layer in layers}):

@@ -24,7 +24,7 @@ from compatibility_table import SECTIONS, Row  # noqa: E402
 
 
 class Result(NamedTuple):
-    """Of one case: "passed", "failed" or "skipped", and why."""
+    """The outcome of one case, "passed", "failed" or "skipped", and why."""
 
     outcome: str
     reason: str = ""

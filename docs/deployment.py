@@ -39,7 +39,7 @@ NETWORKS = {
 }
 """Rows and columns of the images: enough for the network."""
 TOLERANCE = 1e-3
-"""Of the largest difference, relative to the largest output: what float32 makes of random deep networks, with room."""
+"""The largest difference over the largest output, at most: what float32 does in random deep networks, with room."""
 START, END = "<!-- python docs/deployment.py writes what follows -->\n", "<!-- end -->\n"
 
 Network = Callable[[Tensor], Tensor]

@@ -14,6 +14,7 @@ import datetime
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -47,8 +48,10 @@ def table(head: list[str], rows: list[list[object]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def minor(version: str) -> str:
-    return ".".join(version.split(".")[:2])
+def listed(parts: Iterable[str]) -> str:
+    """As in a sentence: a, b and c."""
+    *others, last = parts
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def by_version(version: str) -> tuple[int, ...]:
@@ -116,7 +119,7 @@ def cards() -> list[str]:
 
 
 def section() -> list[str]:
-    """Of compatibility.md."""
+    """The lines of compatibility.md."""
     known = record()
     return [
         BEGIN,
@@ -146,21 +149,20 @@ def section() -> list[str]:
 
 
 def sentence() -> list[str]:
-    """Of the README."""
+    """The line of the README."""
     suites = record()["suites"]
     whole = [s for s in suites if s["device"] == "CPU" and s["of"] == "all"]
-    pairs = " and ".join(f"Triton {s['triton']} with PyTorch {s['torch']}" for s in whole)
-    on_gpus: dict[str, dict[str, None]] = {}
+    pairs = listed(f"Triton {s['triton']} with PyTorch {s['torch']}" for s in whole)
+    on_gpus: dict[str, set[str]] = {}
     for s in suites:
         if s["device"] != "CPU" and not s["failed"]:
-            on_gpus.setdefault(s["device"], {})[s["triton"]] = None
-    ran = "; ".join(f"on an {gpu} with Triton {' and '.join(found)}" for gpu, found in on_gpus.items())
-    only = ", ".join(name for capability, (name, _) in CARDS.items() if capability not in RUN_ON)
-    *others, last = (version.rstrip(".") for version in GLUON_VERSIONS)
-    gluon = f"The kernels in Gluon run on Hopper GPUs with Triton {', '.join(others)} and {last}"
-    text = (
-        f"Tested on a CPU: {pairs}; {ran}. {gluon}. Only compiled: {only}. [All of it](docs/compatibility.md#versions)."
+            on_gpus.setdefault(s["device"], set()).add(s["triton"])
+    ran = "; ".join(
+        f"on an {gpu} with Triton {listed(sorted(found, key=by_version))}" for gpu, found in on_gpus.items()
     )
+    only = listed(name for capability, (name, _) in CARDS.items() if capability not in RUN_ON)
+    gluon = f"The kernels in Gluon run on Hopper GPUs with Triton {listed(v.rstrip('.') for v in GLUON_VERSIONS)}"
+    text = f"Tested on a CPU: {pairs}; {ran}. {gluon}. Only compiled: {only}."
     return [f"{BEGIN}{text} [All of it](docs/compatibility.md#versions).{END}"]
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Load:
-    """Of one number of clients: seconds of each answered request, and how often each status other than 200 came."""
+    """One number of clients: seconds of each answered request, and how often each status other than 200 came."""
 
     clients: int
     seconds: float

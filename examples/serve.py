@@ -32,7 +32,7 @@ from tritonnn.command.networks import UserError, build
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGEST_IMAGE = 4096 * 4096
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-"""As many as a fused network keeps CUDA graphs. A batch is filled up with zeros to the next of these."""
+"""A batch is filled up with zeros to the next of these, as many as a fused network keeps CUDA graphs."""
 
 
 def _pixels(file: bytes) -> bytes:

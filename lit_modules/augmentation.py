@@ -15,7 +15,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ERASED_AREA = (0.02, 0.33)
 ERASED_RATIO = (0.3, 3.3)
 ERASING_TRIES = 10
-"""Those of torchvision's RandomErasing."""
+"""How often torchvision's RandomErasing tries to place a rectangle."""
 
 
 class Draws(NamedTuple):

@@ -93,7 +93,7 @@ class Batches:
         return self.augmentation.draw(len(self.dataset), size, epoch, self.seed, self.device)  # type: ignore[arg-type]
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        """On the device, without waiting for what it does."""
+        """The tensor on the device, without waiting for what the device does."""
         if not self._on_cuda:
             return tensor
         return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self.device, non_blocking=True)

@@ -75,8 +75,10 @@ def load(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # the unpickler raises whatever the bytes of a file that is none lead to
         raise UserError(f"{path} {_what_is_wrong(path, error)}") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of train.py: it has no state_dict and hyper_parameters")
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [name for name in ("state_dict", "hyper_parameters") if name not in found]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of train.py: it has no {' and no '.join(missing)}")
     return checkpoint
 
 

@@ -57,7 +57,7 @@ def notice(message: str) -> None:
 
 
 def start_command() -> None:
-    """To be called before a command imports anything else, which takes seconds: Ctrl-C is one line then, too.
+    """A command calls it before it imports anything else, which takes seconds: Ctrl-C is one line then, too.
 
     Selects Triton's interpreter where there is no GPU, and says so: triton reads the choice as it is imported.
     """

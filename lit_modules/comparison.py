@@ -12,7 +12,7 @@ from lit_modules.agreement import Agreement, AgreementMeter, Numbers, NumbersMet
 COMPARED_TOGETHER = 1024
 """Samples, in batches as the last: one by one the metrics of small batches would take as long as the networks."""
 KEPT_BYTES = 2**28
-"""Of one side's outputs that wait to be compared."""
+"""Bytes of one side's outputs that wait to be compared, at most."""
 
 Outputs = dict[str, Tensor]
 

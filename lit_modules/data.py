@@ -173,7 +173,7 @@ class ImageData(LightningDataModule, ABC):
         return self.trainer.strategy.broadcast(value) if self.trainer else value
 
     def _batch_size(self) -> int:
-        """Of one device."""
+        """The batch size of one device."""
         if self.batch_size % self._world_size():
             raise UserError(
                 f"batch_size is for all devices together: {self.batch_size} cannot be shared out among "

@@ -31,7 +31,7 @@ from tritonnn.latency import twin
 
 @dataclass(frozen=True)
 class Options:
-    """Those of `TritonEvaluation` that decide what is compared and timed; they are explained there."""
+    """The options of `TritonEvaluation` that decide what is compared and timed; they are explained there."""
 
     layers: Sequence[str]
     fuse: bool
@@ -261,7 +261,7 @@ class EvaluationRun:
         return (next(x for call in self._calls for _, x in named_tensors((call.args, call.kwargs))),)
 
     def _fused_networks(self) -> list[nn.Module]:
-        """As `_network`, of the fused networks."""
+        """Modules that make the calls of the first step again with the fused networks."""
         return [self._calling(parts) for parts in self._fused.values()]
 
     def _calling(self, parts: dict[str, nn.Module]) -> nn.Module:
@@ -352,7 +352,7 @@ class EvaluationRun:
             side.unwatch()
 
     def times(self) -> LatencyResult:
-        """Of what the steps of the first batch called, where they called anything."""
+        """Times what the steps of the first batch called."""
         network, inputs = self._network()
         parts = {}  # as the fused network has them, without CUDA graphs, into which nobody can look
         for name, part in next(iter(self._fused.values()), {}).items():
@@ -406,7 +406,7 @@ def _by_reason(stayed: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _fusions(networks: Mapping[str, nn.Module]) -> tuple[list[str], dict[str, str], dict[str, dict[str, int]]]:
-    """Of fused networks by name: what was done, which layers stayed for what reason, and which fell back."""
+    """What was done in the fused networks, given by name, which layers stayed for what reason, and which fell back."""
     done: list[str] = []
     stayed: dict[str, str] = {}
     fallbacks: dict[str, dict[str, int]] = {}

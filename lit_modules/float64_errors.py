@@ -14,7 +14,7 @@ from lit_modules.environment import strict_float32
 
 @dataclass(frozen=True)
 class Error:
-    """Of all numbers that a network gave: the mean and the largest absolute error."""
+    """The mean and the largest absolute error of all numbers that a network gave."""
 
     mean: float
     largest: float
@@ -22,7 +22,7 @@ class Error:
 
 @dataclass(frozen=True)
 class Float64Errors:
-    """Of the outputs for a batch of `samples`: PyTorch's in its own precision, "pytorch", and each variant's."""
+    """Errors of the outputs for a batch of `samples`: PyTorch's in its own precision, "pytorch", and each variant's."""
 
     samples: int
     errors: dict[str, Error]

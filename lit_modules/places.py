@@ -30,7 +30,7 @@ class Places:
 
 
 def _samples(loader: Any, seen: int) -> int:
-    """Of a loader's data set; of one that does not know its length those that were seen."""
+    """The number of samples of a loader's data set, or of those seen where it does not know its length."""
     try:
         return len(loader.dataset)
     except (AttributeError, TypeError):

@@ -34,7 +34,7 @@ class Progress:
             self._bars.start()
 
     def tell(self, step: str, now: str, done: int, total: int | None) -> None:
-        """Of a step: what is done now, how much has been done and how much there is."""
+        """Tells what a step does now, how much of it has been done and how much there is."""
         if step not in self._tasks:
             self._tasks[step] = TaskID(len(self._tasks))
             if self._bars:

@@ -408,7 +408,7 @@ def _fused_ms(row: LayerRow, kernel: KernelRow | None, clock: str) -> str:
 
 
 def _of_the_roofline(row: LayerRow, kernel: KernelRow | None, clock: str) -> str:
-    """Of the fused kernel, at the first of its layers, else of Triton's layer or PyTorch's."""
+    """Share of the roofline that the fused kernel reaches, told at its first layer, or Triton's or PyTorch's layer."""
     if kernel is not None:
         here = kernel.bound_ms and row.index == kernel.layers[0]
         return f"{kernel.bound_ms / kernel.medians[clock]:.0%}" if here else ""

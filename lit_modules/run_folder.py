@@ -18,18 +18,43 @@ def claimed(parent: Path, prefix: str, *others: Path) -> Iterator[tuple[Path, in
         OSError: the folder cannot be made.
     """
     number = 1 + max((number for folder in (parent, *others) for number in _numbers(folder, prefix)), default=-1)
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    made = _absent(parent)
     if rank_zero_only.rank == 0:
         while not _made(parent / f"{prefix}{number}"):
             number += 1
     folder = parent / f"{prefix}{number}"
-    try:
+    with _gone_if_empty(folder, *made):
         yield folder, number
+
+
+@contextmanager
+def present(folder: Path) -> Iterator[None]:
+    """Makes the folder if it is absent. If it is empty in the end, it goes again.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    made = _absent(folder)
+    if rank_zero_only.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    with _gone_if_empty(*made):
+        yield
+
+
+def _absent(folder: Path) -> list[Path]:
+    """It and its parents as far as they are absent, the innermost first."""
+    return [absent for absent in (folder, *folder.parents) if not absent.exists()]
+
+
+@contextmanager
+def _gone_if_empty(*folders: Path) -> Iterator[None]:
+    try:
+        yield
     finally:
         if rank_zero_only.rank == 0:
             with suppress(OSError):  # not empty
-                for empty in (folder, *made):
-                    empty.rmdir()
+                for folder in folders:
+                    folder.rmdir()
 
 
 def _made(folder: Path) -> bool:

@@ -236,7 +236,7 @@ def named_outputs(calls: Sequence[Call]) -> Iterator[tuple[str, Tensor]]:
 
 
 def modules_called(calls: Sequence[Call]) -> list[str]:
-    """Their names, each once."""
+    """The names of the modules called, each once."""
     return list(dict.fromkeys(call.name for call in calls))
 
 
@@ -255,7 +255,7 @@ def replay(module: LightningModule, calls: Sequence[Call]) -> nn.Module:
 
 
 class Replayed(nn.Module):
-    """As `replay`, of networks that stand in for the modules called."""
+    """Makes the calls again with networks that stand in for the modules called, whatever it is given."""
 
     def __init__(self, networks: dict[str, nn.Module], calls: Sequence[Call]) -> None:
         super().__init__()

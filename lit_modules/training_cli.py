@@ -73,5 +73,5 @@ def resumes(checkpoint: dict[str, Any], optimizer: Namespace | None) -> bool:
 
 
 def _options(state: dict[str, Any]) -> list[set[str]]:
-    """Of each group of an optimizer's parameters; without what a schedule adds."""
+    """The options of each group of an optimizer's parameters, without what a schedule adds."""
     return [set(group) - {"initial_lr"} for group in state["param_groups"]]

@@ -63,7 +63,7 @@ def judge_variant(
 def _judge_outputs(
     name: str, sides: Mapping[str, SideResult], reference: str | None, exact: bool, resolution: float, alone: bool
 ) -> Verdict | None:
-    """Of whole numbers, such as classes, it is the values that differ that count, where they are `alone`."""
+    """Judges outputs by their errors; whole numbers, such as classes, by how many differ, where they are `alone`."""
     outputs, pytorch, yardstick = sides[name].outputs, sides["pytorch"].outputs, sides["yardstick"].outputs
     same = Numbers(0, 0.0, 0.0, None, None)
     verdicts = [

@@ -91,7 +91,7 @@ def test_make_fx(mode):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_meta_tensors(training):
-    """In NCHW: PyTorch's convolution of meta tensors does not keep channels_last, as it does on a CPU and on a GPU."""
+    """Images are in NCHW, as PyTorch's convolution of meta tensors, unlike others, does not keep channels_last."""
     pytorch, swapped = (model.to("meta") for model in twins(training))
     x = torch.empty(2, 3, 8, 8, device="meta", dtype=torch.float64)
     for layer, triton_layer in zip(pytorch, swapped):
@@ -212,7 +212,7 @@ def test_forward_mode_falls_back(name):
 
 
 def test_dual_numbers_fall_back():
-    """Also where nothing requires a gradient: the tangent must not get lost."""
+    """They do so also where nothing requires a gradient: the tangent must not get lost."""
     pytorch, swapped = (model.requires_grad_(False) for model in twins())
     x = images()
     tangents = []

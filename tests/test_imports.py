@@ -36,7 +36,7 @@ MAY_IMPORT = {
 
 
 def folder(module: str) -> str | None:
-    """Of a module of `tritonnn`; None for the package itself and for others'."""
+    """The folder, or file, of a module of `tritonnn`; None for the package itself and for others'."""
     package, *names = module.split(".")
     if package != "tritonnn" or not names:
         return None

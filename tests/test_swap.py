@@ -48,7 +48,7 @@ def test_several_kinds_one_after_the_other():
 
 
 def strictness(model: nn.Module) -> dict[str, bool]:
-    """Of the convolution, the ReLU and the linear layer."""
+    """Whether the convolution, the ReLU and the linear layer are strict, by their kinds."""
     return {tritonnn.kind_of(model[i]): model[i].strict for i in (0, 2, 7)}
 
 
@@ -159,6 +159,9 @@ def test_subclass_stays_and_the_report_says_why():
     report = tritonnn.swap(nn.Sequential(MyConv2d(3, 4, 1)))
     assert report.stayed == {"0": "MyConv2d is a subclass of Conv2d, with behaviour of its own"}
     assert "stayed PyTorch: 0: MyConv2d is a subclass of Conv2d" in str(report)
+    of_the_same_name = type("Linear", (nn.Linear,), {"__module__": "timm.layers.linear"})
+    (reason,) = tritonnn.swap(of_the_same_name(3, 4)).stayed.values()
+    assert reason == "timm.layers.linear.Linear is a subclass of Linear, with behaviour of its own"
 
 
 def test_equal_reasons_are_told_once_and_what_does_nothing_not_at_all():

@@ -93,7 +93,7 @@ def wall_clock(call: Callable[[], object], repeats: int, synchronize: Callable[[
 
 
 def repeated(call: Callable[[], object], repeats: int) -> Callable[[], object]:
-    """So many calls from Python; their results are not kept."""
+    """Makes `repeats` calls from Python and keeps none of their results."""
 
     def launch() -> None:
         for _ in range(repeats):

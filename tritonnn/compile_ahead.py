@@ -102,7 +102,7 @@ class _Zeros(TorchDispatchMode):
 
 @contextmanager
 def _noting_kernels(every_kernel: bool) -> Iterator[dict[Kernel, None]]:
-    """In this thread: Triton launches nothing where the hook returns True, before it compiles."""
+    """Notes the kernels that this thread would launch; where the hook returns True, Triton does not compile them."""
     runtime, thread, kernels = triton.knobs.runtime, threading.get_ident(), {}
     convolutions = {id(kernel) for form in FORMS for kernel in form.kernels}  # their hash asks for a compiler's key
 

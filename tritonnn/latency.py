@@ -62,7 +62,7 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one callable: `eager` is the wall clock of a call from Python; `device` the GPU's own time, None on a CPU.
+    """Times of a callable: `eager` is the wall clock of a call from Python; `device` the GPU's own time, None on a CPU.
 
     `device_clock` says how the latter was taken: "CUDA graph" (no launch cost) or "CUDA events" (around eager calls,
     where the callable cannot be captured: launch cost shows if it exceeds the work).

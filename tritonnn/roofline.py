@@ -28,7 +28,7 @@ class Work:
 
 
 def work_of(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Work:
-    """Of one call of a layer, or of a fused one: every number is read and written once.
+    """The work of one call of a layer or fused layer, with every number read and written once.
 
     A layer of a convolution or linear kind has a `weight` [K, C / groups, ...]; of other layers the arithmetic does not
     count. Of an image, a strided filter that is smaller than its stride reads only what lies under it.
@@ -66,7 +66,7 @@ class Roofline:
 
 
 def arithmetic_of(kind: str, dtype: torch.dtype) -> str:
-    """In what a kind of layer multiplies, given inputs of a type, under the autocast and the TF32 switches of now.
+    """The arithmetic of a kind of layer for inputs of a type, by the autocast and TF32 switches of this moment.
 
     "float32" is as precise as that, by whatever the GPU does fastest.
     """
@@ -78,7 +78,7 @@ def arithmetic_of(kind: str, dtype: torch.dtype) -> str:
 
 
 def measured_roofline(device: torch.device, arithmetics: set[str]) -> Roofline:
-    """Of a GPU, now: the rates of a product of random matrices in each kind of arithmetic, and of a copy.
+    """Measures a GPU now: the rates of a product of random matrices in each kind of arithmetic, and of a copy.
 
     Products as precise as float32 are counted as three in TF32 where that is faster, as Triton's kernels make them.
     """

@@ -90,13 +90,15 @@ def _does_nothing(module: nn.Module) -> bool:
     return type(module) is nn.Identity or (type(module) in _DROPOUTS and not module.training)
 
 
-def _reason_to_stay(module: nn.Module, requested: set[str]) -> str:
+def _reason_to_stay(module: nn.Module) -> str:
     kind = kind_of(module)
     if kind is not None:
         return f"{kind} was not asked for"
     base = next((cls for cls in _TRITON if isinstance(module, cls)), None)
     if base is not None:
-        return f"{type(module).__name__} is a subclass of {base.__name__}, with behaviour of its own"
+        name = type(module).__name__
+        name = f"{type(module).__module__}.{name}" if name == base.__name__ else name
+        return f"{name} is a subclass of {base.__name__}, with behaviour of its own"
     return f"no Triton layer for {type(module).__name__}"
 
 
@@ -129,7 +131,7 @@ def swap(model: nn.Module, layers: str | Sequence[str] = "all", strict: bool = F
             and not _does_nothing(module)
             and (not any(module.children()) or isinstance(module, tuple(_TRITON)))
         ):
-            report.stayed[name] = _reason_to_stay(module, requested)
+            report.stayed[name] = _reason_to_stay(module)
     return report
 
 

@@ -24,7 +24,7 @@ from lit_modules.evaluation_result import Epoch, EvaluationResult, LatencyResult
 from tritonnn.latency import Latency
 
 LOOK = "?smoothing=0#timeseries&_smoothingWeight=0"
-"""Of TensorBoard's address: where to begin, and curves as they are, in "Time series" and in "Custom scalars"."""
+"""The end of TensorBoard's address: it opens "Time series", and smooths no curve there or in "Custom scalars"."""
 RUNS = ("pytorch", "triton", "fused")
 UP_TO_LAYER, OF_LAYER = "3_layers/1 ms of all layers up to this one", "3_layers/2 ms of each layer"
 QUANTILES = {

@@ -141,7 +141,7 @@ def won_and_lost_figure(result: EvaluationResult, theme: Theme) -> Figure:
 
 
 def block_ms(layers: list[LayerRow], kernel: KernelRow | None, side: str, clock: str) -> float | None:
-    """Of the layers that share a kernel; what was not swapped or fused counts as PyTorch's."""
+    """The time of the layers that share a kernel; what was not swapped or fused counts as PyTorch's."""
     if side == "fused" and kernel is not None:
         return kernel.medians[clock]
     pairs = [layer.medians[clock] for layer in layers]
@@ -206,14 +206,14 @@ def _has(result: EvaluationResult, side: str) -> bool:
 
 
 def _bound(layers: list[LayerRow], kernel: KernelRow | None, fused: bool) -> float | None:
-    """Of the kernel; without one of the layers, one after the other."""
+    """The bound of the kernel, or without one the sum of the layers' bounds."""
     if fused and kernel is not None:
         return kernel.bound_ms
     return sum(layer.bound_ms or 0.0 for layer in layers) or None
 
 
 def _name_blocks(axes: Axes, names: list[str], theme: Theme) -> None:
-    """Below each group the last part of its name and, once for all that share it, what stands before that."""
+    """Writes below each group the last part of its name and, once for all that share it, what stands before that."""
     step = -(-len(names) // MOST_LABELS)
     parents, parts = zip(*[name.rpartition(".")[::2] for name in names], strict=True)
     shown = [part if len(part) <= LONGEST else part[: LONGEST - 1] + "…" for part in parts]
@@ -233,12 +233,12 @@ def _name_blocks(axes: Axes, names: list[str], theme: Theme) -> None:
 
 
 def _name(layers: list[LayerRow]) -> str:
-    """Of the layer that multiplies, or the first."""
+    """The name of the layer that multiplies, or of the first."""
     return next((layer.name for layer in layers if layer.kind in ("conv2d", "linear")), layers[0].name)
 
 
 def _short(names: list[str]) -> list[str]:
-    """Without the part that all begin with."""
+    """The names without the part that all of them begin with."""
     parts = [name.split(".") for name in names]
     while len(parts) > 1 and all(len(part) > 1 for part in parts) and len({part[0] for part in parts}) == 1:
         parts = [part[1:] for part in parts]

@@ -64,7 +64,7 @@ def png(figure: Figure) -> bytes:
 
 
 def bare(axes: Axes, theme: Theme) -> None:
-    """Without a frame, in the theme's colours."""
+    """Takes the frame away and sets the theme's colours."""
     axes.set_facecolor(theme.paper)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, colors=theme.faint, labelsize=SMALL)

@@ -210,7 +210,7 @@ def test_a_layers_case(monkeypatch: pytest.MonkeyPatch):
 
 
 def fake_capture(call):
-    """As `timing.capture`: the replay runs the call and overwrites the result."""
+    """Stands in for `timing.capture`: the replay runs the call and overwrites the result."""
     result = call()
 
     def replay() -> None:

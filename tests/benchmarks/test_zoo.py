@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import zoo, zoo_case, zoo_report
+from benchmarks import zoo, zoo_case, zoo_processes, zoo_report
 from benchmarks.results import FAILED, OK, Measured
 from benchmarks.zoo_case import Layer, Peer, ZooCase, ZooResult, measure_layers, measure_network
 from lit_modules.command_line import UserError
@@ -112,14 +112,14 @@ def children(monkeypatch) -> list:
             saved(self.folder, made_up(case.task, 2.0))
         return int(case.task == "vgg11")
 
-    monkeypatch.setattr(zoo.Run, "_child", child)
-    monkeypatch.setattr(zoo, "devices", lambda: ["0", "1"])
+    monkeypatch.setattr(zoo_processes.Run, "_child", child)
+    monkeypatch.setattr(zoo_processes, "devices", lambda: ["0", "1"])
     return started
 
 
 def run(folder: Path, *networks: str, options: tuple[str, ...] = ()) -> int:
     args = zoo.parse(["--networks", *networks, "--batch-sizes", "64", "--dtypes", "bf16", *options])
-    return zoo.Run(args, folder, Console(quiet=True)).run()
+    return zoo_processes.Run(args, folder, Console(quiet=True)).run()
 
 
 def test_it_goes_on_where_it_stopped(tmp_path, children):
@@ -157,10 +157,10 @@ print("timed", flush=True)
 
 
 def test_who_is_timed_has_the_gpu_alone(tmp_path, monkeypatch):
-    """Of two that run together, the other one is stopped meanwhile, and goes on afterwards."""
+    """Where two run together, one is stopped while the other is timed, and goes on afterwards."""
     (script := tmp_path / "child.py").write_text(CHILD)
-    monkeypatch.setattr(zoo, "SCRIPT", str(script))
-    monkeypatch.setattr(zoo, "devices", lambda: ["0"])
+    monkeypatch.setattr(zoo_processes, "SCRIPT", str(script))
+    monkeypatch.setattr(zoo_processes, "devices", lambda: ["0"])
     saved(tmp_path, made_up("alexnet", 2.0), made_up("vgg11", 2.0))
     assert run(tmp_path, "alexnet", "vgg11", options=("--again", "--together", "2")) == 0
     timed, other = ([*map(float, (tmp_path / f"{name}.txt").read_text().split())] for name in ("alexnet", "vgg11"))
@@ -175,7 +175,7 @@ def test_within_ends_as_if_interrupted():
 
 def test_only_what_was_compiled_is_measured_and_more_of_it_later(tmp_path, children, monkeypatch):
     """What fails to compile is left out; a case that lacks a peer is measured again once that was compiled."""
-    peers, measured, child = ("graph", "fused-graph", "compile-tritonnn"), [], zoo.Run._child
+    peers, measured, child = ("graph", "fused-graph", "compile-tritonnn"), [], zoo_processes.Run._child
     failing = ["compile-tritonnn"]
 
     def noting(self, case, what, peers, *args, **kwargs):
@@ -187,7 +187,7 @@ def test_only_what_was_compiled_is_measured_and_more_of_it_later(tmp_path, child
             saved(tmp_path, result)
         return int(peers == failing) or status
 
-    monkeypatch.setattr(zoo.Run, "_child", noting)
+    monkeypatch.setattr(zoo_processes.Run, "_child", noting)
     options = "--ahead", "2", "--only-compiled", "--peers", *peers
     for _ in range(2):
         run(tmp_path, "resnet18", options=options)

@@ -225,6 +225,7 @@ def test_tf32_in_convolutions_and_products(folder, checkpoint, switch, states, p
         pytest.param(["--ckpt-path", "nix.ckpt"], "there is no checkpoint nix.ckpt", id="absent checkpoint"),
         pytest.param(["--ckpt-path", "empty"], "no checkpoint below empty/", id="folder without a checkpoint"),
         pytest.param(["--ckpt-path", "text.ckpt"], "text.ckpt is not a checkpoint", id="not a checkpoint"),
+        pytest.param(["--log-dir", "text.ckpt"], "--log-dir text.ckpt is a file", id="a file to log to"),
     ],
 )
 def test_wrong_use_is_one_line_and_ends_with_2(folder, capsys, arguments, message):

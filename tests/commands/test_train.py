@@ -371,6 +371,8 @@ def test_shipped_config_is_accepted(name):
         ([*DIGITS, "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"], "--lr_scheduler goes with an --optimizer"),
         ([*DIGITS, "--optimizer=SGD", "--optimizer.lr=-1"], "Invalid learning rate: -1"),
         ([*DIGITS, "--checkpoint.mode=best"], "`mode` can be min, max but got best"),
+        ([*DIGITS, "--checkpoint.dirpath=checkpoints/digits/best-00.ckpt"], "File exists: .*best-00.ckpt"),
+        ([*DIGITS, "--seed_everything=-1"], "seed_everything must be from 0 to 4294967295, got -1"),
     ],
     ids=lambda value: "" if isinstance(value, list) else value.split()[-1],
 )

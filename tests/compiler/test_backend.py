@@ -114,7 +114,7 @@ BLOCK = [
 
 
 def test_chains_of_a_network_become_kernels(kernels):
-    """Also `view`, which PyTorch refuses for a channels_last image, finds the image where PyTorch would put it."""
+    """`view`, which PyTorch refuses for a channels_last image, also finds the image as PyTorch would have put it."""
     model, x = randomize(Block()), images()
     with torch.no_grad():
         assert_as_right(compiled(model)(x), model, x)
@@ -395,7 +395,7 @@ def test_with_inductor_on_a_channels_last_network():
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["reduce-overhead", "default"])
 def test_with_inductor_on_a_gpu(kernels, mode):
-    """Also from a CUDA graph the next call sees weights that were overwritten or replaced, and another batch."""
+    """The next call sees weights that were overwritten or replaced, and another batch, also in a CUDA graph."""
     model = randomize(Block()).to(torch.bfloat16)
     fast = torch.compile(model, backend=public_backend, mode=mode)
     with torch.no_grad():
@@ -429,7 +429,7 @@ def test_what_is_slower_is_left_to_inductor():
 
 
 def test_the_string_is_enough(tmp_path):
-    """As the metadata of an installed package has it, which pyproject.toml makes."""
+    """The entry point in pyproject.toml, which an installed package's metadata has, is found by its name."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

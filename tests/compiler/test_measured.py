@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,8 +48,11 @@ def test_on_a_cpu_nobody_waits():
 
 
 def test_one_process_at_a_time_measures(tmp_path, monkeypatch):
-    monkeypatch.setattr(measured, "_lock_file", lambda device: tmp_path / "lock")
-    other = f"import fcntl, sys, time; f = open({str(tmp_path / 'lock')!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX)"
+    monkeypatch.setenv("TRITONNN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    lock = tmp_path / "chains" / "GPU-1.lock"
+    lock.parent.mkdir()
+    other = f"import fcntl, sys, time; f = open({str(lock)!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX)"
     with subprocess.Popen(
         [sys.executable, "-c", f"{other}; print(flush=True); time.sleep(0.3)"], stdout=subprocess.PIPE
     ) as process:

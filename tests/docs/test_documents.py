@@ -39,6 +39,29 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(target), link
 
 
+COMMAND = re.compile(r"(?:^    |`)(?:\.venv/bin/)?(?:python|torchrun) ((?:-m )?[^`\n#]+)", re.MULTILINE)
+OPTION = re.compile(r"(?<=\s)--([a-z][\w-]*)")
+OF_LIGHTNING = {"data", "model", "trainer", "evaluation", "config", "help", "print_config"}
+"""What follows them behind a dot is an argument of a class."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_name_files_and_options_that_exist(page):
+    for command in COMMAND.findall(page.read_text()):
+        if "benchmarks/blocks.py" in command:  # of older commits, as that page says
+            continue
+        names = [word for word in command.split() if word.endswith(".py")]
+        if command.startswith("-m "):
+            names = [f"{command.split()[1].replace('.', '/')}/__main__.py"]
+        for name in names:
+            assert (ROOT / name).exists(), command
+        folders = {(ROOT / name).parent for name in names} | {ROOT / "lit_modules", ROOT / "tritonnn" / "command"}
+        code = "".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
+        options = OPTION.findall(command.partition(names[0])[2] if names else "")
+        unknown = [option for option in options if option not in OF_LIGHTNING and f'"--{option}"' not in code]
+        assert not unknown, command
+
+
 def test_the_code_of_the_readme_runs_as_printed(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -80,6 +103,19 @@ def test_the_first_numbers_of_the_readme_are_those_of_the_results():
     case = "cifar-fp32-1024"
     fused, pytorch = ms(case, "fused-graph-in-place"), ms(case, "graph-nchw", "graph-channels-last")
     assert f"1,024 images take {fused:.1f} ms and PyTorch takes {pytorch:.1f}" in " ".join(README.split())
+
+
+def test_files_over_400_lines_are_named_with_a_reason():
+    """By their names alone."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("no clone of the repository")
+    paths = [ROOT / name for name in listed.stdout.split() if (ROOT / name).exists()]
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("## Long files")[2]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    named = {Path(name).name for row in rows for name in re.findall(r"`(.*?)`", row)}
+    assert named <= {path.name for path in paths}
+    assert {path.name for path in paths if path.read_text().count("\n") > 400} <= named
 
 
 def test_pre_commit_runs_the_ruff_that_is_pinned():

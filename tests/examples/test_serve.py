@@ -52,7 +52,7 @@ def network(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(network, tmp_path_factory):
-    """Of a server whose network has the weights of a file."""
+    """The address of a server whose network has the weights of a file."""
     folder = tmp_path_factory.mktemp("server")
     torch.save(weights(), folder / "weights.pt")
     with socket.socket() as free:

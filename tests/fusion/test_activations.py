@@ -92,12 +92,12 @@ OF_EVERY_KIND = {
 
 
 def function(source: str):
-    """Of a network `n`, a convolution's result `y` and its input `x`."""
+    """The source as code of a network `n`, a convolution's result `y` and its input `x`."""
     return eval(f"lambda n, y, x: {source}", {"F": F, "torch": torch})
 
 
 TYPE = type_on(DEVICE)
-"""Not float64 on a GPU, where PyTorch's own hardswish and hardsigmoid multiply by 1 / 6 in float32."""
+"""The type of the tests: not float64 on a GPU, where PyTorch's hardswish multiplies by 1 / 6 in float32."""
 
 
 def wide(*shape: int, dtype: torch.dtype = TYPE) -> Tensor:
@@ -255,7 +255,7 @@ def test_networks_of_torchvision(network, activations):
 def errors(
     model: nn.Module, x: Tensor, casts_to: torch.dtype | None = None, fused_layers: int = 1
 ) -> tuple[float, float]:
-    """Of PyTorch's network and the fused one, 2-norms relative to the exact result; with autocast to a type, if any."""
+    """Errors of PyTorch's network and the fused one, in the 2-norm, relative; with autocast to a type, if any."""
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
         fused = tritonnn.fuse(model)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.compare import DEVICE, TOLERANCE, image
-from helpers.fused import Net
+from helpers.fused import Coded, Net, assert_right, layers
 from helpers.trained import trained
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 class ConvNeXtBlock(nn.Module):
-    """As torchvision has it; `norm2d`: the norm over the channels of an image, by permuting."""
+    """As torchvision has it, and behind it a layer norm over the channels of an image, by permuting."""
 
     def __init__(self, C: int = 8) -> None:
         super().__init__()
@@ -54,18 +54,6 @@ class Gated(nn.Module):
         return gates * y if self.gates_first else y.mul(gates)
 
 
-def assert_right(network: nn.Module, model: nn.Module, x: Tensor) -> None:
-    with torch.no_grad():
-        y, pytorch, exact = network(x), model(x), copy.deepcopy(model).double()(x.double())
-    assert (y.shape, y.stride(), y.dtype) == (pytorch.shape, pytorch.stride(), pytorch.dtype)
-    limit = max(2 * (pytorch - exact).abs().max(), 1e-7 * exact.abs().max())
-    assert (y - exact).abs().max() <= limit
-
-
-def layers(network: nn.Module, kind: type) -> list[nn.Module]:
-    return [module for module in network.modules() if type(module) is kind]
-
-
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_block_of_convnext(dtype, channels_last):
@@ -89,7 +77,7 @@ def test_a_block_of_convnext_under_autocast():
 
 
 def test_the_scale_of_a_linear_layer_follows_the_switch_for_products(monkeypatch):
-    """Not that for convolutions, which may use TF32 where products may not."""
+    """It does not follow the one for convolutions, which may use TF32 where products may not."""
     layer = layers(tritonnn.fuse(trained(ConvNeXtBlock(), torch.float32)), FusedLinearOfImages)[0]
     seen = []
     monkeypatch.setattr("tritonnn.layers.fused.linear.matmul_input_precision", lambda x, w: seen.append(x) or "ieee")
@@ -127,22 +115,21 @@ def test_squeeze_and_excitation(dtype, channels_last, gates_first):
     assert len(layers(network, FusedGate)) == 1 and not network.report.fallbacks
 
 
-class Scaled(nn.Module):
-    """Gates or a batch norm before a convolution of one tap; `code(module, x)` is what it computes."""
+class Scaled(Coded):
+    """Gates or a batch norm before a convolution of one tap, behind the convolution a."""
 
     def __init__(self, code: Callable[[nn.Module, Tensor], Tensor], C: int = 4) -> None:
-        super().__init__()
+        super().__init__(code)
         K = 2 * C
         self.a, self.squeeze, self.excite = nn.Conv2d(C, K, 3, padding=1), nn.Conv2d(K, 2, 1), nn.Conv2d(2, K, 1)
         self.norm, self.b, self.after = nn.BatchNorm2d(K), nn.Conv2d(K, K, 1, bias=False), nn.BatchNorm2d(K)
         self.wide, self.by_2 = nn.Conv2d(K, K, 3, padding=1), nn.Conv2d(K, K, 1, stride=2)
-        self.code = code
 
     def gates(self, y: Tensor) -> Tensor:
         return self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.code(self, self.a(x))
+        return super().forward(self.a(x))
 
 
 def overwritten_between(n: nn.Module, y: Tensor) -> Tensor:
@@ -198,7 +185,7 @@ def test_it_scales_them_in_the_matrix_product(case, cuda_graph):
     assert type(network.network.b) is FusedScaledConv2d and not network.report.fallbacks
 
 
-def test_a_norm_of_other_types_and_shapes_and_shapes():
+def test_a_norm_of_other_types_and_shapes():
     model = trained(Scaled(lambda n, y: n.b(n.norm(y + y).relu())), torch.bfloat16)
     network = tritonnn.fuse(model)
     assert_right(network, model, image(2, 4, 5, 5, dtype=torch.bfloat16))

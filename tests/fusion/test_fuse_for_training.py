@@ -111,7 +111,7 @@ def test_trains_like_pytorch(name, channels_last):
 
 
 def test_gradients_of_two_readers_are_added_up_by_batch_norm():
-    """Of the blocks of ResNet18 but the last, as they are read: nothing else adds up images."""
+    """Two layers read each block of ResNet18 but the last; nothing else adds up images."""
     model = ResNet18(width=4, in_channels=6, num_classes=3).to(DEVICE, torch.float64)
     tritonnn.fuse_for_training(model)
     assert sum(module.twice for module in model.forward.graph.modules() if isinstance(module, BatchNormReLU2d)) == 7
@@ -138,7 +138,7 @@ def test_a_batch_norm_with_two_readers_to_the_second_order(read):
 
 
 def test_gradients_by_transforms():
-    """Of a network in which two layers read one batch norm's output."""
+    """Two layers of the network read one batch norm's output."""
     model = nn.Sequential(Block(), Block()).to(DEVICE, torch.float64)
     pytorch = copy.deepcopy(model)
     tritonnn.fuse_for_training(model)

@@ -76,7 +76,7 @@ ACTIVATIONS = {
     "ELU": (nn.ELU(inplace=True), ""),
     "Threshold": (nn.Threshold(0.1, 2.0, inplace=True), ""),
 }
-"""In place, and what of it is in the convolution's kernel."""
+"""Operations in place, and what of them is in the convolution's kernel."""
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -242,7 +242,7 @@ IN_PLACE = {
 
 @pytest.mark.parametrize("operation", IN_PLACE)
 def test_what_is_in_place_keeps_its_strides(operation):
-    """Of one channel, which fits both memory formats: what is computed beside it would be contiguous."""
+    """One channel fits both memory formats, and what is computed beside it would be contiguous."""
 
     def code(net: Net, x: Tensor) -> Tensor:
         y = x[:, :1].contiguous(memory_format=torch.channels_last) + x.mean((1, 2, 3), keepdim=True)
@@ -317,7 +317,7 @@ def test_an_image_that_gets_another_shape_meanwhile():
 
 @pytest.mark.gpu
 def test_a_norm_of_one_channel_keeps_its_format_on_a_gpu():
-    """And decides by that how the images lie that are made of it."""
+    """By that it decides how the images lie that are made of it."""
 
     def code(net: Net, x: Tensor) -> Tensor:
         y = net.to_one(x)
@@ -562,7 +562,7 @@ def test_an_untraceable_parent_of_one_part(part):
 
 
 class Named(OrderedDict):
-    """As a library's output that can be asked by attribute."""
+    """Like a library's output that can be asked by attribute."""
 
 
 class Pair(list):

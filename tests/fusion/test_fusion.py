@@ -226,7 +226,7 @@ def test_weights_are_folded_in_float64():
 
 
 def errors_of_a_block(model: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Of the exact result in this type, of PyTorch's and of the fused one, with autocast where the model has another.
+    """Errors of the exact result in this type, PyTorch's and the fused one, with autocast where the model has another.
 
     2-norms, relative to that of the exact result.
     """
@@ -592,7 +592,7 @@ def test_average_pool_apart_from_the_linear_layer(code):
 
 
 def test_what_only_convolutions_read_is_rounded_once_in_tf32():
-    """Not what is read elsewhere too, or only added: the last result, and the summands of the shortcuts."""
+    """What is read elsewhere too, or only added, is not: the last result, and the summands of the shortcuts."""
     network = tritonnn.fuse(trained(ResNet18(width=64))).network
     convolutions = {name: m for name, m in network.named_modules() if isinstance(m, FusedConv2d)}
     exact = {name for name, m in convolutions.items() if not m.round_output}
@@ -601,7 +601,7 @@ def test_what_only_convolutions_read_is_rounded_once_in_tf32():
 
 
 def test_what_a_convolution_without_tf32_reads_is_not_rounded(monkeypatch):
-    """Of the readers of a, b, whose sums are short, uses TF32 for many images only; c always does."""
+    """b and c read what a gives: b, whose sums are short, uses TF32 for many images only, c always."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     monkeypatch.setattr("tritonnn.runtime.precision._on_tensor_cores", lambda x: True)
     layers = {"a": nn.Conv2d(64, 48, 3, padding=1), "b": nn.Conv2d(48, 64, 1), "c": nn.Conv2d(48, 64, 3, padding=1)}

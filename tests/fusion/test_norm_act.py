@@ -13,7 +13,7 @@ import tritonnn
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """As timm's: a batch norm with code of its own, then `drop` and `act`."""
+    """Like timm's: a batch norm with code of its own, then `drop` and `act`."""
 
     def __init__(self, channels: int, act: nn.Module, drop: nn.Module | None = None) -> None:
         super().__init__(channels)

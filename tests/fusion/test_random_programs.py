@@ -13,7 +13,7 @@ SECONDS = 15
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "PyTorch's operations"])
 def test_random_programs(kernels, monkeypatch):
-    """As many as there is time for, of the same ones every time; the others try `fuse` alone, which is fast."""
+    """Always the same programs, as many as there is time for; those without kernels try `fuse` alone, which is fast."""
     if not kernels:
         without_kernels(monkeypatch.setattr)
     deadline, seed, ran = time.perf_counter() + SECONDS, 0, 0

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -60,6 +61,36 @@ def assert_identical(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(actual.isnan(), nan)
     assert torch.equal(actual[~nan], expected[~nan])
     assert torch.equal(actual[~nan].signbit(), expected[~nan].signbit())
+
+
+def assert_same_nan_and_infinities(layer: nn.Module, x: torch.Tensor) -> None:
+    """The layer, which stays swapped, gives both where PyTorch's does in float64 on a CPU, and numbers elsewhere."""
+    expected = copy.deepcopy(layer).cpu().double()(x.cpu().double())
+    tritonnn.swap(layer, strict=True)
+    y = layer(x).cpu()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
+    assert y.isfinite().any() and not y.isfinite().all()
+
+
+def assert_same_error(layer: nn.Module, x: torch.Tensor) -> None:
+    """The layer, which stays swapped, raises for x what PyTorch's does."""
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as expected:
+        layer(x)
+    assert tritonnn.swap(layer).swapped
+    with pytest.raises(expected.type) as actual:
+        layer(x)
+    assert str(actual.value) == str(expected.value)
+
+
+def assert_same_autocast(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> None:
+    """The layer, which stays swapped, gives what PyTorch's gives under autocast to that type."""
+    with torch.autocast(DEVICE.type, dtype):
+        expected = layer(x)
+        tritonnn.swap(layer)
+        actual = layer(x)
+    assert actual.dtype == expected.dtype == dtype
+    assert_close(actual, expected.double(), dtype)
 
 
 def assert_same_layer(layer: nn.Module, x: torch.Tensor, gradients: bool = True) -> None:

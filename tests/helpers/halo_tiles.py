@@ -27,10 +27,9 @@ TF32_8X8, TF32_4X4 = (
     halo(4, 8, 8, 128, 32, 3, 6, False, False, 8, 1),
     halo(16, 4, 4, 128, 32, 3, 4, False, False, 8, 1),
 )
-HALF_BY_2, TF32_BY_2, ROUNDED_BY_2 = (
+HALF_BY_2, TF32_BY_2 = (
     halo(1, 8, 16, 128, 64, 3, 7, True, True, 8, 1),
     halo(1, 8, 16, 128, 32, 3, 7, False, False, 8, 1),
-    halo(2, 8, 8, 256, 32, 2, 4, False, False, 8, 1),
 )
 SEVERAL_IMAGES = {
     "8x8": HALF_8X8,

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     if "--cuda" not in sys.argv:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-import tritonnn  # noqa: E402
+import tritonnn
 from tritonnn.layers.fused.conv2d import FusedConv2d
 
 CHANNELS = (1, 2, 4, 6)
@@ -376,7 +376,7 @@ def _reused(r: random.Random, made: nn.Module, kind: str) -> str | None:
 
 
 def random_program(seed: int) -> nn.Module:
-    """In eval mode, float64, with batch norms that change something; every fifth has channels_last weights."""
+    """A model in eval mode and float64 whose batch norms change something; every fifth has channels_last weights."""
     r = random.Random(seed)
     torch.manual_seed(seed)
     model = program(r, r.choice(CHANNELS), 2, r.randint(2, 14))
@@ -476,7 +476,7 @@ def _compare(name: str, actual: object, expected: object) -> None:
 
 
 def _strides(x: Tensor) -> tuple[int | None, ...]:
-    """Those along which there is more than one element."""
+    """The strides of dimensions with more than one element, None for the others."""
     return tuple(stride if size > 1 else None for size, stride in zip(x.shape, x.stride()))
 
 

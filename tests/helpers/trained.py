@@ -7,7 +7,7 @@ from helpers.compare import DEVICE
 
 
 def trained(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """In eval mode, with batch norms that change something."""
+    """The model in eval mode, with batch norms that change something."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             if module.running_var is not None:

@@ -2,7 +2,16 @@ import copy
 
 import pytest
 import torch
-from helpers.compare import DEVICE, DTYPES, assert_close, assert_identical, assert_same_layer, image
+from helpers.compare import (
+    DEVICE,
+    DTYPES,
+    assert_identical,
+    assert_same_autocast,
+    assert_same_error,
+    assert_same_layer,
+    assert_same_nan_and_infinities,
+    image,
+)
 from torch import nn
 
 import tritonnn
@@ -95,12 +104,7 @@ def test_empty_batch(channels_last):
 )
 def test_errors_are_pytorchs(x):
     layer = nn.Conv2d(16, 8, 3).to(DEVICE)
-    with pytest.raises(RuntimeError) as expected:
-        layer(x.to(DEVICE))
-    tritonnn.swap(layer)
-    with pytest.raises(RuntimeError) as actual:
-        layer(x.to(DEVICE))
-    assert str(actual.value) == str(expected.value)
+    assert_same_error(layer, x.to(DEVICE))
     assert not layer.fallbacks
 
 
@@ -142,12 +146,7 @@ def test_nan_and_infinity_reach_what_their_filter_covers(groups, dtype):
         layer.weight[:, 0, 1, 1] = 0  # times infinity is NaN
     x = image(2, 16, 5, 5, dtype=dtype)
     x[0, 5, 0, 1], x[1, 0, 4, 4], x[1, 5, 1, 1] = float("nan"), float("inf"), -float("inf")
-    expected = copy.deepcopy(layer).cpu().double()(x.cpu().double())
-    tritonnn.swap(layer, strict=True)
-    y = layer(x).cpu()
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
-    assert y.isfinite().any() and not y.isfinite().all()
+    assert_same_nan_and_infinities(layer, x)
 
 
 def test_sign_of_a_zero():
@@ -183,11 +182,6 @@ def test_no_channels(channels, x):
 def test_autocast(dtype):
     layer = nn.Conv2d(16, 8, 3).to(DEVICE)
     x = image(2, 16, 5, 5)
-    with torch.autocast(DEVICE.type, dtype):
-        expected = layer(x)
-        tritonnn.swap(layer)
-        actual = layer(x)
-    assert actual.dtype == expected.dtype == dtype
-    assert_close(actual, expected.double(), dtype)
+    assert_same_autocast(layer, x, dtype)
     with torch.autocast(DEVICE.type, dtype):
         assert layer.double()(x.double()).dtype == torch.float64

@@ -131,7 +131,7 @@ def test_linear_of_more_than_65535(rows, features):
 
 @pytest.fixture
 def no_grad() -> Iterator[None]:
-    """Without gradients, and without the memory of the tests before."""
+    """Tests run without gradients, and without the memory of the tests before."""
     torch.cuda.empty_cache()
     with torch.no_grad():
         yield

@@ -1,11 +1,15 @@
-import copy
-
 import pytest
 import torch
-from helpers.compare import DEVICE, DTYPES, assert_close, assert_same_layer, image
+from helpers.compare import (
+    DEVICE,
+    DTYPES,
+    assert_same_autocast,
+    assert_same_error,
+    assert_same_layer,
+    assert_same_nan_and_infinities,
+    image,
+)
 from torch import nn
-
-import tritonnn
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -38,33 +42,16 @@ def test_nan_and_infinity_stay_in_their_row(dtype):
         layer.weight[3, 7] = 0  # times infinity is NaN
     x = image(6, 40, dtype=dtype)
     x[1, 7], x[2, 7], x[4, 9] = float("nan"), float("inf"), -float("inf")
-    expected = copy.deepcopy(layer).cpu().double()(x.cpu().double())
-    tritonnn.swap(layer, strict=True)
-    y = layer(x).cpu()
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
-    assert y.isfinite().any() and not y.isfinite().all()
+    assert_same_nan_and_infinities(layer, x)
 
 
 @pytest.mark.parametrize("shape", [(2, 9), (0, 9), ()], ids=["features", "features, no rows", "no dimensions"])
 def test_error_is_pytorchs(shape):
-    layer = nn.Linear(8, 4).to(DEVICE)
-    x = image(*shape)
-    with pytest.raises(RuntimeError) as expected:
-        layer(x)
-    tritonnn.swap(layer)
-    with pytest.raises(RuntimeError) as actual:
-        layer(x)
-    assert str(actual.value) == str(expected.value)
+    assert_same_error(nn.Linear(8, 4).to(DEVICE), image(*shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     layer = nn.Linear(40, 10).to(DEVICE)
     x = image(4, 40)
-    with torch.autocast(DEVICE.type, dtype):
-        expected = layer(x)
-        tritonnn.swap(layer)
-        actual = layer(x)
-    assert actual.dtype == expected.dtype == dtype
-    assert_close(actual, expected.double(), dtype)
+    assert_same_autocast(layer, x, dtype)

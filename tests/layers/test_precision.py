@@ -72,7 +72,7 @@ class Error(NamedTuple):
 
 
 def errors(name: str, mode: str, channels_last: bool) -> tuple[Error, Error, Error]:
-    """Of PyTorch's layer, of the Triton layer, and of the exact result rounded to its type."""
+    """Errors of PyTorch's layer, of the Triton layer, and of the exact result rounded to its type."""
     make, shape = LAYERS[name]
     dtype, fp32_precision = MODES[mode]
     torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = fp32_precision

@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def colours(loader: Batches) -> list[tuple[int, ...]]:
-    """Of images that are one colour each."""
+    """A data set of images that are one colour each."""
     pixels = torch.cat([images[:, :, 0, 0] for images, _ in loader])
     return [tuple(pixel) for pixel in ((pixels * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().int().tolist()]
 

@@ -23,7 +23,7 @@ def test_a_network_that_gives_nan_hits_nothing():
 
 
 def batch(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """In float64: cuDNN's sums in float32 differ from run to run, and what ReLU lets through then does, too."""
+    """Images in float64: cuDNN's sums in float32 differ from run to run, and what ReLU lets through then does, too."""
     generator = torch.Generator("cuda").manual_seed(seed)
     images = torch.randn(count, 3, 32, 32, device="cuda", generator=generator, dtype=torch.float64)
     return images, torch.randint(10, (count,), device="cuda", generator=generator)

@@ -137,11 +137,11 @@ SIZES = {"N", "M", "H", "W", "P", "Q", "C", "K", "R", "S", "PIXELS", "SHORTCUT_C
 SIZES |= {f"{name}_{axis}" for name in ("PADDING", "DILATION", "STRIDE", "SHORTCUT_STRIDE") for axis in "HW"}
 """Constants of a kernel that are sizes of images, channels and filters: they decide how often it does what it does."""
 SIZES |= {"HAS_SCALE", "HAS_BIAS", "ACTIVATION"}
-"""And steps of the epilogue that take no shared memory: the first that is met, the fused one, stands for the others."""
+"""Steps of the epilogue that take no shared memory tell no kernels apart: the first one met, the fused, is compiled."""
 
 
 def kind_of(name: str, value: object) -> object:
-    """Of an argument all but sizes: types, boxes, block sizes and every flag."""
+    """All of an argument but sizes: types, boxes, block sizes and every flag."""
     if isinstance(value, torch.Tensor):
         return name, str(value.dtype)
     if hasattr(value, "block_shape"):

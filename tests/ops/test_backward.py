@@ -331,7 +331,7 @@ STRIDED = {
 
 @pytest.mark.parametrize("name", STRIDED)
 def test_any_strides(name):
-    """Of all tensors, those that were saved included."""
+    """All tensors may have any strides, those that were saved included."""
     view = STRIDED[name]
     x, g, weight = (view(image(2, 6, 4, 4, dtype=torch.float64)) for _ in range(3))
     window = (1, 1), (1, 1), (1, 1), 1
@@ -514,7 +514,7 @@ def test_what_is_left_to_pytorch_on_hopper(case, monkeypatch):
 
 
 def test_what_backward_leaves_to_pytorch_is_counted(monkeypatch):
-    """In the layer whose gradient it is, and only that: a second layer's kernels, and the bias, stay."""
+    """It counts in the layer whose gradient it is, and only that: a second layer's kernels, and the bias, stay."""
     pytorch = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)).to(DEVICE, torch.float64)
     swapped = copy.deepcopy(pytorch)
     report = tritonnn.swap(swapped, strict=True)

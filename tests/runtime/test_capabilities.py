@@ -243,7 +243,7 @@ GONE = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("forms", GONE, ids=" ".join)
 def test_without_a_part_of_gluon_the_other_forms_are_left(forms):
-    """In a process of its own."""
+    """They still compute, in a process without that part."""
     code = (
         f"import os, sys; os.environ['TRITON_INTERPRET'] = '1'; import triton; {GONE[forms]}\n"
         "import torch, tritonnn; from tritonnn.ops.conv2d.forms import FORMS\n"

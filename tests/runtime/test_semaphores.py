@@ -25,7 +25,7 @@ SETTINGS = None, None, None, "relu", 0.01, (3, 3), (1, 1), (1, 1), (1, 1), 1, "t
 
 
 class Convolution:
-    """Of one image by tiles of eight programs; `exact` is its result."""
+    """A convolution of one image by tiles of eight programs; `exact` is its result."""
 
     def __init__(self) -> None:
         self.x, weight = image(1, 256, 8, 8, channels_last=True), image(256, 256, 3, 3)

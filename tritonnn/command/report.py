@@ -20,7 +20,7 @@ def proof_table(proof: Proof) -> Table:
 
 def proof_line(proof: Proof) -> str:
     return (
-        f"Root mean square over {proof.checked} images, relative to the output's. PyTorch's two memory formats lie "
+        f"Root mean square over {_images(proof.checked)}, relative to the output's. PyTorch's two memory formats lie "
         f"{proof.noise:.2e} apart; up to {proof.limit:.2e} counts as no worse than PyTorch."
     )
 
@@ -28,7 +28,7 @@ def proof_line(proof: Proof) -> str:
 def time_table(names: Sequence[str], latencies: Sequence[Latency], images: int) -> Table:
     """The wall clock of calls from Python and the GPU's own time; a factor of 2 is half of PyTorch's time."""
     table = _table(
-        f"Milliseconds for {images} images", "network", "from Python", "as fast", "GPU alone", "as fast", "images/s"
+        f"Milliseconds for {_images(images)}", "network", "from Python", "as fast", "GPU alone", "as fast", "images/s"
     )
     pytorch = latencies[0]
     for name, latency in zip(names, latencies, strict=True):
@@ -43,6 +43,10 @@ def time_table(names: Sequence[str], latencies: Sequence[Latency], images: int) 
             f"{images / eager * 1e3:,.0f}",
         )
     return table
+
+
+def _images(number: int) -> str:
+    return f"{number} image{'s' * (number != 1)}"
 
 
 def _table(title: str, first: str, *others: str) -> Table:

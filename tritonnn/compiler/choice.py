@@ -169,7 +169,7 @@ def compile_kernels(
 
 
 def faster_ones(chains: Sequence[Chain], packed: Sequence[Packed]) -> list[bool]:
-    """For each chain whether it is to be ours: on a GPU by measurement, in the interpreter always."""
+    """Whether each chain is to run on our kernel: on a GPU where that was measured to be faster, else always."""
     device = chains[0].result.device
     if device.type != "cuda":
         return [True] * len(chains)

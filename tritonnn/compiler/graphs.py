@@ -157,7 +157,7 @@ def _needs_interpreter(chain: Chain) -> bool:
 
 
 def input_precision(chain: Chain) -> str:
-    """That of the kernel, from PyTorch's switches as they are now."""
+    """The input precision of the kernel, by PyTorch's switches as they are now."""
     if value(chain.layer).dtype != torch.float32:
         return "ieee"
     x, weight, y = value(chain.x), value(chain.weight), value(chain.layer)

@@ -49,7 +49,7 @@ def _slug(name: str) -> str:
 
 
 def read(path: Path) -> dict[str, Times]:
-    """By kind; lines that are none, such as one that another process is writing, do not count."""
+    """The times by kind. Lines that cannot be read, such as one that another process is writing, are left out."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

@@ -8,7 +8,7 @@ from triton.language.target_info import cuda_capability_geq
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LARGEST_TF32 = tl.constexpr(float.fromhex("0x1.ffcp127"))
 FLUSH_STEPS = 8
-"""So many steps of a float32 product are added up apart, before they are added to the sum (see `add_split_dot`)."""
+"""Steps of a float32 product that are added up apart before they are added to the sum (see `add_split_dot`)."""
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

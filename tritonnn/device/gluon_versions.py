@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Of all threads of a program; `thread_barrier` in 3.6."""
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -22,16 +23,41 @@ SLICES = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 Before, a view that begins at any row is one row, found by its index, and is then taken for several. 3.8 asks that both
 be of one size, by their layouts: the ring has one whose rows reach over all that is ever seen from them on.
 """
-NARROWS = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
-"""Whether LLVM computes with pairs of 16-bit integers where it knows that numbers are small."""
+VECTORIZES = gl.constexpr(VERSION >= (3, 8))
+"""Whether LLVM computes numbers of several steps of a loop together, as vectors, before the first of these steps."""
+EXPECT_IS_A_BARRIER = gl.constexpr((3, 8) <= VERSION <= (3, 9))
+"""Whether `mbarrier.expect` begins with a barrier of all threads, as what was compiled shows."""
+BARRIER_AFTER_WAIT = gl.constexpr(VERSION >= (3, 7))
+"""Whether, between the load of what a product reads and the product, all threads meet after they waited for the load.
+
+In 3.6 they meet before.
+"""
 
 
 @gluon.jit
-def of_any_size(i):
-    """i, a 32-bit integer of whose size LLVM is to know nothing."""
-    if NARROWS:
-        i = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], dtype=gl.int32, is_pure=True, pack=1)
+def pinned(i):
+    """i, a 32-bit integer of which LLVM is to know nothing, so that what depends on it is computed from here on.
+
+    Computed as vectors before, numbers stand in registers of each thread, from where the addresses of products must
+    come back to those of a warp; constant divisors are no constants any more; and small numbers are pairs of 16 bits.
+    """
+    if VECTORIZES:
+        i = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
     return i
+
+
+@gluon.jit
+def barrier_before_expect():
+    """A barrier of all threads before `mbarrier.expect`, unless that begins with one."""
+    if not EXPECT_IS_A_BARRIER:
+        barrier()
+
+
+@gluon.jit
+def barrier_before_wait():
+    """Has all threads meet before they wait for what a product reads, where they would do so afterwards."""
+    if BARRIER_AFTER_WAIT:
+        barrier()
 
 
 @gluon.constexpr_function
@@ -75,11 +101,12 @@ def allocate_ring(
 @gluon.jit
 def ring_view(ring, slot, FIRST: gl.constexpr, BOX_ROWS: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
     """A ring from row FIRST of a slot on, in another shape and layout."""
-    if SLICES:  # at rows known to the compiler: of the views of all slots one is picked
-        view = ring.slice(FIRST, BOX_ROWS - FIRST).reinterpret(ring.dtype, SHAPE, LAYOUT)
+    if SLICES:  # at rows known to the compiler: of all slots one is picked
+        box = ring.slice(0, BOX_ROWS)
         for i in gl.static_range(1, ring.shape[0] // BOX_ROWS):
             if slot == i:
-                view = ring.slice(i * BOX_ROWS + FIRST, BOX_ROWS - FIRST).reinterpret(ring.dtype, SHAPE, LAYOUT)
+                box = ring.slice(i * BOX_ROWS, BOX_ROWS)
+        view = box.slice(FIRST, BOX_ROWS - FIRST).reinterpret(ring.dtype, SHAPE, LAYOUT)
     else:
         VIEWS: gl.constexpr = _views(SHAPE, _reach(BOX_ROWS) * ring.shape[1] * ring.shape[2])
         view = ring.index(slot * BOX_ROWS + FIRST)._reinterpret(ring.dtype, VIEWS, LAYOUT).index(0)

@@ -20,7 +20,7 @@ PARAMETERS = {
     "sigmoid": (),
     "gelu": ("approximate",),
 }
-"""Of functions and methods, in place or not: the parameters after the tensor and before `inplace`."""
+"""The parameters of functions and methods, in place or not, between the tensor and `inplace`."""
 
 MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.ReLU6: ("relu6", ()),

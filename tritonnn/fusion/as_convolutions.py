@@ -1,7 +1,7 @@
-"""Linear layers whose result becomes images are convolutions of one tap, and products with a channel's number norms.
+"""Linear layers whose results become images become convolutions of one tap, and their layer scales batch norms.
 
-So in ConvNeXt: [N, H, W, C] through a linear layer, permuted to [N, K, H, W], times a parameter [K, 1, 1], plus an
-image. As convolution and batch norm, rewrite.py joins them with what follows, and the permuted copies vanish.
+ConvNeXt has [N, H, W, C] through a linear layer, permuted to [N, K, H, W], times a parameter [K, 1, 1], plus an image.
+As convolution and batch norm, rewrite.py joins them with what follows, and the permuted copies vanish.
 """
 
 import operator

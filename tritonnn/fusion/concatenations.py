@@ -1,7 +1,7 @@
-"""Concatenations of channels: convolutions write to where their channels come, and rows of them are one image.
+"""Concatenations of channels: convolutions write their part of the result, and those of a dense block share one image.
 
-In such a row each has all channels of the one before, as in a dense block: the image grows, and nothing of it is copied
-again. What reads it takes some channels of an image.
+A row of concatenations, each of which has all channels of the one before and some more, is one image that grows:
+nothing of it is copied again. What reads one of them takes the first channels of that image.
 """
 
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def _rows(traced: FunctionalGraph, modules: dict[str, nn.Module]) -> list[_Row]:
 
 
 def _operands(node: fx.Node) -> Operands | None:
-    """Of a concatenation of channels."""
+    """What a node concatenates, if it is a concatenation of channels."""
     if name_of(node) not in ("cat", "concat") or "out" in node.kwargs:
         return None
     tensors, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
@@ -97,7 +97,7 @@ def _operands(node: fx.Node) -> Operands | None:
 
 
 def _fills(x: fx.Node, node: fx.Node, row: _Row, traced: FunctionalGraph, modules: dict[str, nn.Module]) -> bool:
-    """Whether x is of a convolution, which only this row has, and may be computed when the concatenation is."""
+    """Whether x is a convolution's result that this row alone reads, and may be computed when the concatenation is."""
     layer = modules.get(x.target) if x.op == "call_module" else None
     if type(layer) is not FusedConv2d or layer.sums is not None or len(x.args) != 1:
         return False
@@ -106,7 +106,7 @@ def _fills(x: fx.Node, node: fx.Node, row: _Row, traced: FunctionalGraph, module
 
 
 def _channels(node: fx.Node, modules: dict[str, nn.Module]) -> int:
-    """Of a convolution's result; 0 where that is not known."""
+    """The number of channels of a convolution's result; 0 for other nodes."""
     layer = modules.get(node.target) if node.op == "call_module" else None
     layer = layer.last if isinstance(layer, FusedScaledConv2d) else layer
     return layer.weight.shape[0] if isinstance(layer, FusedConv2d) else 0

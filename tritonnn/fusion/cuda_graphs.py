@@ -224,7 +224,7 @@ def _state_of(network: nn.Module) -> list[tuple[int, int | None]]:
 
 
 def _attributes_of(network: nn.Module) -> dict[str, dict[str, object]]:
-    """Of the modules whose code is not ours, by name: numbers, strings and the like by value, all else by identity."""
+    """Attributes by name, of modules whose code is not ours: numbers, strings and such by value, else by identity."""
     return {
         name: {key: _snapshot(value) for key, value in vars(module).items() if key not in MODULE_TABLES}
         for name, module in network.named_modules()

@@ -1,4 +1,4 @@
-"""The first call of a fused network with images of a kind: its kernels are compiled beside each other before."""
+"""Before the first call of a fused network with images of a kind, its kernels are compiled beside each other."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -42,7 +42,7 @@ class FirstCalls:
         return self.__dict__ | {"_seen": set()}
 
     def before(self, call: Callable, network: nn.Module, args: tuple, kwargs: dict, in_graphs: bool) -> None:
-        """For each `call(*args, **kwargs)`, which runs the layers of `network`, in CUDA graphs or not."""
+        """Comes before each `call(*args, **kwargs)`, which runs the layers of `network`, in CUDA graphs or not."""
         if not self.can_go_through_twice or kwargs or not args or type(args[0]) is not torch.Tensor:
             return
         kind = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else None for x in args)

@@ -1,8 +1,8 @@
 """A network's graph in which additions and activations overwrite nothing, so that they may be moved and merged.
 
-An operation in place is made one that is not where nothing else can see the difference; where something might, it
-stays and is a barrier: nothing is moved across it. So does code that is not known. formats.py then sees to it
-that whatever can tell how a tensor lies in memory gets it as PyTorch would have it.
+An operation in place becomes an ordinary one where nothing else can see the difference. Where something might, it
+stays and is a barrier, as code that is not known is: nothing is moved across it. formats.py then sees to it that
+whatever can tell how a tensor lies in memory gets it as PyTorch would have put it.
 """
 
 import inspect
@@ -34,7 +34,7 @@ class FunctionalGraph:
     pure: set[fx.Node] = field(default_factory=set)
     """Sums and activations that are computed beside their input: they may be moved and merged."""
     once_in_place: set[fx.Node] = field(default_factory=set)
-    """Those of `pure` that overwrote their input in the network's own code."""
+    """The nodes of `pure` that overwrote their input in the network's own code."""
     overwriting: set[fx.Node] = field(default_factory=set)
     """Operations that are left in place."""
     stage: dict[fx.Node, int] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class FunctionalGraph:
     numbers: set[fx.Node] = field(default_factory=set)
     """Nodes that are no tensors, such as sizes."""
     families: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
-    """Of each node those that may share memory with it, itself among them."""
+    """For each node the nodes that may share memory with it, itself among them."""
     shared: set[fx.Node] = field(default_factory=set)
     """Nodes whose memory may have been overwritten by code that is not known, or through the name of another node."""
 

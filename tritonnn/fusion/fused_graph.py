@@ -7,7 +7,7 @@ from torch import fx, nn
 
 @dataclass(frozen=True)
 class _Result:
-    """Of the node of that name."""
+    """Stands for the result of the node of that name in a pickled graph."""
 
     name: str
 

@@ -19,7 +19,7 @@ ELEMENTWISE = frozenset(
 """Results are new tensors in the memory format of the arguments; of numbers, numbers."""
 
 BINARY = frozenset("add div eq ge gt le lt maximum minimum mul ne pow sub true_divide truediv".split())
-"""Those of them that take two operands."""
+"""The elementwise functions that take two operands."""
 
 ELEMENTWISE_MODULES = (
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU),

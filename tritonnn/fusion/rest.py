@@ -1,4 +1,4 @@
-"""What becomes of nodes that no fused layer has: ReLUs and pools as Triton layers, the rest beside its operands."""
+"""What becomes of nodes that no fused layer has: ReLUs and pools become Triton layers, all else stays PyTorch's."""
 
 from collections.abc import Callable
 

@@ -66,7 +66,7 @@ class _RoundAhead:
         return not self.undecided_readers(node) or not any(map(self.selects, (node, *node.users)))
 
     def convolutions(self, node: fx.Node) -> list[tuple[FusedConv2d, fx.Node]]:
-        """Those of a fused node, and their inputs."""
+        """The convolutions that a fused node computes, each with its input."""
         match self.modules[node.target] if node.op == "call_module" else None:
             case FusedLinearOfImages():  # uses TF32 where products do
                 return []
@@ -101,6 +101,6 @@ class _RoundAhead:
         return node
 
     def undecided_readers(self, node: fx.Node) -> tuple[Filters, ...]:
-        """Of those that read a node directly, the ones that use TF32 for large outputs only."""
+        """The convolutions that read a node directly and use TF32 for large outputs only."""
         convolutions = [conv for user in node.users for conv, x in self.convolutions(user) if x is node]
         return tuple(conv.filters for conv in convolutions if not conv.filters.always_in_tf32)

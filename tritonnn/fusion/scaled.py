@@ -1,4 +1,4 @@
-"""Batch norms with the activation after them, and what a convolution of one tap can do as it reads its image."""
+"""Batch norms with the activation after them, and convolutions of one tap that do this, or apply gates, on reading."""
 
 from torch import fx, nn
 

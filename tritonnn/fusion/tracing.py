@@ -236,7 +236,7 @@ def trace(root: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
 
 
 def _attributes(root: nn.Module) -> dict[str, dict[str, tuple[object, object]]]:
-    """Of each module: its attributes and, of lists and the like, their elements."""
+    """The attributes of each module, with the elements of those that are lists and the like."""
     return {
         name: {
             key: (value, value.copy() if isinstance(value, (list, dict, set)) else None)

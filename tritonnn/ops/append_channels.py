@@ -17,7 +17,7 @@ from ..runtime.memory_format import pixel_stride
 from ..runtime.operator import register
 
 BLOCK_BYTES = 8192
-"""That a program copies: 64 for each of 128 threads."""
+"""Bytes that a program copies: 64 for each of 128 threads."""
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
+from ..device.pixels import block_of_channels, block_of_pixels
 from ..device.pooling import window_of
 from ..runtime import hardware
 from ..runtime.blocks import ceil_div, pixel_blocks, power_of_2
@@ -66,14 +67,10 @@ def avg_pool2d_forward_kernel(
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
-    offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    mask_m = offs_m < M
-    n = (offs_m // PIXELS).to(tl.int64)
-    pixel = offs_m % PIXELS
+    n, pixel, mask_m = block_of_pixels(pid // blocks_c, M, PIXELS, INDEX, BLOCK_M)
     p = pixel // Q
     q = pixel % Q
-    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
+    c, mask_c = block_of_channels(pid % blocks_c, C, BLOCK_C)
 
     h_first, w_first, h_end, w_end, divisor = window_of(
         p,
@@ -164,8 +161,7 @@ def avg_pool2d_large_forward_kernel(
     pixel = m % (P * Q)
     p = pixel // Q
     q = pixel % Q
-    c = (tile % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
+    c, mask_c = block_of_channels(tile % blocks_c, C, BLOCK_C)
     h_first, w_first, h_end, w_end, divisor = window_of(
         p.to(tl.int64),
         q.to(tl.int64),
@@ -236,7 +232,7 @@ class LargeWindows(NamedTuple):
 LEAST_WINDOW = 32
 """Windows of at least so many pixels are added up by many threads."""
 TILE_BYTES = {True: 8192, False: 4096}
-"""Of a program, in channels_last and else: 128 threads load 16 bytes four times or twice."""
+"""Bytes that a program loads at a time, in channels_last or not: 128 threads load 16 bytes four times, or twice."""
 MOST_SPLITS = 64
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
+from ..device.pixels import block_of_channels, block_of_pixels
 from ..device.pooling import window_of
 from ..runtime.blocks import ceil_div, pixel_blocks
 from ..runtime.launch_plan import launch
@@ -57,10 +58,7 @@ def avg_pool2d_backward_kernel(
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
-    offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    mask_m = offs_m < M
-    n = (offs_m // (H * W)).to(tl.int64)
-    pixel = offs_m % (H * W)
+    n, pixel, mask_m = block_of_pixels(pid // blocks_c, M, H * W, INDEX, BLOCK_M)
     h = pixel // W
     w = pixel % W
     if ADAPTIVE:
@@ -69,8 +67,7 @@ def avg_pool2d_backward_kernel(
     else:
         p_first = (h + PADDING_H) // STRIDE_H - (ROWS - 1)
         q_first = (w + PADDING_W) // STRIDE_W - (COLUMNS - 1)
-    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
+    c, mask_c = block_of_channels(pid % blocks_c, C, BLOCK_C)
     g_ptrs = g_ptr + (n * g_stride_n)[:, None] + (c * g_stride_c)[None, :]
 
     grad_x = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
@@ -149,7 +146,7 @@ def _run(g, grad_x, channels_last, kernel_size, stride, padding, adaptive, count
 
 
 def _most_windows(size: int, outputs: int) -> int:
-    """Of `outputs` adaptive windows over `size` rows, those over one row, at most."""
+    """How many of `outputs` adaptive windows over `size` rows see the same row, at most."""
     return max(-(-(i + 1) * outputs // size) - i * outputs // size for i in range(size))
 
 

@@ -1,8 +1,7 @@
 """2-D batch normalisation forward: y = (x - mean) / sqrt(var + eps) * weight + bias, per channel.
 
 x: [N, C, H, W], read where it is if dense; y lies as PyTorch's does. Inference takes mean and variance from the running
-statistics; training takes them (the biased variance) from the batch in one pass over x: those of four pixels at a time
-in each lane, and Chan et al.'s combination of these, of lanes and of programs, so that a large mean costs no digits.
+statistics, training from the batch (batch_norm2d_statistics.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,13 +12,14 @@ import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
+from ..device.pixels import block_of_channels, block_of_pixels
 from ..runtime.blocks import ceil_div, pixel_blocks
 from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
 from ..runtime.operator import LIBRARY, each_example, on_its_device, register
 from .batch_norm2d_backward import batch_norm2d_backward, statistics_dtype
-from .channel_sums import UNROLL, reduction_of
+from .batch_norm2d_statistics import batch_statistics
 
 
 @triton.jit
@@ -56,12 +56,10 @@ def batch_norm2d_normalize_kernel(
     """
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
-    offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
-    mask = (offs_m < M)[:, None] & mask_c[None, :]
-    offs = (offs_m // PIXELS).to(tl.int64) * stride_n + (offs_m % PIXELS).to(tl.int64) * stride_pixel
-    offs = offs[:, None] + (c * stride_c)[None, :]
+    n, pixel, mask_m = block_of_pixels(pid // blocks_c, M, PIXELS, INDEX, BLOCK_M)
+    c, mask_c = block_of_channels(pid % blocks_c, C, BLOCK_C)
+    mask = mask_m[:, None] & mask_c[None, :]
+    offs = (n * stride_n + pixel.to(tl.int64) * stride_pixel)[:, None] + (c * stride_c)[None, :]
 
     wait_for_predecessor(DEPENDENT)
     mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0).to(ACC)
@@ -81,112 +79,6 @@ def batch_norm2d_normalize_kernel(
         y = tl.where(y.to(ACC) < 0, tl.zeros_like(y), y)
     start_successor(DEPENDENT)
     tl.store(y_ptr + offs, y, mask=mask)
-
-
-@triton.jit
-def combine(count, mean, m2):
-    """Count, mean and sum of squared deviations of the union of the groups along axis 0; count may be [groups, 1]."""
-    total = tl.sum(count, axis=0)
-    divisor = tl.maximum(total, 1)
-    union_mean = tl.sum(count * mean, axis=0) / divisor
-    union_mean += tl.sum(count * (mean - union_mean[None, :]), axis=0) / divisor  # what the first sum rounded off
-    deviation = mean - union_mean[None, :]
-    return total, union_mean, tl.sum(m2 + count * deviation * deviation, axis=0)
-
-
-@triton.jit
-def load_pixels(x_ptr, block, c, mask_c, M, PIXELS, strides, BLOCK_M: tl.constexpr):
-    """A block of x [BLOCK_M, BLOCK_C], zeros beyond the last pixel, and which of its rows are pixels, [BLOCK_M, 1]."""
-    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    mask_m = offs_m < M
-    offs = (offs_m // PIXELS).to(tl.int64) * strides[0] + (offs_m % PIXELS).to(tl.int64) * strides[2]
-    return tl.load(x_ptr + (offs + (c * strides[1])[None, :]), mask=mask_m & mask_c[None, :], other=0.0), mask_m
-
-
-@triton.jit
-def batch_norm2d_partial_statistics_kernel(
-    x_ptr,
-    partial_ptr,
-    M,
-    C,
-    PIXELS,
-    stride_n,
-    stride_c,
-    stride_pixel,
-    SPLITS,
-    STEPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-    ACC: tl.constexpr,
-    INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """One program owns STEPS x 4 blocks of pixels x BLOCK_C channels; partial is [3, C, SPLITS]: count, mean, M2.
-
-    A lane takes the mean and M2 of four pixels, all loaded at once, and adds them to those of its pixels before. Sums
-    over many lanes are in float64.
-    """
-    pid = tl.program_id(0)
-    blocks_c = (C + BLOCK_C - 1) // BLOCK_C
-    split = pid // blocks_c
-    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
-    count = tl.full((BLOCK_M, 1), 0, ACC)
-    mean = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
-    m2 = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
-    strides = (stride_n, stride_c, stride_pixel)
-    wait_for_predecessor(DEPENDENT)
-    for step in range(STEPS):
-        block = (split.to(INDEX) * STEPS + step) * 4
-        x0, mask0 = load_pixels(x_ptr, block, c, mask_c, M, PIXELS, strides, BLOCK_M)
-        x1, mask1 = load_pixels(x_ptr, block + 1, c, mask_c, M, PIXELS, strides, BLOCK_M)
-        x2, mask2 = load_pixels(x_ptr, block + 2, c, mask_c, M, PIXELS, strides, BLOCK_M)
-        x3, mask3 = load_pixels(x_ptr, block + 3, c, mask_c, M, PIXELS, strides, BLOCK_M)
-        x0, x1, x2, x3 = x0.to(ACC), x1.to(ACC), x2.to(ACC), x3.to(ACC)
-        taken = (mask0.to(ACC) + mask1.to(ACC)) + (mask2.to(ACC) + mask3.to(ACC))  # [BLOCK_M, 1]
-        local = ((x0 + x1) + (x2 + x3)) * (1 / tl.maximum(taken, 1))
-        d0, d1 = tl.where(mask0, x0 - local, 0), tl.where(mask1, x1 - local, 0)
-        d2, d3 = tl.where(mask2, x2 - local, 0), tl.where(mask3, x3 - local, 0)
-        delta = local - mean
-        part = taken / tl.maximum(count + taken, 1)
-        m2 += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + delta * delta * (count * part)
-        mean += delta * part
-        count += taken
-    count, mean, m2 = combine(count.to(tl.float64), mean.to(tl.float64), m2.to(tl.float64))
-    start_successor(DEPENDENT)
-    partial_ptrs = partial_ptr + c * SPLITS + split
-    tl.store(partial_ptrs, tl.zeros_like(mean) + count, mask=mask_c)
-    tl.store(partial_ptrs + C * SPLITS, mean, mask=mask_c)
-    tl.store(partial_ptrs + 2 * C * SPLITS, m2, mask=mask_c)
-
-
-@triton.jit
-def batch_norm2d_combine_statistics_kernel(
-    partial_ptr,
-    mean_ptr,
-    var_ptr,
-    inverse_ptr,
-    SPLITS,
-    C,
-    eps: tl.float64,
-    DEPENDENT: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """One program owns BLOCK_C channels: mean, biased variance and 1 / sqrt(var + eps) from partial [3, C, SPLITS]."""
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    split = tl.arange(0, BLOCK_SPLITS)[:, None]  # [BLOCK_SPLITS, 1]
-    mask = (split < SPLITS) & (c < C)[None, :]
-    partial_ptrs = partial_ptr + (c * SPLITS)[None, :] + split
-    wait_for_predecessor(DEPENDENT)
-    count = tl.load(partial_ptrs, mask=mask, other=0.0)
-    mean = tl.load(partial_ptrs + C * SPLITS, mask=mask, other=0.0)
-    m2 = tl.load(partial_ptrs + 2 * C * SPLITS, mask=mask, other=0.0)
-    count, mean, m2 = combine(count, mean, m2)
-    tl.store(mean_ptr + c, mean, mask=c < C)
-    var = m2 / tl.maximum(count, 1)
-    tl.store(var_ptr + c, var, mask=c < C)
-    tl.store(inverse_ptr + c, 1 / tl.sqrt(var + eps), mask=c < C)
 
 
 @triton.jit
@@ -308,56 +200,10 @@ def _outputs_inference(x, weight, bias, *_) -> torch.Tensor:
     return _output(x, weight, bias, training=False)
 
 
-def batch_statistics(x, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean, biased variance and 1 / sqrt(var + eps) of each channel."""
-    channels_last = _is_channels_last(x)
-    x = _dense(x)
-    N, C, H, W = x.shape
-    M = N * H * W
-    blocks, steps, splits = reduction_of(M, H * W, C, channels_last, x.device)
-    acc = accumulator(x.dtype)
-    dtype = statistics_dtype(x)
-    partial = torch.empty(3, C, splits, dtype=torch.float64, device=x.device)
-    mean, var, inverse = (torch.empty(C, dtype=dtype, device=x.device) for _ in range(3))
-    launch(
-        batch_norm2d_partial_statistics_kernel,
-        (splits * ceil_div(C, blocks.BLOCK_C),),
-        x,
-        partial,
-        M,
-        C,
-        H * W,
-        *pixel_strides(x, channels_last),
-        splits,
-        STEPS=steps,
-        **dependent_launch(x),
-        ACC=acc,
-        INDEX=index_type(M + steps * UNROLL * blocks.BLOCK_M),
-        **blocks._asdict(),
-    )
-    block_splits = triton.next_power_of_2(splits)
-    block_c = 16 if triton.knobs.runtime.interpret else 1
-    launch(
-        batch_norm2d_combine_statistics_kernel,
-        (ceil_div(C, block_c),),
-        partial,
-        mean,
-        var,
-        inverse,
-        splits,
-        C,
-        eps,
-        **dependent_launch(x),
-        BLOCK_SPLITS=block_splits,
-        BLOCK_C=block_c,
-        num_warps=min(max(block_splits // 128, 1), 8),
-    )
-    return mean, var, inverse
-
-
 def _launch_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mean, var, inverse = batch_statistics(x, eps)
-    y = normalize(x, weight, bias, mean, inverse, eps, inverted=True)
+    dense = _dense(x)
+    mean, var, inverse = batch_statistics(dense, _is_channels_last(x), eps)
+    y = normalize(dense, weight, bias, mean, inverse, eps, inverted=True)
     return _as_pytorch_lies(y, x, weight, bias, training=True), mean, var
 
 
@@ -417,7 +263,7 @@ def _backward_inference(ctx, grad_y):
 
 
 def _gradients(ctx, grad_y, x, weight, mean, var, training: bool) -> Iterator[torch.Tensor | None]:
-    """Those of x, weight and bias that are needed."""
+    """The gradients of x, weight and bias, None where one is not needed."""
     needed = tuple(ctx.needs_input_grad[:3])
     grads = batch_norm2d_backward(grad_y, x, weight, mean, var, ctx.eps, training, needed)
     return (grad if wanted else None for grad, wanted in zip(grads, needed))

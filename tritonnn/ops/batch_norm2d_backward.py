@@ -5,7 +5,7 @@
     grad_x = weight * s * (g - sum(g) / M - (x - mean) * s^2 * sum(g * (x - mean)) / M)                  in training
 
 x: [N, C, H, W], read where it is if dense; grad_x likewise, channels_last where x is. The sums are one pass over g and
-x, grad_x is a second one, which starts with what the first one read last, part of which is in the L2 cache yet.
+x. grad_x is a second one, which starts with what the first one read last, as the L2 cache still holds part of that.
 """
 
 import torch
@@ -133,7 +133,7 @@ def batch_norm2d_backward_input_kernel(
 
 
 def _outputs(g, x, weight, mean, var, eps, training, output_mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Those that are not wanted are empty."""
+    """Room for the three gradients; those that are not wanted are empty."""
     parameter = mean if weight is None else weight
     grad_x = empty_image(x.shape, x, is_channels_last(x)) if output_mask[0] else x.new_empty(0)
     return grad_x, *(parameter.new_empty(x.shape[1] if wanted else 0) for wanted in output_mask[1:])

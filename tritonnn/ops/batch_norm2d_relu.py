@@ -1,9 +1,9 @@
 """Batch norm in training with what follows it in a residual block: y = relu(batch_norm(x) + residual); its gradients.
 
-x, residual: [N, C, H, W]. Normalising, adding and ReLU are one pass over memory, and the mask of ReLU needs none of its
-own backward: without a residual it is computed again from x, with one it is that of y, which the next layer keeps
-anyway, and the masked gradient is that of the residual. Values and gradients are those of three operations one after
-the other.
+x, residual: [N, C, H, W]. Normalising, adding and ReLU are one pass over memory. Backward, the mask of ReLU needs no
+pass of its own: without a residual it is computed again from x; with one it is the sign of y, which the next layer
+keeps anyway, and the masked gradient is that of the residual. Values and gradients are those of three operations one
+after the other.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,9 @@ import torch
 
 from ..runtime.memory_format import is_channels_last
 from ..runtime.operator import Recorded, on_its_device, register, register_gradient
-from .batch_norm2d import batch_norm2d_update_, batch_statistics, launch_update, normalize
+from .batch_norm2d import batch_norm2d_update_, launch_update, normalize
 from .batch_norm2d_backward import dense, run, statistics_dtype
+from .batch_norm2d_statistics import batch_statistics
 from .channel_sums import Mask
 
 
@@ -79,8 +80,8 @@ def _outputs(x, residual, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _launch(x, residual, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    mean, var, inverse = batch_statistics(x, eps)
     x = dense(x, x)
+    mean, var, inverse = batch_statistics(x, is_channels_last(x), eps)
     if residual is not None:
         residual = dense(residual, x)
     y = normalize(x, weight, bias, mean, inverse, eps, inverted=True, residual=residual, relu=True)

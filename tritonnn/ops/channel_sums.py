@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
+from ..device.pixels import block_of_channels
 from ..runtime import hardware
 from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
 from ..runtime.capabilities import LANES_TAKE_LAST_DIMENSIONS
@@ -26,11 +27,11 @@ MOST_SPLITS = 1024
 UNROLL = 4
 """Blocks whose loads are under way together."""
 MOST_CHANNELS = 64
-"""Of a block: with 128 Triton spreads the blocks of a step over the warps."""
+"""Channels of a block, at most: with 128, Triton spreads the blocks of a step over the warps."""
 PROGRAMS = 4
 """Programs of a multiprocessor, at most."""
 LEAST_STEPS = 4
-"""Of a program, where there are so many: adding up its lanes takes as long as some steps."""
+"""Steps of a program, at least, where there is work for so many: adding up its lanes takes as long as some steps."""
 
 
 @triton.jit
@@ -109,8 +110,7 @@ def channel_sums_partial_kernel(
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     split = pid // blocks_c
-    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
+    c, mask_c = block_of_channels(pid % blocks_c, C, BLOCK_C)
     wait_for_predecessor(DEPENDENT)
     sums = tl.full((BLOCK_M, BLOCK_C), 0, ACC)
     products = sums
@@ -176,7 +176,7 @@ class Reduction(NamedTuple):
 
 @functools.lru_cache(1024)
 def reduction_of(M: int, pixels: int, C: int, channels_last: bool, device: torch.device) -> Reduction:
-    """Of M pixels in all, so many an image: about PROGRAMS programs a multiprocessor."""
+    """How to add up M pixels, `pixels` an image: by about PROGRAMS programs a multiprocessor."""
     blocks = pixel_blocks(M, pixels, C, channels_last, device)
     if triton.knobs.runtime.interpret:  # a tile is large enough as it is
         blocks = PixelBlocks(max(blocks.BLOCK_M // UNROLL, 1), blocks.BLOCK_C)
@@ -204,15 +204,16 @@ class PartialSums(NamedTuple):
 
 
 def no_sums(C: int, device: torch.device) -> PartialSums:
-    """Of no pixels, for a kernel that combines sums only where they are wanted."""
+    """Sums over no pixels, for a kernel that combines sums only where they are wanted."""
     return PartialSums(torch.empty(2, C, 1, dtype=torch.float64, device=device), 1)
 
 
 class Mask(NamedTuple):
-    """Of the gradient of relu(normalized(x)): by its output y and, masked, into `masked`, or by what was normalised.
+    """How ReLU masks the gradient g of relu(normalized(x)); without any field, g is taken as it is.
 
-    y, masked, and a second gradient to add to the first before: with the strides of g; inverse: 1 / sqrt(var + eps),
-    weight, bias: [C].
+    Either by its output y, and the masked g is stored in `masked`; or by what batch norm made of x, computed again with
+    `inverse` (1 / sqrt(var + eps)), weight and bias, [C] each. `second` is another gradient of y, to be added to g
+    before. y, masked and second have the strides of g.
     """
 
     y: torch.Tensor | None = None
@@ -242,7 +243,7 @@ def partial_sums(
     mean: torch.Tensor | None = None,
     mask: Mask = NO_MASK,
 ) -> PartialSums:
-    """Of a dense g [N, C, H, W], not empty, and an x with its strides; mean: [C]."""
+    """Sums of a dense g [N, C, H, W], not empty, and of g * (x - mean); x has the strides of g; mean: [C]."""
     N, C, H, W = g.shape
     M = N * H * W
     blocks, steps, splits = reduction_of(M, H * W, C, channels_last, g.device)

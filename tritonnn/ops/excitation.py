@@ -20,7 +20,7 @@ from ..runtime.launch_plan import launch
 from ..runtime.operator import register
 
 MOST_WEIGHTS = 65536
-"""Of each product. Every program reads all of the first one's: with more, a product a kernel is faster."""
+"""Weights of each product, at most. Every program reads all of the first one's: with more, two kernels are faster."""
 MOST_INNER, MOST_IMAGES = 128, 128
 TILE = 8192
 """Elements of a weight that a program has in registers, 32 for each of 256 threads."""

@@ -16,9 +16,9 @@ from ..runtime.launch_plan import launch
 from ..runtime.operator import register
 
 MOST_FEATURES = 8192
-"""A row is held in registers."""
+"""Features of a row, at most, as a program has it in registers."""
 ELEMENTS = 4096
-"""That a program owns: 32 for each of 128 threads."""
+"""Elements that a program owns: 32 for each of 128 threads."""
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from ..device.arithmetic import INTERPRET, accumulator, index_type
 from ..device.dependent_launch import start_successor, wait_for_predecessor
+from ..device.pixels import block_of_channels, block_of_pixels
 from ..runtime.blocks import ceil_div, pixel_blocks
 from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
@@ -79,14 +80,10 @@ def max_pool2d_forward_kernel(
     """One program owns BLOCK_M of M = N * PIXELS output pixels x BLOCK_C channels; PIXELS = P * Q."""
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
-    offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    mask_m = offs_m < M
-    n = (offs_m // PIXELS).to(tl.int64)
-    pixel = offs_m % PIXELS
+    n, pixel, mask_m = block_of_pixels(pid // blocks_c, M, PIXELS, INDEX, BLOCK_M)
     h_first = pixel // Q * STRIDE_H - PADDING_H
     w_first = pixel % Q * STRIDE_W - PADDING_W
-    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
+    c, mask_c = block_of_channels(pid % blocks_c, C, BLOCK_C)
     x_ptrs = x_ptr + (n * x_stride_n)[:, None] + (c * x_stride_c)[None, :]
 
     wait_for_predecessor(DEPENDENT)

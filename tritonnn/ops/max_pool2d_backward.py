@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..device.arithmetic import accumulator, index_type, round_to
+from ..device.pixels import block_of_channels, block_of_pixels
 from ..runtime.blocks import ceil_div, pixel_blocks
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
@@ -62,14 +63,10 @@ def max_pool2d_backward_kernel(
     COLUMNS: tl.constexpr = (S - 1) * DILATION_W // STRIDE_W + 1
     pid = tl.program_id(0)
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
-    offs_m = (pid // blocks_c).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    mask_m = offs_m < M
-    n = (offs_m // (H * W)).to(tl.int64)
-    pixel = offs_m % (H * W)
+    n, pixel, mask_m = block_of_pixels(pid // blocks_c, M, H * W, INDEX, BLOCK_M)
     h = pixel // W + PADDING_H  # in the padded image
     w = pixel % W + PADDING_W
-    c = (pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
-    mask_c = c < C
+    c, mask_c = block_of_channels(pid % blocks_c, C, BLOCK_C)
     g_ptrs = g_ptr + (n * g_stride_n)[:, None] + (c * g_stride_c)[None, :]
     i_ptrs = indices_ptr + (n * i_stride_n)[:, None] + (c * i_stride_c)[None, :]
 

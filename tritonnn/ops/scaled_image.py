@@ -1,8 +1,8 @@
 """An image with its channels scaled: y[n, c, h, w] = activation(scale[n, c] * x[n, c, h, w] + shift[c]).
 
-x: [N, C, H, W], dense in channels_last or contiguous, and y alike, or some channels of a channels_last image, which
-y has alone; scale: [N, C, 1, 1], gates of squeeze-and-excitation, or [C], of a batch norm, then with shift [C]; all
-dense. Sums in float32 (float64 for float64), rounded once to the type of x. For inference.
+x: [N, C, H, W], dense in channels_last or contiguous, or some channels of a channels_last image; y: dense, in the
+format of x. scale: [N, C, 1, 1], gates of squeeze-and-excitation, or [C], of a batch norm, then with shift [C]; both
+dense. Computed in float32 (float64 for float64), rounded once to the type of x. For inference.
 """
 
 import math
@@ -21,7 +21,7 @@ from ..runtime.memory_format import pixel_stride
 from ..runtime.operator import register
 
 BLOCK_BYTES = 8192
-"""That a program reads of x: 64 for each of 128 threads."""
+"""Bytes of x that a program reads: 64 for each of 128 threads."""
 
 
 @triton.jit

@@ -31,6 +31,6 @@ def count_recorded_backward_in(layer: _Counting) -> None:
 
 
 def counter_of_backward() -> "Counter[str] | None":
-    """For that operator; where nobody counts, None."""
+    """The counter that the operator's backward adds to; None where nobody counts."""
     counter, _LOCAL.counter = _LOCAL.counter, None
     return counter

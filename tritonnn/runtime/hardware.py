@@ -39,7 +39,7 @@ class Gpu:
 
 
 LEAST_CAPABILITY = (8, 0)
-"""Of CUDA. Tiles are laid out for what a program may have from there on: 99 KB of shared memory, TF32 and bfloat16."""
+"""The least CUDA capability: from it on a program has 99 KB of shared memory, TF32 and bfloat16, as tiles assume."""
 INTERPRETER = Gpu((0, 0), 1, 2**16)
 """The interpreter runs one program after the other."""
 

@@ -34,7 +34,7 @@ class _Local(threading.local):
 
 
 LOCAL = _Local()
-"""Of each thread: the recording that is told of its launches."""
+"""The recording, if any, that notes the launches of the thread that asks."""
 
 
 def record(tensors: list[torch.Tensor], function: Callable, *args) -> tuple[object, Plan | None]:
@@ -56,7 +56,7 @@ class Recording(TorchDispatchMode):
         self.tensors = tensors
         self.created: list[torch.Tensor] = []
         self.semaphores: dict[int, int] = {}
-        """Which of `created` are semaphores, to how many."""
+        """For those of `created` that are semaphores, how many they are."""
         self.launches: list[Launch] = []
         self.complete = True
         self._paused = False
@@ -128,7 +128,7 @@ class Recording(TorchDispatchMode):
         return Pointer(position, 0, 0)
 
     def plan(self, results: object) -> Plan | None:
-        """Of what was noted, with these results: an allocation, a tuple of such and of None, or None."""
+        """A plan of what was noted that returns `results`: an allocation, a tuple of such and of None, or None."""
         device = self.tensors[0].device
         if isinstance(results, tuple):
             returned = [None if y is None else self._allocation(y) for y in results]

@@ -53,7 +53,7 @@ class Descriptor(NamedTuple):
         return cls(base, type(descriptor), {name: value for name, value in vars(descriptor).items() if name != "base"})
 
     def at(self, address: int) -> object:
-        """Of the same class, and alike but for the base. Its checks were made when it was recorded."""
+        """A descriptor like the recorded one, at this address. Its checks were made when it was recorded."""
         descriptor = object.__new__(self.cls)
         descriptor.__dict__.update(self.fields)
         descriptor.base = _Address(address)
@@ -109,7 +109,7 @@ class Plan:
             self.empty = lambda *of: torch.empty_strided(*of[:2], dtype=of[2], device=device)
 
     def __call__(self, addresses: list[int]) -> object:
-        """For tensors at these addresses; the list is overwritten."""
+        """Launches for tensors at these addresses; the list is overwritten."""
         device = self.device
         if device is not None and device != current_device():
             with torch.cuda.device(device):

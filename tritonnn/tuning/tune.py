@@ -202,7 +202,7 @@ def _shape(problem: Problem) -> Problem:
 
 
 def _by_shape(values: Mapping[Problem, T]) -> dict[Problem, T]:
-    """For problems that differ in their epilogues only, the value of the one with the longest epilogue."""
+    """One value for problems that differ in their epilogues only: that of the longest epilogue."""
     longest_last = sorted(reversed(values), key=lambda problem: len(problem.epilogue))
     return {_shape(problem): values[problem] for problem in longest_last}
 

@@ -46,7 +46,7 @@ LAYOUTS = {
 OF_RESNET18 = 24
 """The first shapes of the file, at 224x224 and at 32x32."""
 EVERY = 19
-"""Of the problems of other networks one in so many is kept."""
+"""One in so many problems of other networks is kept."""
 
 
 class Golden(NamedTuple):

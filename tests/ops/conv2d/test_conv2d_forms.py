@@ -397,7 +397,7 @@ class TestWhatTmaCanRun:
     @pytest.mark.parametrize("taps", [1, 3])
     @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
     def test_the_default_fits_the_memory_of_the_card(self, n, taps, precision):
-        """On an RTX 5090, which has less than half of an H100's."""
+        """An RTX 5090 has less than half of an H100's."""
         dtype = torch.bfloat16 if precision == "ieee" else torch.float32
         given = product(n=n, c=512, k=512, side=16, taps=taps, dtype=dtype, input_precision=precision)
         with posing(RTX_5090):

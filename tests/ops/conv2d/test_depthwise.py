@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.compare import DEVICE, image, worst_image
+from helpers.operands import product_and_result
 from torch.nn import functional as F
 
 from tritonnn.ops.conv2d.dispatch import can_run, default_choice, run
@@ -27,19 +28,8 @@ CASES = {
 
 
 def product(case: str, channels_last: bool, dtype: torch.dtype) -> tuple[Product, torch.Tensor]:
-    """With an epilogue; and in float64 what is to be in its y."""
     c, multiplier, taps, *window = CASES[case]
-    x = image(2, c, 11, 13, dtype=dtype, channels_last=channels_last)
-    weight = image(c * multiplier, 1, *taps, dtype=dtype)
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
-    scale, bias = 1 + image(c * multiplier, dtype=sums).abs(), image(c * multiplier, dtype=sums)
-    exact = F.conv2d(x.double(), weight.double(), None, *window, c)
-    residual = image(*exact.shape, dtype=dtype, channels_last=channels_last)
-    exact = exact * scale.double()[:, None, None] + bias.double()[:, None, None] + residual.double()
-    y = torch.full_like(residual, float("nan"))
-    packed = DepthwiseForm().pack(weight, "ieee")
-    epilogue = Epilogue(scale, bias, residual, "relu")
-    return Product(x, packed, y, channels_last, *window, c, "ieee", False, epilogue), exact.relu()
+    return product_and_result(DepthwiseForm(), (c, c * multiplier), c, taps, window, channels_last, dtype)
 
 
 @pytest.mark.parametrize("strip", [1, 4, 7])

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from helpers.compare import image, worst_image
-from torch.nn import functional as F
+from helpers.compare import worst_image
+from helpers.operands import product_and_result
 
 from tritonnn.ops.conv2d.dispatch import can_run, default_choice, run
-from tritonnn.ops.conv2d.epilogue import Epilogue
 from tritonnn.ops.conv2d.forms.direct import DirectForm, config_of
 from tritonnn.ops.conv2d.problem import Choice, Product
 
@@ -24,18 +23,8 @@ CASES = {
 
 
 def product(case: str, channels_last: bool, dtype: torch.dtype) -> tuple[Product, torch.Tensor]:
-    """With an epilogue; and in float64 what is to be in its y."""
     c, k, groups, taps, *window = CASES[case]
-    x = image(2, c, 11, 13, dtype=dtype, channels_last=channels_last)
-    weight = image(k, c // groups, *taps, dtype=dtype)
-    scale, bias = 1 + image(k).abs(), image(k)
-    exact = F.conv2d(x.double(), weight.double(), None, *window, groups)
-    residual = image(*exact.shape, dtype=dtype, channels_last=channels_last)
-    exact = exact * scale.double()[:, None, None] + bias.double()[:, None, None] + residual.double()
-    y = torch.full_like(residual, float("nan"))
-    packed = DirectForm().pack(weight, "ieee")
-    epilogue = Epilogue(scale, bias, residual, "relu")
-    return Product(x, packed, y, channels_last, *window, groups, "ieee", False, epilogue), exact.relu()
+    return product_and_result(DirectForm(), (c, k), groups, taps, window, channels_last, dtype)
 
 
 @pytest.mark.parametrize(("strip", "most_n"), [(1, 4), (4, 8), (7, 2)])

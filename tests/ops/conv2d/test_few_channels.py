@@ -158,7 +158,7 @@ def test_the_compiler_can_see_that_loads_are_aligned(stride, padding, monkeypatc
 
 
 def test_nothing_of_an_image_is_read_beside_it():
-    """Not even to be multiplied by zero: it may be infinite."""
+    """It is not even multiplied by zero, as it may be infinite."""
     around = torch.full((2, 5, 21, 24), float("inf"), device=DEVICE)
     x = around[:, 1:4, 3:18, 3:21]
     x.copy_(image(2, 3, 15, 18))

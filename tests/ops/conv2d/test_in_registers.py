@@ -5,6 +5,7 @@ import torch
 import triton
 from helpers.compare import image, tf32, worst_image
 from helpers.gpus import H100
+from helpers.operands import assert_graph_repeats
 from helpers.problems import product
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,7 +37,7 @@ OTHERS = {
     "misaligned x": dict(c=128, side=16, misaligned=True),
     "float32 not on tensor cores": F32 | dict(c=128, side=16, input_precision="ieee"),
 }
-"""Of one image."""
+"""Convolutions of one image, by what `product` takes."""
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -223,7 +224,6 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("shape, precision", [("64", "bf16"), ("256", "bf16"), ("128", "strict float32")])
     def test_dependent_launches(self, shape, precision):
-        """In a graph each convolution may start before the one ends whose y it reads."""
         convolution = Convolution(precision, **SHAPES[shape])
         choice, weight = Choice(convolution.config()), convolution.weight.permute(0, 2, 3, 1).contiguous()
         images = [convolution.x, torch.empty_like(convolution.x), torch.empty_like(convolution.x)]
@@ -234,16 +234,4 @@ class TestOnAGpu:
                 x, y = images[0] if i == 0 else images[1 + i % 2], images[2 - i % 2]
                 run(convolution.product(x, weight, y), choice)
 
-        chain()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            chain()
-        for _ in range(5):
-            images[0].copy_(torch.randn_like(convolution.x))
-            chain()
-            expected = images[1].clone()
-            images[1].fill_(float("nan"))
-            images[2].fill_(float("nan"))
-            graph.replay()
-            assert torch.equal(images[1], expected)
+        assert_graph_repeats(chain, images, lambda: torch.randn_like(convolution.x))

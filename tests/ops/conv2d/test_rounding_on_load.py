@@ -64,7 +64,7 @@ def test_x_that_is_rounded_on_load_costs_what_x_does_that_was_rounded(sizes):
 
 @pytest.mark.usefixtures("on_hopper")
 def test_without_it_x_is_copied_or_rounded_in_the_kernel():
-    """As the test above would find for the same convolutions."""
+    """What the test above would find for the same convolutions."""
     choices = [dispatch.default_choice(tf32(1024, *sizes)) for sizes in NETWORK]
     others = [dispatch.default_choice(tf32(1024, *sizes, round_x=False)) for sizes in NETWORK]
     assert [a == b for a, b in zip(choices, others)] != [True] * len(NETWORK)
@@ -94,7 +94,7 @@ OPERANDS = "x", "packed", "y"
 @pytest.mark.parametrize("form", [tma, tma_halo], ids=["tma", "tma_halo"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_both_forms_ask_the_descriptors_of_x_alone(form, stride, rounds_on_load, monkeypatch):
-    """Those that round are x's, and the kernel rounds nothing."""
+    """The descriptors that round are x's, and the kernel rounds nothing."""
     launched = []
     monkeypatch.setattr(form, "launch", lambda kernel, grid, *args, **constants: launched.append((args, constants)))
     given = tf32(8, 64, 16, 64, stride)
@@ -123,7 +123,7 @@ def rounds_on_load(monkeypatch):
 @pytest.mark.usefixtures("hopper", "rounds_on_load")
 class TestOnAGpu:
     def test_descriptors_round_to_nearest(self):
-        """Of two neighbours of TF32 the nearer; between them, where both are as near, either."""
+        """A value becomes the nearer of its two neighbours in TF32, either of them where both are as near."""
         bits = torch.randint(2**23, 2**31 - 2**24, (64, 64), dtype=torch.int32, device="cuda")
         bits[0] = (bits[0] & -0x2000) | 0x1000  # halfway
         x = bits.view(torch.float32) * torch.where(torch.rand(64, 64, device="cuda") < 0.5, -1, 1)

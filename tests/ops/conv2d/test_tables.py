@@ -177,7 +177,7 @@ class TestTables:
         assert tables.tuned_choices(0) == {problem(): SLICED}
 
     def test_tables_of_earlier_versions_are_read(self):
-        """In which forms and sizes had other names."""
+        """Forms and sizes had other names in it."""
         path = Path(__file__).with_name("table_of_an_earlier_version.json")
         entries = tables.read(path)
         assert [entry.choice for entry in entries.values()] == [

@@ -111,7 +111,7 @@ class FusedLayer(TritonLayer, nn.Module):
         return activate(y, *self.activation)
 
     def _activation_in_kernel(self, apart: str | None) -> Activation:
-        """Not yet where there is a reason to add the residual apart, as the activation follows it."""
+        """The activation for the kernel: none where the residual is added apart, which the activation then follows."""
         return self.activation if apart is None else NO_ACTIVATION
 
     def _added_apart(self, y: torch.Tensor, residual: object, reason: str | None) -> torch.Tensor:

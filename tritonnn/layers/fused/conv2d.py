@@ -87,7 +87,6 @@ class FusedConv2d(FusedLayer):
             return self._fall_back(reason, self._with_pytorch, x, residual)
         if x.dim() == 3 and self.scale is not None:  # as a batch norm says it
             raise ValueError("expected 4D input (got 3D input)")
-        R, S = self.weight.shape[2:]
         apart = self._reason_to_add_apart(x, (*x.shape[:-3], *self.output_shape(x)), residual)
         if is_recorded():
             y = self._recorded(images(x), None if self.sums is None or apart else images(residual), apart)
@@ -104,13 +103,7 @@ class FusedConv2d(FusedLayer):
             self.bias,
             None if added is None else images(added),
             *self._activation_in_kernel(apart),
-            (R, S),
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            input_precision,
-            self.has_rounded(x),
+            *self._geometry(x, input_precision),
             apart is None and self.rounds_output_for(x),
         )
         return self._added_apart(y if x.dim() == 4 else y.squeeze(0), residual, apart)
@@ -134,19 +127,21 @@ class FusedConv2d(FusedLayer):
             kept.scale,
             self.bias,
             *self.activation,
-            tuple(self.weight.shape[2:]),
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            input_precision,
-            self.has_rounded(x),
+            *self._geometry(x, input_precision),
             self.rounds_output_for(x),
         )
 
     @property
+    def _window(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def _geometry(self, x: torch.Tensor, input_precision: str) -> tuple:
+        """What operators take after the activation: the filter's size and window, and in which precision x comes."""
+        return tuple(self.weight.shape[2:]), *self._window, input_precision, self.has_rounded(x)
+
+    @property
     def filters(self) -> "Filters":
-        return Filters(self.weight.shape, self.stride, self.padding, self.dilation, self.groups)
+        return Filters(self.weight.shape, *self._window)
 
     def input_precision(self, x: torch.Tensor) -> str:
         return convolution_input_precision(x, self.weight, self.filters.pixels(x.shape))
@@ -180,12 +175,11 @@ class FusedConv2d(FusedLayer):
         return reason
 
     def _recorded(self, x: torch.Tensor, residual: torch.Tensor | None, apart: str | None) -> torch.Tensor:
-        window = self.stride, self.padding, self.dilation, self.groups
         activation = self._activation_in_kernel(apart)
-        return fused_layer(x, self.weight, self.scale, self.bias, residual, *activation, *window)
+        return fused_layer(x, self.weight, self.scale, self.bias, residual, *activation, *self._window)
 
     def _with_pytorch(self, x: torch.Tensor, residual: object) -> torch.Tensor:
-        y = F.conv2d(x, *self._pytorch_parameters(), self.stride, self.padding, self.dilation, self.groups)
+        y = F.conv2d(x, *self._pytorch_parameters(), *self._window)
         return self._finish(y, residual)
 
 

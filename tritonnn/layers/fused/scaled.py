@@ -28,7 +28,7 @@ class FusedGate(TritonLayer, nn.Module):
         return self._fall_back(factors, lambda: a * b) if isinstance(factors, str) else scaled_image(*factors)
 
     def factors(self, a: object, b: object) -> Factors | str:
-        """Of the kernel; or the reason why it does not take these."""
+        """The kernel's arguments; or the reason why it does not take these."""
         if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
             return "a factor is no tensor"
         reason = reason_to_fall_back(a, b)
@@ -80,7 +80,7 @@ class FusedNorm(TritonLayer, nn.Module):
         return scaled_image(*factors)
 
     def factors(self, x: torch.Tensor) -> Factors | str:
-        """Of the kernel; or the reason why it does not take x."""
+        """The kernel's arguments; or the reason why it does not take x."""
         reason = reason_to_fall_back_image(x, self.scale)
         if reason is None and (x.dim() != 4 or x.shape[1] != len(self.scale)):
             reason = f"an input of shape {list(x.shape)}"
@@ -133,7 +133,7 @@ class FusedScaledConv2d(TritonLayer, nn.Module):
         )
 
     def _reason_to_go_apart(self, x: torch.Tensor, residual: object) -> str | None:
-        """Of an image that the first one's kernel takes."""
+        """Why an image that the first one's kernel takes still goes through two kernels; None if one takes it."""
         if autocast(x)[0].dtype != x.dtype:
             return "autocast"
         last = self.last

@@ -21,7 +21,7 @@ def choose(product: Product) -> Choice:
 
 
 def default_choice(product: Product) -> Choice:
-    """That of the first form that has a default for the product."""
+    """The choice of the first form that has a default for the product."""
     for form in FORMS:
         if product.shortcut is None or form.takes_shortcut:
             choice = form.default(product)
@@ -31,7 +31,7 @@ def default_choice(product: Product) -> Choice:
 
 
 def choice_with_prologue(product: Product) -> Choice | None:
-    """That of the first form which applies the product's prologue; None where none does, or not as fast."""
+    """The choice of the first form that applies the product's prologue; None where none does, or not as fast."""
     choices = (form.default(product) for form in FORMS if form.takes_prologue)
     return next((choice for choice in choices if choice is not None), None)
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ...device.arithmetic import index_type, round_to_tf32, split_to_tf32
+from ...device.layouts import load_along_first
 from ...runtime import hardware
 from ...runtime.blocks import ceil_div, power_of_2, transpose_blocks
 from ...runtime.launch_plan import launch
@@ -52,7 +53,7 @@ def channels_last_kernel(
     pixel = offs_m % PIXELS
     offs = (pixel // W).to(tl.int64) * stride_h + (pixel % W).to(tl.int64) * stride_w
     offs += (offs_m // PIXELS).to(tl.int64) * stride_n
-    x = tl.load(x_ptr + offs[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask=mask)
+    x = load_along_first(x_ptr, offs, c.to(tl.int64) * stride_c, offs_m < M, c < C)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * C + c[None, :]
     if SPLIT:
         high, rest = split_to_tf32(x)

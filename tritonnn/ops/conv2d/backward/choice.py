@@ -11,7 +11,7 @@ from . import weight_tma
 from .weight_dispatch import weight_halo
 
 GATHERED_CHANNELS = 16
-"""Below so many, the gradient of the weight gathers single elements: 72 us for 196 of cuDNN, three channels, H200."""
+"""With fewer channels the gradient of the weight gathers single elements: 3 channels 72 us, cuDNN 196 (H200)."""
 
 
 def reasons_for_pytorch(

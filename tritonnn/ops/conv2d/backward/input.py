@@ -42,7 +42,7 @@ class Taps(NamedTuple):
 
     @classmethod
     def of(cls, residue: int, size: int, stride: int, padding: int, dilation: int) -> "Taps":
-        """Of a filter's `size` rows, those that reach the pixels i * stride + residue."""
+        """The taps among a filter's `size` rows that reach the pixels i * stride + residue."""
         step = stride // math.gcd(stride, dilation)
         first = next((r for r in range(min(step, size)) if (residue + padding - r * dilation) % stride == 0), None)
         if first is None:

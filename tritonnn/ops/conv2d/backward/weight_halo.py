@@ -241,7 +241,7 @@ def default_config(g_shape: Sequence[int], stride: int, shared_memory: int) -> C
 
 
 def bytes_of(box: tuple[int, int, int], stride: int) -> int:
-    """Of a slot: the lines of g and of x."""
+    """The bytes of a slot: the lines of g and of x."""
     tile_n, tile_p, tile_q = box
     return 128 * tile_n * tile_q * (tile_p + box_rows(tile_p, stride))
 
@@ -257,7 +257,7 @@ def run(g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tup
     boxes = ceil_div(N, tile_n) * tiles_p * tiles_q
     shares = shares_of(boxes, tiles, PROGRAMS * hardware.gpu(x.device).multiprocessors)
     tile = 3, LINE.value, LINE.value
-    partial = torch.empty(shares.stored, *tile, dtype=torch.float32, device=x.device)
+    partial = shares.partial_sums(tile, x.device)
     launch(
         conv2d_backward_weight_halo_kernel,
         (shares.programs,),
@@ -265,10 +265,7 @@ def run(g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tup
         box_descriptor(rows_first(x, stride), [tile_p, 1, tile_n, tile_q, LINE.value]),
         box_descriptor(rows_first(x, stride), [edge_rows(stride), 1, tile_n, tile_q, LINE.value]),
         partial,
-        shares.SHARE,
-        shares.FULL,
-        shares.REST,
-        boxes,
+        *shares.work,
         tiles_p,
         tiles_q,
         C,

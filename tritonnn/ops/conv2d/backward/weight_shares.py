@@ -23,15 +23,16 @@ from ....runtime.launch_plan import launch
 LEAST_SHARE = 8
 """Boxes of a program, at least: what it stores costs as much as some boxes."""
 ALIKE = 0.8
-"""The part of the programs that are to be busy where all take one tile alone.
+"""If at least this part of the programs would be busy, each takes boxes of one tile alone, and nothing is shared out.
 
-On an H200 0.82 of them take 33.7 us so, all of them with what remains shared out 35.0; 0.73 of them 62.8 and 57.9.
+On an H200, with 0.82 of them busy that takes 33.7 us, and sharing out the rest among all 35.0; with 0.73 of them 62.8
+and 57.9.
 """
 
 SUM = 2048
-"""Terms that a program of the sum adds up at a time, of 32 elements or more."""
+"""Terms that a program of the sum adds up at a time, of all its elements together, which are at least 32."""
 MOST_TERMS = 64
-"""Of them of one element."""
+"""Terms of one element that it adds up at a time, at most."""
 
 
 class Shares(NamedTuple):
@@ -48,6 +49,15 @@ class Shares(NamedTuple):
     def stored(self) -> int:
         return self.FULL + (self.programs - self.FULL) * self.SEGMENTS
 
+    @property
+    def work(self) -> tuple[int, int, int, int]:
+        """SHARE, FULL, REST and BOXES, as the kernels take them."""
+        return self[:4]
+
+    def partial_sums(self, tile: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+        """[stored, *tile]: a place for the sum of each segment."""
+        return torch.empty(self.stored, *tile, dtype=torch.float32, device=device)
+
 
 def are_alike(tiles: int, programs: int) -> bool:
     """Whether these programs take one tile each, of one size, and few are idle."""
@@ -55,7 +65,7 @@ def are_alike(tiles: int, programs: int) -> bool:
 
 
 def shares_of(boxes: int, tiles: int, programs: int) -> Shares:
-    """For as many programs as run at the same time, or fewer."""
+    """How so many programs, all that run at the same time, or fewer of them, share the work."""
     splits = programs // tiles
     if are_alike(tiles, programs) or splits * LEAST_SHARE >= boxes:
         share = max(ceil_div(boxes, splits), min(LEAST_SHARE, boxes))
@@ -74,8 +84,8 @@ def shares_of(boxes: int, tiles: int, programs: int) -> Shares:
 def segment_of(pid, segment, first, SHARE, FULL, REST, BOXES, TILES: tl.constexpr, SEGMENTS: tl.constexpr):
     """(tile, first box, end, where it is stored, `first` of the next segment) of a program's segment; it may be empty.
 
-    Of the boxes that remain, of one tile after the other, `first` is the one at which it begins: at first
-    (pid - FULL) * SHARE.
+    What remains of all tiles is one row of boxes, tile after tile. `first` is the box of that row at which the segment
+    begins: for a program's first segment (pid - FULL) * SHARE.
     """
     if pid < FULL:
         tile = pid % TILES

@@ -201,17 +201,14 @@ def run(g: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor, window: tup
     boxes = ceil_div(N, tile_n) * tiles_p * tiles_q
     shares = shares_of(boxes, tiles, config.PROGRAMS * hardware.gpu(x.device).multiprocessors)
     tile = config.TAPS, config.BLOCK_M, config.BLOCK_N
-    partial = torch.empty(shares.stored, *tile, dtype=torch.float32, device=x.device)
+    partial = shares.partial_sums(tile, x.device)
     launch(
         conv2d_backward_weight_tma_kernel,
         (shares.programs,),
         g_desc,
         x_desc,
         partial,
-        shares.SHARE,
-        shares.FULL,
-        shares.REST,
-        boxes,
+        *shares.work,
         tiles_p,
         tiles_q,
         C,

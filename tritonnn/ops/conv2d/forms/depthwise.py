@@ -357,7 +357,7 @@ class DepthwiseForm(Form):
 def config_of(
     strip: int, n: int, p: int, q: int, k: int, element_size: int, channels_last_y: bool, vector: int
 ) -> DepthwiseConfig:
-    """Of 128 threads; each takes `vector` bytes of channels in channels_last, else as many columns."""
+    """For 128 threads, each of which takes `vector` bytes of channels in channels_last, else as many columns."""
     strips, elements = n * ceil_div(p, strip) * q, 128 * vector // element_size
     block_c = power_of_2(k, 1, 128 // element_size) if channels_last_y else 1
     half = block_c // 2

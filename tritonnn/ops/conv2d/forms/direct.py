@@ -28,11 +28,11 @@ from ..problem import Choice, Problem, Product
 from .form import Config, Form
 
 MOST_TAPS = 25
-"""Of a filter, whose taps are unrolled."""
+"""Taps of a filter, at most, as they are unrolled."""
 MOST_SUMS = 64
-"""Of a thread, all in registers."""
+"""Sums of a thread, at most: all are in registers."""
 MOST_PRODUCTS = 288
-"""Of a sum, that tuning tries."""
+"""Products of a sum, at most, with which tuning tries this form."""
 LONGEST_OF_GROUPS = 80
 """Up to so many products of a sum this form is the default: with 16 channels a group others are faster."""
 STRIPS = [(7, 8), (4, 8), (4, 16), (4, 4), (2, 8)]
@@ -246,7 +246,7 @@ class DirectForm(Form):
 
 
 def config_of(strip: int, most_n: int, n: int, p: int, q: int, group_k: int) -> DirectConfig:
-    """Of strips of that length, and at most so many channels of a group of `group_k` a program of 128 threads."""
+    """For strips of that length, and programs of 128 threads with at most `most_n` of a group's `group_k` channels."""
     block_n = max(d for d in (1, 2, 4, 8, 16) if group_k % d == 0 and d <= most_n and d * strip <= MOST_SUMS)
     block_m = power_of_2(n * ceil_div(p, strip) * q, 1, 128)
     return DirectConfig(STRIP=strip, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4)

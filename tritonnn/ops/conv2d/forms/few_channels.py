@@ -25,7 +25,7 @@ from .form import Config, Form
 from .pointers import PointersConfig, PointersForm, conv2d_pointers_forward_kernel
 
 CHANNELS = 4
-"""Those of an image whose rows are padded: a pixel is one load of 16 bytes, in 16-bit types of 8."""
+"""Channels of an image whose rows are padded: a pixel is one load of 16 bytes, or in 16-bit types of 8."""
 LEAST_REDUCTION, LEAST_PIXELS = 65, 2**14
 """Longer reductions with more pixels should pay for the copy of x: this bound is reasoned, not measured."""
 TILES = [

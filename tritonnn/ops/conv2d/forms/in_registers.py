@@ -507,6 +507,6 @@ def default_config(m: int, n: int, c: int, taps: int, element_size: int, gpu: Gp
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Of images, rows and columns of x [N, C, H, W], channels_last, even where a size is 1."""
+    """The strides of images, rows and columns of x [N, C, H, W] in channels_last, also where a size is 1."""
     _, C, H, W = x.shape
     return H * W * C, W * C, C

@@ -20,7 +20,7 @@ import triton.language as tl
 from ....device.arithmetic import FLUSH_STEPS, accumulator, add_rounded_dot, add_split_dot, dot, index_type, round_to
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import apply_epilogue
-from ....device.layouts import LANES_ALONG_LAST
+from ....device.layouts import LANES_ALONG_LAST, are_apart
 from ....runtime import capabilities, hardware
 from ....runtime.blocks import INTERPRETER_TILE, ceil_div, power_of_2
 from ....runtime.dependent_launch import dependent_launch
@@ -137,7 +137,8 @@ def conv2d_pointers_forward_kernel(
     mask_m = offs_m < M
     n = tl.minimum(offs_m // PIXELS, (M - 1) // PIXELS).to(tl.int64)  # past the end: the last image again, not stored
     pixel = offs_m % PIXELS
-    AXIS_K: tl.constexpr = 0 if SPAN_TAPS and LANES_ALONG_LAST else 1  # lanes take pixels, which share their taps
+    # Where channels are not neighbours in memory lanes take pixels, which may be, and which share their taps.
+    AXIS_K: tl.constexpr = 0 if LANES_ALONG_LAST and (SPAN_TAPS or are_apart(x_stride_c)) else 1
     AXIS_M: tl.constexpr = 1 - AXIS_K
     h_first = tl.expand_dims(pixel // Q * STRIDE_H - PADDING_H, AXIS_K)  # [BLOCK_M, 1], or turned round
     w_first = tl.expand_dims(pixel % Q * STRIDE_W - PADDING_W, AXIS_K)

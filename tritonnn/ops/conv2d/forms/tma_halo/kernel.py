@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .....device.dependent_launch import wait_for_predecessor
-from .....device.gluon_versions import allocate_ring, barrier, ring_view
+from .....device.gluon_versions import allocate_ring, barrier, barrier_before_expect, pinned, ring_view
 from .geometry import box_rows, first_row
 from .pipeline import (
     expand_weight,
@@ -159,7 +159,7 @@ def conv2d_tma_halo_forward_kernel(
         acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
         for block_c in range(BLOCKS_C):
             for s in gl.static_range(3):
-                slot = box % X_SLOTS
+                slot = pinned(box) % X_SLOTS
                 if not ROUND_X:
                     wait_for_load(x_bars, box)
                 for r in gl.static_range(3):
@@ -173,7 +173,7 @@ def conv2d_tma_halo_forward_kernel(
                         acc = warpgroup_mma_wait(1, deps=[acc])
                         if IN_SLOT and s + r == 0:
                             tma.store_wait(0)
-                        barrier()
+                        barrier_before_expect()
                     elif r == 2:
                         acc = warpgroup_mma_wait(3, deps=[acc])  # waits for nothing: a loop carries only tensors
                     if r == 0:

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .....device.arithmetic import round_to_tf32
-from .....device.gluon_versions import barrier, load_box, of_any_size, ring_view
+from .....device.gluon_versions import barrier, barrier_before_wait, load_box, pinned, ring_view
 from .geometry import box_rows, edge_rows, part
 
 
@@ -43,6 +43,7 @@ def rows_of(x_ring, slot, FIRST: gl.constexpr, ROWS: gl.constexpr, BOX_ROWS: gl.
 def wait_for_load(bars, number, pred=True):
     """Waits until a program's load of that number, counted from 0, has filled its slot of a ring; gives the slot."""
     SLOTS: gl.constexpr = bars.shape[0]
+    number = pinned(number)
     slot = number % SLOTS
     mbarrier.wait(bars.index(slot), number // SLOTS & 1, pred=pred)
     return slot
@@ -60,6 +61,7 @@ def wait_for_weight(w_bars, step, block_c, TAP: gl.constexpr, RESIDENT: gl.const
         if not EXPAND:
             mbarrier.wait(w_bars.index(slot), 0)
     else:
+        barrier_before_wait()
         slot = wait_for_load(w_bars, step)
     return slot
 
@@ -195,12 +197,12 @@ def fetch_next_box(
     """
     SLOTS: gl.constexpr = images[3].shape[0]
     ahead = block_c * 3 + s + SLOTS - 1
-    slot = (box + SLOTS - 1) % SLOTS
+    slot = (pinned(box) + SLOTS - 1) % SLOTS
     fetch_box(
         images,
         slot,
         tile + ahead // BOXES * programs,
-        of_any_size(ahead % BOXES),
+        pinned(ahead % BOXES),
         grid,
         BLOCKS_N,
         CHANNELS,
@@ -225,8 +227,8 @@ def fetch_next_weight(
     """As `fetch_next_box`, of the weight while a program multiplies in its step `step`."""
     SLOTS: gl.constexpr = weights[2].shape[0]
     ahead = block_c * 9 + TAP + SLOTS - 1
-    slot = (step + SLOTS - 1) % SLOTS
-    fetch_weight(weights, slot, tile + ahead // STEPS * programs, of_any_size(ahead % STEPS), tiles, BLOCKS_N)
+    slot = (pinned(step) + SLOTS - 1) % SLOTS
+    fetch_weight(weights, slot, tile + ahead // STEPS * programs, pinned(ahead % STEPS), tiles, BLOCKS_N)
 
 
 @gluon.jit

@@ -1,0 +1,184 @@
+"""What the compiler makes of the kernels for a Hopper GPU, read from the PTX: no GPU is needed to compile.
+
+Two things once went wrong here that the interpreter does not show. With the image's size a constexpr, LLVM computed the
+coordinates of pixels in pairs of 16-bit integers, and masks were wrong on an H200. With annotated strides, Triton no
+longer saw that one of them is 1, and every load took one element: ten times slower.
+"""
+
+import math
+import re
+import subprocess
+
+import pytest
+from helpers.hopper import assembled, disassembler, run
+from helpers.kernels import KERNELS
+
+OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
+ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
+ON_TENSOR_CORES += ["gradient of the weight", "gradient of the weight, tiles of several taps"]
+BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
+COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[3:]]
+COMPUTED_OPERANDS += ["conv2d, matrix product, float32", "conv2d, matrix product, float32, NCHW"]
+COMPUTED_OPERANDS += ["conv2d, matrix product, gates", "conv2d, matrix product, batch norm before"]
+COMPUTED_OPERANDS += ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
+"""Kernels that compute or transpose x in registers, from which, or from one place of shared memory, tensor cores read
+it."""
+WITH_HALO = [name for name in KERNELS if "halo" in name and "gradient" not in name]
+PRODUCTS = [name for name in KERNELS if "matrix product" in name]
+RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
+GRADIENTS_BY_TMA = [name for name in KERNELS if "gradient" in name and "TMA" in name]
+GRADIENTS_WITH_HALO = ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
+BY_TMA = BY_TAPS + WITH_HALO + PRODUCTS + GRADIENTS_BY_TMA + GRADIENTS_WITH_HALO
+FEW_PIXELS = ["conv2d, sliced-K", *RESIDENT_KERNELS]
+ROUNDS = [
+    *[name for name in WITH_HALO if "rounded" in name],
+    *[name for name in PRODUCTS if "32" in name],
+    "conv2d, TF32",
+    "conv2d, float32",
+    "conv2d, in registers, float32",
+    "conv2d, few channels, float32",
+    "padded rows",
+    *BY_TAPS[3:],
+]
+GATHERS = [
+    "conv2d, 3 channels",
+    "conv2d, 3 channels, float32",
+    "max_pool2d, contiguous",
+    "avg_pool2d, contiguous",
+    "channels_last",
+    "padded rows",
+]
+GATHERS += ["conv2d, depthwise, contiguous", "conv2d, direct, contiguous"]
+"""Kernels that read neighbouring pixels, one by one."""
+REDUCTIONS = ["batch_norm2d, statistics", "batch_norm2d, statistics, contiguous", "gradient of batch_norm2d, sums"]
+REDUCTIONS += ["gradient of batch_norm2d, sums, contiguous"]
+FEW_OUTPUTS = [
+    "conv2d, float32, one filter",
+    "avg_pool2d, whole images",
+    "avg_pool2d, whole images, contiguous",
+    "conv2d, depthwise, contiguous",
+    "conv2d, direct, contiguous",
+    *REDUCTIONS,
+]
+"""Kernels of which a thread has one output, or a column of them."""
+
+
+@pytest.fixture(scope="module")
+def ptx() -> dict[str, str]:
+    """PTX by the name of the kernel, compiled in a process without the interpreter."""
+    return run("tests/helpers/kernels.py")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_pairs_of_16_bit_integers(name, ptx):
+    assert not re.search(r"\.[su]16x2", ptx[name])
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in BY_TMA + FEW_PIXELS + FEW_OUTPUTS])
+def test_stores_take_16_bytes(name, ptx):
+    assert re.search(r"st\.global\.v4\.b32", ptx[name])
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS + BY_TMA])
+def test_loads_take_16_bytes(name, ptx):
+    assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_lanes_add_up_their_pixels_alone(name, ptx):
+    """In the loop no thread waits for another: what is exchanged there costs more than what is loaded."""
+    code = ptx[name].partition("ld.global.v4")[2]
+    loop = code[: re.search(r"bra\s+\$L__BB", code).start()]
+    assert loop.count("ld.global.v4.b32") >= 3 and not re.search(r"shfl|bar\.sync|\.shared", loop)
+
+
+@pytest.mark.parametrize("name", OF_FEW_CHANNELS)
+def test_windows_are_loaded_16_bytes_at_a_time_and_all_fits_the_registers(name, ptx, tmp_path):
+    """Both operands: ahead of time into shared memory or, with one stage, through registers. No bias is loaded here."""
+    loads = re.findall(r"cp\.async\.c\w\.shared\.global [^;]*?, (0x\d+)|ld\.global[\w.:]*?\.(v\d|b\d+)\b", ptx[name])
+    assert {size for pair in loads for size in pair if size} == {"v4" if "one stage" in name else "0x10"}
+    assert "0 bytes spill stores" in assembled(ptx[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", GRADIENTS_BY_TMA)
+def test_tensor_cores_read_gradients_from_where_tma_brought_them(name, ptx, tmp_path):
+    """While the products of one step run, those of the step before may still be running."""
+    assert "cp.async.bulk.tensor.4d.shared" in ptx[name]
+    loop = ptx[name].partition("wgmma.mma_async")[2].partition("wgmma.wait_group.sync.aligned 0")[0]
+    assert "ldmatrix" not in ptx[name] and "st.shared" not in loop
+    assert re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])[0] != "0"
+    assert "0 bytes spill stores" in assembled(ptx[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["conv2d, 3 channels", "conv2d, 3 channels, float32"])
+def test_few_channels_fit_the_registers(name, ptx, tmp_path):
+    """With 32 products a step Triton 3.9 spilled 5.6 KB a thread of the second: ResNet18 took half as long again."""
+    said = assembled(ptx[name], tmp_path)
+    assert "0 bytes spill stores" in said and int(re.search(r"Used (\d+) registers", said)[1]) > 32
+
+
+@pytest.mark.parametrize("name", GRADIENTS_WITH_HALO)
+def test_gradients_are_transposed_on_their_way_to_registers_and_all_fits_there(name, ptx, tmp_path):
+    """64 x 64 of a gradient in four loads; the sums of three products of it stay where they are."""
+    assert ptx[name].count("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16") == 4
+    assert "cp.async.bulk.tensor.5d.shared" in ptx[name] and not re.search(r"(ld|st)\.shared", ptx[name])
+    assert ptx[name].count("wgmma.mma_async") == 12
+    said = assembled(ptx[name], tmp_path)
+    assert "0 bytes spill stores" in said and "serializ" not in said
+
+
+@pytest.mark.parametrize("name", BY_TAPS + WITH_HALO + PRODUCTS)
+def test_tma_brings_the_tiles(name, ptx):
+    dimensions = 3 if name in PRODUCTS else 4
+    assert f"cp.async.bulk.tensor.{5 if name in WITH_HALO else dimensions}d.shared" in ptx[name]
+    staged = KERNELS[name][3].get("STAGED", True)
+    assert (f"cp.async.bulk.tensor.{dimensions}d.global" in ptx[name]) == staged
+
+
+@pytest.mark.parametrize("name", COMPUTED_OPERANDS)
+def test_a_product_of_computed_operands_is_awaited(name, ptx):
+    """Otherwise the next step overwrites the registers that the tensor core still reads, as it did on an H200."""
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == {"0"}
+
+
+@pytest.mark.parametrize("name", ON_TENSOR_CORES + BY_TMA)
+def test_products_run_on_the_tensor_cores(name, ptx):
+    assert "wgmma.mma_async" in ptx[name]
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_HALO if "NCHW" not in name] + PRODUCTS[:2])
+def test_products_overlap_and_all_fits_the_registers(name, ptx, tmp_path):
+    waits = {"0", "1", "3"} if "groups" in name else {"0", "1"}  # a weight that stays is not waited for
+    assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == waits
+    said = assembled(ptx[name], tmp_path)
+    assert "0 bytes spill stores" in said and "serializ" not in said
+
+
+@pytest.mark.parametrize("name", RESIDENT_KERNELS)
+def test_all_is_loaded_before_the_first_product(name, ptx, tmp_path):
+    """16 bytes at a time, as operands of the tensor cores, and behind the wait; nothing of it leaves the registers."""
+    assembled(ptx[name], tmp_path)
+    machine_code = subprocess.run(
+        [disassembler(), tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+    )
+    steps = re.findall(r"ACQBULK|LDG\.E\.128|HMMA|STL|LDL", machine_code.stdout)
+    order = [step for step, before in zip(steps, [None, *steps]) if step != before]
+    assert order == ["ACQBULK", "LDG.E.128", "HMMA"]
+    c = KERNELS[name][3]
+    size = 4 if "float32" in name else 2
+    reductions = c["R"] * c["S"] * c["C"], c["HAS_SHORTCUT"] * c["SHORTCUT_C"]
+    blocks = sum(math.ceil(reduction / (c["BLOCK_K"] * c["num_warps"])) for reduction in reductions)
+    vectors = blocks * c["BLOCK_K"] * (c["BLOCK_M"] + c["BLOCK_N"]) * size // 16
+    assert steps.count("LDG.E.128") == vectors / 32
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, constants) in KERNELS.items() if constants.get("DEPENDENT")])
+def test_dependent_launches_touch_no_tensor_before_they_waited(name, ptx):
+    first = re.search(r"(ld|st)\.global|cp\.async|griddepcontrol\.wait", ptx[name])
+    assert first[0] == "griddepcontrol.wait"
+    assert "griddepcontrol.launch_dependents" in ptx[name]
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_rounding_to_tf32_is_one_instruction(name, ptx):
+    assert "cvt.rn.tf32.f32" in ptx[name] and "cvt.rna" not in ptx[name]
