@@ -31,7 +31,7 @@ from benchmarks.results import Results, load, save
 from benchmarks.timing import DeviceLost, ceilings, failure
 from lit_modules.command_line import UserError, user_errors_in_one_line
 from lit_modules.environment import environment
-from lit_modules.report import Table, rich_table
+from lit_modules.tables import Table, rich_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

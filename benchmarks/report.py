@@ -3,7 +3,7 @@
 from benchmarks.networks import CHECKED_IMAGES
 from benchmarks.peers import DESCRIPTIONS
 from benchmarks.results import OK, LayerShape, LayersResult, Measured, NetworkResult, Results
-from lit_modules.report import Table, table_markdown
+from lit_modules.tables import Table, table_markdown
 
 NETWORKS = {"cifar": "ResNet18, 32x32", "imagenet": "ResNet18, 224x224"}
 DTYPES = {

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 
 from benchmarks.results import OK
 from benchmarks.zoo_case import OURS, PEERS, PYTORCH, Layer, ZooCase, ZooResult
-from lit_modules.report import Table, rich_table, table_markdown
+from lit_modules.tables import Table, rich_table, table_markdown
 
 Key = tuple[str, int]
 """Type and batch size."""

@@ -19,6 +19,9 @@ def check_images(images: Tensor, channels: int, size: int) -> None:
         raise ValueError(f"expected images of shape [N, {channels}, {size}, {size}], got {list(images.shape)}")
 
 
+check_images.only_reads = True  # so that the kernels of the fused network are compiled ahead
+
+
 class BasicBlock(nn.Module):
     """y = relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)).
 

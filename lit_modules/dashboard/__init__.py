@@ -16,11 +16,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from lit_modules import report
 from lit_modules.agreement import Agreement, Quality
 from lit_modules.dashboard.figures import answer_figure, layers_figure, won_and_lost_figure
 from lit_modules.dashboard.style import LIGHT, Theme, png
 from lit_modules.evaluation_result import Epoch, EvaluationResult, LatencyResult, LayerRow, timing
+from lit_modules.report import answer_markdown
+from lit_modules.report_tables import tables
+from lit_modules.tables import table_markdown
 from tritonnn.latency import Latency
 
 LOOK = "?smoothing=0#timeseries&_smoothingWeight=0"
@@ -183,9 +185,9 @@ def _write_page(writer: SummaryWriter, result: EvaluationResult, theme: Theme) -
     if result.latency and len(runs_of(result)) > 1 and result.latency.comparable:
         add("1_answer/2 every layer in network order", layers_figure(result, theme))
         add("1_answer/3 won and lost", won_and_lost_figure(result, theme))
-    writer.add_text("1 The answer", report.answer_markdown(result))
-    for index, table in enumerate(report.tables(result), 2):
-        writer.add_text(f"{index} {table.title}", report.table_markdown(table))
+    writer.add_text("1 The answer", answer_markdown(result))
+    for index, table in enumerate(tables(result), 2):
+        writer.add_text(f"{index} {table.title}", table_markdown(table))
     if result.latency:
         writer.add_custom_scalars(_layout(result.latency))
 

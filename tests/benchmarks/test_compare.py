@@ -26,7 +26,7 @@ from benchmarks.results import (
 )
 from benchmarks.timing import DeviceLost
 from lit_modules.command_line import UserError
-from lit_modules.report import rich_table, table_markdown
+from lit_modules.tables import rich_table, table_markdown
 from tritonnn.clocks import Timing
 
 CPU = torch.device("cpu")

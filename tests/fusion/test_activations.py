@@ -8,6 +8,7 @@ import torch
 import torchvision
 from helpers.compare import DEVICE, TOLERANCE, image
 from helpers.fused import Net, assert_same
+from helpers.problems import product
 from helpers.random_programs import type_on
 from helpers.trained import trained
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 import tritonnn
 from tritonnn.device.activation import ACTIVATIONS
 from tritonnn.ops.conv2d import op
+from tritonnn.ops.conv2d.dispatch import default_choice
+from tritonnn.ops.conv2d.epilogue import Epilogue
 from tritonnn.runtime.launch_plan import forget_plans
 
 MODULES = [
@@ -318,6 +321,24 @@ CASES_ON_A_GPU = [
     *(("tma_halo", "TF32", name) for name in ACTIVATIONS[1:]),
 ]
 """Every form in every precision, and every activation in some: of each form alone there are tests beside it."""
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "float32"])
+@pytest.mark.parametrize("layer", ON_A_GPU)
+def test_forms_that_hopper_takes(layer, precision):
+    """What the test below finds on a GPU, asked of dispatch."""
+    make, (n, c, *sides) = ON_A_GPU[layer]
+    module, dtype = make(), PRECISIONS[precision]
+    sizes = dict(n=n, c=c, side=1, k=1000, taps=1)
+    if isinstance(module, nn.Conv2d):
+        window = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups")}
+        sizes |= window | dict(side=sides[0], k=module.out_channels, taps=module.kernel_size[0])
+    precise = dict(input_precision="tf32", round_x=True) if precision == "TF32" else {}
+    operands = product(**sizes, **precise, dtype=dtype)
+    bias = torch.empty(sizes["k"], device="meta")
+    choice = default_choice(operands._replace(epilogue=Epilogue(None, bias, None, "silu")))
+    assert choice.config.form == layer.partition(",")[0]
 
 
 @pytest.mark.gpu

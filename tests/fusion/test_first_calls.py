@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tritonnn
+from lit_modules.resnet import ResNet18
 from tritonnn.fusion import cuda_graphs, first_calls
 from tritonnn.fusion.fuse import FusedForward
 
@@ -34,6 +35,29 @@ def overwrites_its_input(n: Net, x: Tensor) -> Tensor:
     return n.a(x)
 
 
+@torch.fx.wrap
+def checked(x: Tensor) -> None:
+    """Only reads, and says so."""
+
+
+@torch.fx.wrap
+def noted(x: Tensor) -> None:
+    """May do anything."""
+
+
+checked.only_reads = True
+
+
+def checks_its_input(n: Net, x: Tensor) -> Tensor:
+    checked(x)
+    return n.a(x)
+
+
+def notes_its_input(n: Net, x: Tensor) -> Tensor:
+    noted(x)
+    return n.a(x)
+
+
 def is_a_graph_of_layers(n: Net, x: Tensor) -> Tensor:
     return n.relu(n.norm(n.a(x))).add_(n.b(x)).mean((2, 3))
 
@@ -44,6 +68,8 @@ def has_code_that_stays_whole(n: Net, x: Tensor) -> Tensor:
 
 PROGRAMS = {
     is_a_graph_of_layers: True,
+    checks_its_input: True,
+    notes_its_input: False,
     draws_random_numbers: False,
     overwrites_its_input: False,
     has_code_that_stays_whole: False,
@@ -56,6 +82,10 @@ def test_only_what_cannot_notice_is_gone_through_twice(program):
     network = tritonnn.fuse(trained(Net(program, counts=Counts()), torch.float32))
     assert network._first_calls.can_go_through_twice is PROGRAMS[program]
     assert pickle.loads(pickle.dumps(network))._first_calls.can_go_through_twice is PROGRAMS[program]
+
+
+def test_resnet18_is_compiled_ahead():
+    assert tritonnn.fuse(ResNet18(width=2).eval())._first_calls.can_go_through_twice
 
 
 def test_a_network_on_the_cpu_compiles_nothing(monkeypatch):

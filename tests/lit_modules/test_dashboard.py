@@ -14,13 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from lit_modules import dashboard, report
+from lit_modules import dashboard, report, report_tables
 from lit_modules.answer import answer
 from lit_modules.dashboard import __main__ as command
 from lit_modules.dashboard.figures import answer_figure, layers_figure, won_and_lost_figure
 from lit_modules.dashboard.style import DARK, LIGHT
 from lit_modules.environment import strict_float32
 from lit_modules.evaluation_result import Epoch, EvaluationResult
+from lit_modules.tables import table_markdown
 from lit_modules.triton_evaluation import TritonEvaluation
 
 in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="what is measured is Triton's interpreter")
@@ -143,7 +144,7 @@ class TestRuns:
         pages = sorted(tag for tag in runs["pytorch"].Tags()["tensors"] if tag.endswith("/text_summary"))
         assert [page.split(" ", 1)[1].removesuffix("/text_summary") for page in pages] == [
             "The answer",
-            *(table.title for table in report.tables(result)),
+            *(table.title for table in report_tables.tables(result)),
         ]
         for run in ("triton", "fused"):
             assert not runs[run].Tags()["images"] and not any("text" in tag for tag in runs[run].Tags()["tensors"])
@@ -239,7 +240,7 @@ class TestReport:
         assert -1 not in places and places == sorted(places)
 
     def test_layers_table_has_fused_kernels_and_the_roofline(self, result):
-        table = report.layers_table(result)
+        table = report_tables.layers_table(result)
         fused, bound = (table.columns.index(column) for column in ("fused ms", "of the roofline"))
         kernels = result.latency.kernels
         cells = [row[fused] for row in table.rows]
@@ -256,22 +257,22 @@ class TestReport:
 
     @in_the_interpreter
     def test_the_interpreters_times_are_no_factor(self, measured):
-        table = report.layers_table(measured)
+        table = report_tables.layers_table(measured)
         assert "interpreter ms" in table.columns and "than PyTorch" not in table.columns
         assert "faster" not in report.markdown(measured) and "slower" not in report.markdown(measured)
 
     def test_json_holds_what_the_tables_print(self, result, tmp_path):
         result.write_json(tmp_path / "results.json")
         parsed = json.loads((tmp_path / "results.json").read_text())
-        table = report.layers_table(result)
+        table = report_tables.layers_table(result)
         for row, cells in zip(parsed["latency"]["layers"], table.rows, strict=True):
             pair = row["medians"]["device"]
             assert cells[0] == row["name"]
             assert [float(cells[3]), float(cells[4])] == pytest.approx([pair["pytorch"], pair["triton"]], rel=5e-2)
             assert cells[5] == "2.0x faster" and int(cells[-1]) == row["pytorch"]["device"]["samples"]
-        networks = report.networks_table(result).rows
+        networks = report_tables.networks_table(result).rows
         assert [cells[-1] for cells in networks[1:]] == ["identical"] * len(parsed["latency"]["networks"])
-        rows = [cells for cells in report.proof_table(result).rows if cells[0].startswith("Triton")]
+        rows = [cells for cells in report_tables.proof_table(result).rows if cells[0].startswith("Triton")]
         for variant, cells in zip(parsed["proof"]["variants"], rows, strict=True):
             assert cells[1] == f"{variant['quality']['top1']:.2%}"
             assert int(cells[4]) == variant["agreement"]["differing"]
@@ -282,9 +283,9 @@ class TestReport:
     def test_every_row_has_a_cell_a_column(self, which, request):
         result = request.getfixturevalue(which)
         page = report.markdown(result)
-        for table in report.tables(result):
+        for table in report_tables.tables(result):
             assert {len(row) for row in [*table.rows, *table.totals]} == {len(table.columns)}, table.title
-            assert report.table_markdown(table) in page
+            assert table_markdown(table) in page
 
 
 def test_the_command_switches_smoothing_off(tmp_path):

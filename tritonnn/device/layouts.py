@@ -17,7 +17,7 @@ def are_apart(stride) -> bool:
 
 @triton.jit
 def load_along_first(ptr, offs_0, offs_1, mask_0, mask_1):
-    """A tile at ptr + offs_0 + offs_1, [len(offs_0), len(offs_1)]; where nothing is contiguous, lanes load along offs_0.
+    """A tile at ptr + offs_0 + offs_1, [len(offs_0), len(offs_1)]; if nothing is contiguous, lanes load along offs_0.
 
     It may be stored otherwise. With a dimension more than what is stored, a tile has a layout of its own.
     """

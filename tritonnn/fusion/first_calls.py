@@ -31,7 +31,8 @@ class FirstCalls:
     """Compiles ahead what a call of `network` needs, once for each shape and type of its inputs.
 
     The call is gone through twice for that, the first time without launches. So nothing may notice: there is no code
-    but that of a traced graph of layers, which overwrites nothing and draws no random numbers.
+    but that of a traced graph of layers, which overwrites nothing and draws no random numbers, and functions of the
+    network's own (`torch.fx.wrap`) that have an attribute `only_reads`, which is true.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -84,6 +85,8 @@ def _is_harmless(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
         known = isinstance(module, (FusedLayer, TritonLayer)) or is_layer(module)
         quiet = all(not is_changed(m) and not m.training and not getattr(m, "inplace", False) for m in module.modules())
         return known and quiet
+    if getattr(node.target, "only_reads", False):
+        return True
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     library = (getattr(node.target, "__module__", "") or "torch").partition(".")[0]
     if library not in (*LIBRARIES, "tritonnn"):

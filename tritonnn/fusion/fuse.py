@@ -22,9 +22,9 @@ from .cuda_graphs import CudaGraphs
 from .first_calls import FirstCalls
 from .functionalize import functionalize
 from .fused_graph import FusedGraph
-from .norm_act import split_norm_acts
 from .report import FusionReport, join
 from .rewrite import fuse_graph
+from .timm_layers import plain_timm_layers
 from .tracing import CALLS_OTHERWISE, WRAPPERS, calls_otherwise, has_hooks, in_a_line, is_layer
 
 
@@ -191,7 +191,7 @@ def fuse(model: nn.Module, cuda_graph: bool = False, copy_output: bool = True) -
     report, parts = FusionReport(), {}
     with torch.inference_mode(False), torch.no_grad():
         network = copy.deepcopy(model, _computed_attributes(model))
-        split_norm_acts(network)
+        plain_timm_layers(network)
         if is_layer(network):
             network = nn.Sequential(network)
         graph = _graph_of(network, "", report, parts)

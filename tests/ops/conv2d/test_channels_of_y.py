@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from helpers import problems
 from helpers.compare import image, tf32
 from torch.nn import functional as F
 
 from tritonnn.ops.conv2d.dispatch import can_run, candidates, default_choice, form_of, run
 from tritonnn.ops.conv2d.epilogue import Epilogue
-from tritonnn.ops.conv2d.problem import Product
+from tritonnn.ops.conv2d.problem import Choice, Product
 from tritonnn.runtime import hardware
 
 SMALL = {
@@ -60,6 +61,28 @@ def test_some_channels(case):
     check(operands, exact, default_choice(operands))
 
 
+def of_forms(operands: Product) -> dict[str, Choice]:
+    """The first candidate of each form."""
+    choices = [c for c in candidates(operands, hardware.gpu(operands.x.device)) if can_run(operands, c)]
+    return {choice.config.form: choice for choice in reversed(choices)}
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_which_forms_hopper_has_for_some_channels():
+    """Of whole 16 bytes, and of any: the test below runs them on a GPU."""
+    found = {}
+    for channels in ((8, 16), (3, 1)):
+        for n, c, h, _, k, r, stride, groups in LARGE.values():
+            first, more = channels
+            sizes = dict(n=n, c=c, side=h, k=k, taps=r, stride=(stride, stride), groups=groups)
+            operands = problems.product(**sizes)
+            wide = torch.empty(n, *operands.y.shape[2:], first + k + more, dtype=torch.bfloat16, device="meta")
+            y = wide.permute(0, 3, 1, 2)[:, first : first + k]
+            found.setdefault(channels, set()).update(of_forms(operands._replace(y=y)))
+    few = {"in_registers", "sliced_k"}
+    assert list(found.values()) == [{"matmul", "tma_halo", "tma", "pointers"} | few, {"pointers"} | few]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [(8, 16), (0, 64), (3, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -67,8 +90,7 @@ def test_some_channels(case):
 def test_every_form_fills_some_channels(case, dtype, channels):
     """By the first candidate of each."""
     operands, exact = product(*LARGE[case], dtype, *channels)
-    choices = [c for c in candidates(operands, hardware.gpu(operands.x.device)) if can_run(operands, c)]
-    of_forms = {choice.config.form: choice for choice in reversed(choices)}
-    assert "pointers" in of_forms, "which takes all operands"
-    for choice in of_forms.values():
+    choices = of_forms(operands)
+    assert "pointers" in choices, "which takes all operands"
+    for choice in choices.values():
         check(operands, exact, choice)

@@ -1,4 +1,4 @@
-"""timm's batch norm with an activation folds as the two would."""
+"""timm's layers fuse as those of torch.nn that they are."""
 
 import sys
 from types import SimpleNamespace
@@ -28,9 +28,16 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return self.act(self.drop(x))
 
 
+class Linear(nn.Linear):
+    """Like timm's, with code of its own that does the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 @pytest.fixture
 def timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm.layers", SimpleNamespace(BatchNormAct2d=BatchNormAct2d))
+    monkeypatch.setitem(sys.modules, "timm.layers", SimpleNamespace(BatchNormAct2d=BatchNormAct2d, Linear=Linear))
 
 
 def network(*norms: nn.Module) -> nn.Module:
@@ -61,9 +68,23 @@ def test_stays_where_a_call_does_something_else(timm):
 
 
 @torch.no_grad()
+def test_a_linear_layer_is_one(timm):
+    class Sharper(Linear):
+        pass
+
+    hooked = Linear(3, 3)
+    hooked.register_forward_hook(lambda part, args, y: y + 1)
+    model = trained(nn.Sequential(Linear(4, 3), nn.ReLU(), hooked, Sharper(3, 2)), torch.float32)
+    fast, x = tritonnn.fuse(model), torch.randn(2, 4, device=DEVICE)
+    assert fast.report.fused == {"0": "linear + relu"}
+    torch.testing.assert_close(fast(x), model(x))
+    assert type(model[0]) is Linear
+
+
+@torch.no_grad()
 def test_of_timm_itself():
     timm = pytest.importorskip("timm")
     model = trained(timm.create_model("mobilenetv3_small_050"), torch.float32)
     fast, x = tritonnn.fuse(model), torch.randn(1, 3, 32, 32, device=DEVICE)
-    assert "BatchNormAct2d" not in str(fast.report)
+    assert "BatchNormAct2d" not in str(fast.report) and "linear" in fast.report.fused.values()
     torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-4)
