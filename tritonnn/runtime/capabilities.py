@@ -134,11 +134,13 @@ def _knows_watchers() -> bool:
 
 
 def _knows_recording() -> bool:
-    """`torch.autograd.Function.apply` checks whether a transform is active, and calls that of its base."""
+    """`torch.autograd.Function.apply` is its base's, or checks whether a transform is active, and calls that."""
+    base = super(torch.autograd.Function, torch.autograd.Function).apply
+    if torch.autograd.Function.apply == base:  # in torch 2.15
+        return True
     known = {"_is_setup_context_defined", "setup_context", "forward", "torch", "_C", "_are_functorch_transforms_active"}
     known |= {"_functorch", "utils", "unwrap_dead_wrappers", "super", "apply", "RuntimeError", "custom_function_call"}
-    code = torch.autograd.Function.apply.__func__.__code__
-    return set(code.co_names) <= known and hasattr(super(torch.autograd.Function, torch.autograd.Function), "apply")
+    return set(torch.autograd.Function.apply.__func__.__code__.co_names) <= known
 
 
 def _knows_workspaces() -> bool:
