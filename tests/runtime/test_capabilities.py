@@ -59,6 +59,20 @@ def knobs_without_instrumentation(patch: pytest.MonkeyPatch) -> None:
     patch.delattr(triton.knobs, "compilation")
 
 
+class LauncherThatDoesMore:
+    def __call__(self, gridX, gridY, gridZ, stream, function, *args):
+        self.launch(gridX, gridY, gridZ, stream, function, *args)
+        self.count()
+
+
+def a_launcher_that_does_more(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("triton.backends.nvidia.driver.CudaLauncher", LauncherThatDoesMore)
+
+
+def recording_with_more_checks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.autograd.Function, "apply", classmethod(lambda cls, *args: cls.check(args)))
+
+
 def a_descriptor_with_another_field(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(capabilities, "TensorDescriptor", DescriptorWithAnOffset)
 
@@ -89,6 +103,8 @@ UNKNOWN = [
     ("launches", knobs_without_hooks),
     ("launches", knobs_without_instrumentation),
     ("descriptors", a_descriptor_with_another_field),
+    ("launchers", a_launcher_that_does_more),
+    ("recording", recording_with_more_checks),
     ("preloading", preloading_of_several_kernels),
     ("cache keys", keys_that_are_methods),
     ("watchers", no_stack_of_modes),
@@ -185,7 +201,7 @@ def test_allocations_of_an_unknown_kind_are_pytorchs_own(monkeypatch):
     monkeypatch.setattr(
         torch._C._dynamo.guards, "_empty_strided_cuda", lambda *of: torch.empty(2, 1, dtype=of[2]), raising=False
     )
-    assert capabilities.empty_strided() is None
+    assert capabilities.empty_strided("cuda") is None
 
 
 @pytest.mark.parametrize(

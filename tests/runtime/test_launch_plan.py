@@ -401,7 +401,7 @@ def test_state_has_other_plans(replays):
     def launcher(x):
         return relu.relu(x) if state[0] else max_pool2d.max_pool2d(x, (1, 1), (1, 1), (0, 0), (1, 1), False, False)[0]
 
-    run = planned(launcher, lambda: state[0])
+    run = planned(launcher, lambda x: state[0])
     x = image(1, 2, 3, 3)
     for state[0] in (False, True, False, True):
         assert torch.equal(run(x), x.relu() if state[0] else x)
@@ -585,6 +585,48 @@ def test_momentum_of_a_layer_that_counts_no_batches(replays):
             with torch.no_grad():
                 layer(x)
         assert_same(list(swapped[1].buffers()), list(pytorch[1].buffers()))
+
+
+def test_running_statistics_of_a_step(replays):
+    """Where autograd records, they are in the plan of the batch norm itself."""
+    pytorch, swapped = (model[1] for model in twins(training=True))
+    for step, momentum in enumerate((0.1, 0.1, 0.5, 0.5, 0.5, None, 0.1, 0.1)):
+        x, grads = image(4, 8, 3, 3, dtype=torch.float64), []
+        for layer in (pytorch, swapped):
+            layer.momentum = momentum
+            if step == 3:
+                layer.running_var = layer.running_var * 2
+            if step == 4:
+                layer.weight.data, layer.eps = layer.weight.data * 2, 0.1
+            version = layer.running_var._version
+            y = layer(x)
+            grads.append(torch.autograd.grad(y.square().sum(), tuple(layer.parameters())))
+            assert layer is pytorch or layer.running_var._version > version
+        assert_same(grads[1], grads[0])
+        assert_same(list(swapped.buffers()), list(pytorch.buffers()))
+    assert len(replays) >= 8
+
+
+def test_attributes_of_the_moment_where_autograd_records(replays):
+    x, layers = image(2, 4, 7, 7, dtype=torch.float64).requires_grad_(), []
+    for conv, pool in ((torch.nn.Conv2d, torch.nn.MaxPool2d), (tritonnn.TritonConv2d, tritonnn.TritonMaxPool2d)):
+        torch.manual_seed(0)
+        layers.append((conv(4, 6, 3, padding=1).to(DEVICE, torch.float64), pool(3)))
+    once, beside = (1, 1), (0, 1)
+    for _ in range(2):
+        for stride, padding, mode in (
+            (once, once, "zeros"),
+            ((2, 1), once, "zeros"),
+            (once, beside, "zeros"),
+            (once, once, "reflect"),
+        ):
+            results = []
+            for conv, pool in layers:
+                conv.stride, conv.padding, conv.padding_mode, pool.stride = stride, padding, mode, stride
+                y = pool(conv(x))
+                results.append((y, *torch.autograd.grad(y.square().sum(), (x, conv.weight, conv.bias))))
+            assert_same(results[1], results[0])
+    assert len(replays) >= 8
 
 
 class Cropped(tritonnn.TritonConv2d):

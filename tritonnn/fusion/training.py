@@ -101,7 +101,7 @@ def fuse_for_training(model: nn.Module) -> TrainingReport:
         report.fused[norm.target] = "batch norm, ReLU" if add is None else "batch norm, sum, ReLU"
         report.modules[norm.target] = modules[target]
     if report.fused:
-        graph = fx.GraphModule(modules | _tensors(traced.graph, model), traced.graph)
+        graph = _with_short_names(traced.graph, modules | _tensors(traced.graph, model))
         vars(model).update(forward=TrainingForward(model, graph), _fused_for_training=True)
     return report
 
@@ -122,6 +122,15 @@ def _tensors(graph: fx.Graph, model: nn.Module) -> dict[str, object]:
             owner, _, name = node.target.rpartition(".")
             found[node.target] = getattr(model.get_submodule(owner), name)
     return found
+
+
+def _with_short_names(graph: fx.Graph, targets: dict[str, object]) -> fx.GraphModule:
+    """The graph as a module that finds each target at its first look, not one look for each dot of its name."""
+    names: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = names.setdefault(node.target, f"{node.target.replace('.', '_')}_{len(names)}")
+    return fx.GraphModule({short: targets[name] for name, short in names.items()}, graph)
 
 
 def _chain(

@@ -1,9 +1,16 @@
 """torch.nn.BatchNorm2d on Triton."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from ..ops.batch_norm2d import batch_norm2d_inference, batch_norm2d_training, batch_norm2d_update_
+from ..ops.batch_norm2d import (
+    batch_norm2d_inference,
+    batch_norm2d_training,
+    batch_norm2d_update_,
+    train_directly,
+)
 from .layer import TritonLayer, by_plan, is_empty, parameters, reason_to_fall_back_image
 
 
@@ -20,6 +27,14 @@ def _normalize(layer: nn.BatchNorm2d, input: torch.Tensor) -> tuple[torch.Tensor
     return batch_norm2d_training(input, *parameters(layer), layer.eps)
 
 
+def _directly(layer: "TritonBatchNorm2d", input: torch.Tensor) -> Callable | None:
+    """What `_train` comes down to for images like these."""
+    if layer._reason_against_a_batch(input):
+        return None
+    recorded = train_directly(layer.eps)
+    return lambda layer, addresses, args: recorded(layer, addresses, args)[0]
+
+
 class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` with Triton kernels, training and eval: the same arguments, state_dict and results.
 
@@ -34,20 +49,35 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
     def _evaluate(self, input: torch.Tensor) -> torch.Tensor:
         return self._compute(input)
 
-    @by_plan(
-        lambda self: (*parameters(self), *running_statistics(self), self.eps),
-        direct=lambda self, input: None if self._reason_against_a_batch(input) else _normalize,
-    )
+    @by_plan(lambda self: (*parameters(self), *running_statistics(self), self.eps))
     def _from_batch(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """y, mean and variance; None where PyTorch's own op is to run."""
         return None if self._reason_against_a_batch(input) else _normalize(self, input)
+
+    @by_plan(
+        lambda self: (*parameters(self), *running_statistics(self), self.eps, self.momentum),
+        direct=_directly,
+    )
+    def _train(self, input: torch.Tensor) -> torch.Tensor | None:
+        """y, with the running statistics updated; None where PyTorch's own op is to run."""
+        if self._reason_against_a_batch(input):
+            return None
+        y, mean, var = _normalize(self, input)
+        count = input.numel() // input.shape[1]
+        batch_norm2d_update_(mean, var, *running_statistics(self), self.momentum, count)
+        return y
 
     def _reason_against_a_batch(self, input: torch.Tensor) -> str | None:
         self._check_input_dim(input)
         return "empty" if is_empty(input) else self._reason_to_fall_back(input, from_batch=True)
 
     def _compute(self, input: torch.Tensor) -> torch.Tensor:
-        if self.training:
+        if self.training and self.track_running_stats and self._updates_by_momentum():
+            y = self._train(input)
+            if y is not None:
+                self._count_batch()
+                return y
+        elif self.training:
             found = self._from_batch(input)
             if found is not None:
                 y, mean, var = found
@@ -64,6 +94,17 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
         if not from_batch:
             return batch_norm2d_inference(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
         return _normalize(self, input)[0]
+
+    def _updates_by_momentum(self) -> bool:
+        """Whether there are running statistics, which move by the same share with every batch."""
+        return isinstance(self.momentum, (int, float)) and running_statistics(self)[0] is not None
+
+    def _count_batch(self) -> None:
+        """Tells PyTorch of running statistics that a kernel has updated."""
+        tracked = self._buffers.get("num_batches_tracked")
+        if tracked is not None:
+            tracked.add_(1)
+        torch.autograd.graph.increment_version(running_statistics(self))
 
     def _update_running_statistics(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
         momentum, tracked = self.momentum, self.num_batches_tracked

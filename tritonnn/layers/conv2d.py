@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops.conv2d.op import conv2d
-from ..runtime.fallbacks import count_backward_in
-from ..runtime.precision import autocast, convolutions_in_tf32
+from ..runtime.fallbacks import count_backward_in, count_recorded_backward_in
+from ..runtime.precision import autocast, tf32_of_convolutions
 from .layer import TritonLayer, batched, by_plan, is_empty, pair, parameters, reason_to_fall_back_image, windows_fit
 
 
@@ -17,11 +17,11 @@ def _unchecked(layer: "TritonConv2d", input: torch.Tensor, weight: torch.Tensor,
     reason, x, window = layer._operands(input, weight, bias)
     if reason is not None or x is not input:
         return None
-    groups = layer.groups
+    recorded = conv2d.shortcut(3, (*window, layer.groups))
 
-    def convolve(layer: TritonConv2d, *tensors: torch.Tensor | None) -> torch.Tensor:
-        count_backward_in(layer)
-        return conv2d(*tensors, *window, groups)
+    def convolve(layer: TritonConv2d, addresses: list[int], args: tuple) -> torch.Tensor:
+        count_recorded_backward_in(layer)
+        return recorded(layer, addresses, args)
 
     return convolve
 
@@ -42,14 +42,10 @@ class TritonConv2d(TritonLayer, nn.Conv2d):
 
     @by_plan(
         lambda self: (
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.padding_mode,
+            (self.stride, self.padding, self.dilation, self.groups, self.padding_mode),
             self._reversed_padding_repeated_twice,
         ),
-        convolutions_in_tf32,
+        tf32_of_convolutions,
         _unchecked,
     )
     def _convolve(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -48,56 +48,51 @@ class TritonLayer:
 
 def by_plan(
     attributes: Callable[[Any], tuple],
-    state: Callable[[], object] | None = None,
+    state: Callable[[torch.Tensor], object] | None = None,
     direct: Callable[..., Callable | None] | None = None,
 ) -> Callable:
     """Decorates a layer's method of tensors that hands out what kernels compute, by plan (see launch_plan.py).
 
-    `attributes(layer)` are the constants and tensors of the layer that it depends on, `state()` all the rest. In
-    subclasses, which may depend on more, only the operators have plans. So it is where autograd records the method;
-    there `direct(layer, *tensors)` is asked once for each kind of tensors what does the same without its checks, a
-    function of the layer and the tensors, or None.
+    `attributes(layer)` are the constants and tensors of the layer that it depends on, `state(x)`, of the first tensor,
+    all the rest. In subclasses, which may depend on more, only the operators have plans. So it is where autograd
+    records the method, unless there is a `direct`: `direct(layer, *tensors)` is asked once for each kind of tensors for
+    an `Operator.shortcut` that does the same without the method's checks, or None.
     """
 
     def decorate(method: Callable) -> Callable:
+        name = method.__name__
         plans: Any = Plans(state)
         shortcuts: dict[tuple, Any] = {}
 
         @functools.wraps(method)
         def planned(self: TritonLayer, *tensors: torch.Tensor) -> Any:
-            if plain_eager() and type(self).__dict__.get(method.__name__) is planned:
-                args = (*tensors, *attributes(self))
+            if plain_eager() and type(self).__dict__.get(name) is planned:
+                args = *tensors, *attributes(self)
                 key = launch_key(args)
-                if key is not None and not (torch.is_grad_enabled() and _requires_grad(args)):
-                    return plans.run(key, args, method, self, *tensors)
-                if key is not None and direct is not None:
-                    shortcut = shortcut_for(self, key[0], tensors)
-                    if shortcut is not None:
-                        return shortcut(self, *tensors)
+                if key is not None:
+                    kind, addresses, requires_grad = key
+                    if not (requires_grad and torch.is_grad_enabled()):
+                        return plans.run(key, args, method, self, *tensors)
+                    if direct is not None:
+                        try:
+                            shortcut = shortcuts.get(kind, UNSEEN)
+                        except TypeError:  # a tuple of what has no hash
+                            shortcut = None
+                        if shortcut is UNSEEN:
+                            shortcut = find_shortcut(self, kind, tensors)
+                        if shortcut is not None:
+                            return shortcut(self, addresses, args)
             return method(self, *tensors)
 
-        def shortcut_for(self: TritonLayer, kind: tuple, tensors: tuple) -> Any:
-            try:
-                shortcut = shortcuts.get(kind, UNSEEN)
-            except TypeError:  # a tuple of what has no hash
-                return None
-            if shortcut is UNSEEN:
-                if len(shortcuts) >= MOST_PLANS:
-                    shortcuts.clear()
-                shortcut = shortcuts[kind] = direct(self, *tensors)
+        def find_shortcut(self: TritonLayer, kind: tuple, tensors: tuple) -> Any:
+            if len(shortcuts) >= MOST_PLANS:
+                shortcuts.clear()
+            shortcut = shortcuts[kind] = direct(self, *tensors)
             return shortcut
 
         return planned
 
     return decorate
-
-
-def _requires_grad(args: tuple) -> bool:
-    """Whether a tensor among the arguments of a launch key does."""
-    for arg in args:
-        if isinstance(arg, torch.Tensor) and arg.requires_grad:
-            return True
-    return False
 
 
 def parameters(layer: nn.BatchNorm2d | nn.Conv2d | nn.Linear) -> tuple[torch.Tensor | None, torch.Tensor | None]:

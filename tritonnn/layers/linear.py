@@ -1,14 +1,29 @@
 """torch.nn.Linear on Triton."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..ops.linear import linear
-from ..runtime.precision import autocast, matmuls_in_tf32
+from ..runtime.precision import autocast, tf32_of_matmuls
 from .layer import TritonLayer, by_plan, parameters, reason_to_fall_back
+
+
+def _reason_to_fall_back(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    reason = reason_to_fall_back(x, weight, bias)
+    if reason is None and any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
+        reason = "input and parameters of several types"
+    if reason is None and (x.dim() == 0 or x.shape[-1] != weight.shape[1]):
+        reason = "input features"
+    return reason
+
+
+def _directly(layer: "TritonLinear", *tensors: torch.Tensor) -> Callable | None:
+    """What `_product` comes down to for x [M, in_features] like this one."""
+    return linear.shortcut(3, ()) if _reason_to_fall_back(*tensors) is None and tensors[0].dim() == 2 else None
 
 
 class TritonLinear(TritonLayer, nn.Linear):
@@ -22,13 +37,9 @@ class TritonLinear(TritonLayer, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._product(*autocast(input, *parameters(self)))
 
-    @by_plan(lambda self: (), matmuls_in_tf32)
+    @by_plan(lambda self: (), tf32_of_matmuls, _directly)
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        reason = reason_to_fall_back(x, weight, bias)
-        if reason is None and any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
-            reason = "input and parameters of several types"
-        if reason is None and (x.dim() == 0 or x.shape[-1] != weight.shape[1]):
-            reason = "input features"
+        reason = _reason_to_fall_back(x, weight, bias)
         if reason is not None:
             return self._fall_back(reason, F.linear, x, weight, bias)
         *leading, features = x.shape

@@ -11,10 +11,6 @@ from .layer import FLOATING_POINT, TritonLayer, by_plan, reason_to_fall_back, re
 SUPPORTED = (*FLOATING_POINT, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def _relu(_: nn.ReLU, input: torch.Tensor) -> torch.Tensor:
-    return relu(input)
-
-
 class TritonReLU(TritonLayer, nn.ReLU):
     """`torch.nn.ReLU` with a Triton kernel: the same arguments, results and errors; NaN stays NaN.
 
@@ -35,7 +31,8 @@ class TritonReLU(TritonLayer, nn.ReLU):
         return input
 
     @by_plan(
-        lambda self: (), direct=lambda self, input: None if reason_to_fall_back(input, dtypes=SUPPORTED) else _relu
+        lambda self: (),
+        direct=lambda self, input: None if reason_to_fall_back(input, dtypes=SUPPORTED) else relu.shortcut(1, ()),
     )
     def _beside(self, input: torch.Tensor) -> torch.Tensor:
         reason = reason_to_fall_back(input, dtypes=SUPPORTED)

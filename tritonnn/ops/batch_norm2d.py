@@ -4,7 +4,7 @@ x: [N, C, H, W], read where it is if dense; y lies as PyTorch's does. Inference 
 statistics, training from the batch (batch_norm2d_statistics.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from ..runtime.blocks import ceil_div, pixel_blocks
 from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
-from ..runtime.operator import LIBRARY, each_example, register
+from ..runtime.operator import LIBRARY, each_example, on_its_device, register
 from .batch_norm2d_backward import batch_norm2d_backward, statistics_dtype
 from .batch_norm2d_statistics import batch_statistics
 
@@ -212,12 +212,12 @@ def _outputs_training(x, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor,
     return _output(x, weight, bias, training=True), x.new_empty(C, dtype=dtype), x.new_empty(C, dtype=dtype)
 
 
-def _launch_update(mean, var, running_mean, running_var, momentum, count) -> None:
+def launch_update(mean, var, running_mean, running_var, momentum, count) -> None:
     mean, var = mean.contiguous(), var.contiguous()
     C = mean.numel()
     if not (running_mean.is_contiguous() and running_var.is_contiguous()):
         copies = running_mean.contiguous(), running_var.contiguous()
-        _launch_update(mean, var, *copies, momentum, count)
+        launch_update(mean, var, *copies, momentum, count)
         running_mean.copy_(copies[0])
         running_var.copy_(copies[1])
         return
@@ -286,9 +286,30 @@ batch_norm2d_training = register(
 batch_norm2d_update_ = register(
     "batch_norm2d_update_(Tensor mean, Tensor var, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, "
     "int count) -> ()",
-    _launch_update,
+    launch_update,
     lambda *_: None,
 )
+
+
+def _launch_training_and_update(x, weight, bias, running_mean, running_var, eps, momentum):
+    y, mean, var = _launch_training(x, weight, bias, eps)
+    launch_update(mean, var, running_mean, running_var, momentum, x.numel() // x.shape[1])
+    return y, mean, var
+
+
+def _train(x, weight, bias, running_mean, running_var, eps, momentum):
+    y, mean, var = batch_norm2d_training.op(x, weight, bias, eps)
+    batch_norm2d_update_.op(mean, var, running_mean, running_var, momentum, x.numel() // x.shape[1])
+    return y, mean, var
+
+
+def train_directly(eps: float) -> Callable:
+    """For `by_plan`, where autograd records: `batch_norm2d_training` and, in the same plan, `batch_norm2d_update_`.
+
+    Of x, weight, bias, running_mean, running_var, eps and momentum.
+    """
+    launch = on_its_device(_launch_training_and_update, _train)
+    return batch_norm2d_training.shortcut(3, (eps,), launch)
 
 
 @torch.library.register_vmap("tritonnn::batch_norm2d_update_", lib=LIBRARY)

@@ -6,11 +6,13 @@ keeps anyway, and the masked gradient is that of the residual. Values and gradie
 after the other.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ..runtime.memory_format import is_channels_last
-from ..runtime.operator import register, register_gradient
-from .batch_norm2d import normalize
+from ..runtime.operator import Recorded, on_its_device, register, register_gradient
+from .batch_norm2d import batch_norm2d_update_, launch_update, normalize
 from .batch_norm2d_backward import dense, run, statistics_dtype
 from .batch_norm2d_statistics import batch_statistics
 from .channel_sums import Mask
@@ -118,3 +120,52 @@ batch_norm2d_relu = register(
     _backward,
 )
 """(y, mean, var, 1 / sqrt(var + eps)), the last three of the batch [C]; the residual has the shape and type of x."""
+
+
+def _launch_and_update(x, residual, weight, bias, running_mean, running_var, eps, momentum, *_):
+    outputs = _launch(x, residual, weight, bias, eps)
+    launch_update(*outputs[1:3], running_mean, running_var, momentum, x.numel() // x.shape[1])
+    return outputs
+
+
+def _train(x, residual, weight, bias, running_mean, running_var, eps, momentum, *_):
+    outputs = batch_norm2d_relu.op(x, residual, weight, bias, eps)
+    batch_norm2d_update_.op(*outputs[1:3], running_mean, running_var, momentum, x.numel() // x.shape[1])
+    return outputs
+
+
+def _setup_context_twice(ctx, inputs, output) -> None:
+    x, _, weight, bias, ctx.eps = inputs
+    y, mean, var, inverse = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, y, weight, bias, mean, var, inverse)
+
+
+def _backward_twice(ctx, first, second, *_):
+    if first is None:
+        first, second = second, None
+    grads = batch_norm2d_relu_backward(first, second, *ctx.saved_tensors, ctx.eps)
+    grad_x, grad_weight, grad_bias, grad_residual = grads
+    needed = zip((grad_x, grad_residual, grad_weight, grad_bias), ctx.needs_input_grad)
+    return *(grad if wanted else None for grad, wanted in needed), None
+
+
+_twice = Recorded(
+    "batch_norm2d_relu_twice",
+    _setup_context_twice,
+    _backward_twice,
+    hand_out=lambda outputs: (outputs[0], outputs[0].view_as(outputs[0]), *outputs[1:3]),
+)
+
+
+def train_directly(eps: float, twice: bool) -> Callable:
+    """For `by_plan`, where autograd records: `batch_norm2d_relu` and, in the same plan, `batch_norm2d_update_`.
+
+    Of x, residual, weight, bias, running_mean, running_var, eps and momentum. `twice`: y, again y, mean and variance;
+    the backward pass gets the gradients of two readers apart, and adds them up as it reads them, where PyTorch would
+    in a pass of its own.
+    """
+    launch = on_its_device(_launch_and_update, _train)
+    if twice:
+        return _twice.shortcut(4, (eps,), launch, of_all=True)
+    return batch_norm2d_relu.shortcut(4, (eps,), launch)

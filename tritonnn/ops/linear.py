@@ -7,7 +7,7 @@ pixel, the weight a 1x1 filter.
 import torch
 
 from ..runtime.operator import register
-from ..runtime.precision import matmul_input_precision, matmuls_in_tf32
+from ..runtime.precision import matmul_input_precision, tf32_of_matmuls
 from .channel_sums import channel_sums
 from .conv2d.dispatch import launch_unpacked
 from .conv2d.epilogue import Epilogue
@@ -38,7 +38,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_y):
     x, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     return (
         linear_backward_input(grad_y, weight) if needs_x else None,
         linear_backward_weight(grad_y, x) if needs_weight else None,
@@ -52,5 +52,5 @@ linear = register(
     _output,
     _setup_context,
     _backward,
-    matmuls_in_tf32,
+    tf32_of_matmuls,
 )

@@ -6,7 +6,7 @@ g: [M, K], x: [M, C], any strides; weight: [K, C]. Runs the convolution's kernel
 import torch
 
 from ..runtime.operator import register_gradient
-from ..runtime.precision import matmul_input_precision, matmuls_in_tf32
+from ..runtime.precision import matmul_input_precision, tf32_of_matmuls
 from .conv2d.backward.weight_dispatch import run_weight
 from .conv2d.dispatch import launch_unpacked
 from .conv2d.epilogue import Epilogue
@@ -38,7 +38,7 @@ linear_backward_input = register_gradient(
     _launch_input,
     _input_output,
     lambda g, weight: g @ weight,
-    matmuls_in_tf32,
+    tf32_of_matmuls,
 )
 
 
@@ -61,5 +61,5 @@ linear_backward_weight = register_gradient(
     _launch_weight,
     _weight_output,
     lambda g, x: g.T @ x,
-    matmuls_in_tf32,
+    tf32_of_matmuls,
 )

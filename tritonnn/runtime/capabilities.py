@@ -63,6 +63,37 @@ def _knows_launches() -> bool:
     return calls and launches and hooks and watched and _has(CompiledKernel, "run", "launch_metadata")
 
 
+OF_LAUNCHER = set(
+    """_allocation _allocator _profile_allocator _stream_sync active active_driver alloc_fn
+    allocate_default_profile_scratch arg_annotations driver experimental gsan get get_current_device get_device_rank
+    get_global_state_pointer get_launch_state global_scratch_align global_scratch_size gsan_enabled
+    has_profile_allocator is_stream_capturing kernel_signature launch launch_cooperative_grid launch_pdl num_ctas
+    profile_scratch_align profile_scratch_size runtime triton utils triton.experimental.gsan._allocator
+    triton.experimental.gsan._stream_sync GSAN_PER_DEVICE_STATE_STRIDE synchronize_launch_stream RuntimeError""".split()
+)
+"""All that Triton's launcher for NVIDIA calls and reads: scratch memory and a sanitizer are asked for in
+`is_plain_launcher`, the rest is arguments."""
+
+
+def _knows_launchers() -> bool:
+    """What a launcher does besides calling `launch` is to allocate scratch memory, and to serve a sanitizer."""
+    code = _nvidia_launcher().__call__.__code__
+    codes = [code, *(inner for inner in code.co_consts if inspect.iscode(inner))]
+    return knows("launches") and all(set(code.co_names) <= OF_LAUNCHER for code in codes)
+
+
+def _nvidia_launcher() -> type:
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    return CudaLauncher
+
+
+def is_plain_launcher(run: object) -> bool:
+    """Whether a launcher that is known needs no scratch memory, and is watched by no sanitizer."""
+    scratch = getattr(run, "global_scratch_size", 1), getattr(run, "profile_scratch_size", 1)
+    return type(run) is _nvidia_launcher() and scratch == (0, 0) and not getattr(run, "gsan_enabled", False)
+
+
 def _knows_descriptors() -> bool:
     """What a launcher reads of a descriptor is its fields, and of its base the address."""
     return all(_is_known_descriptor(cls) for cls in descriptors())
@@ -102,34 +133,46 @@ def _knows_watchers() -> bool:
     return _has(torch._C, *PRIVATE_OF_TORCH["plain eager calls"]) and hasattr(forward_ad, "_current_level")
 
 
+def _knows_recording() -> bool:
+    """`torch.autograd.Function.apply` is its base's, or checks whether a transform is active, and calls that."""
+    base = super(torch.autograd.Function, torch.autograd.Function).apply
+    if torch.autograd.Function.apply == base:  # in torch 2.15
+        return True
+    known = {"_is_setup_context_defined", "setup_context", "forward", "torch", "_C", "_are_functorch_transforms_active"}
+    known |= {"_functorch", "utils", "unwrap_dead_wrappers", "super", "apply", "RuntimeError", "custom_function_call"}
+    return set(torch.autograd.Function.apply.__func__.__code__.co_names) <= known
+
+
 def _knows_workspaces() -> bool:
     return _has(torch._C, *PRIVATE_OF_TORCH["CUDA graphs"])
 
 
 CHECKS: dict[str, tuple[Callable[[], bool], str]] = {
-    "launches": (_knows_launches, "every launch goes through Triton's own launcher, which takes the host longer"),
-    "descriptors": (_knows_descriptors, "launches with tensor descriptors go through Triton's own launcher"),
+    "launches": (_knows_launches, "every launch is found out anew by Triton, which takes the host longer"),
+    "descriptors": (_knows_descriptors, "launches with tensor descriptors are found out anew by Triton"),
+    "launchers": (_knows_launchers, "every launch goes through Triton's launcher, which takes the host longer"),
     "preloading": (_knows_preloading, "tuning compiles one kernel after the other"),
     "cache keys": (_knows_cache_keys, "a kernel may be compiled again in another process"),
     "watchers": (_knows_watchers, "every call goes through PyTorch's dispatcher, which takes the host longer"),
+    "recording": (_knows_recording, "autograd records every call as PyTorch does, which takes the host longer"),
     "workspaces": (_knows_workspaces, "networks are not captured in CUDA graphs"),
 }
 """For each part the check, and what is done without the part."""
-_OF_TORCH = ("watchers", "workspaces")
+_OF_TORCH = ("watchers", "recording", "workspaces")
 
 
-_known: dict[str, bool] = {}
+KNOWN: dict[str, bool] = {}
 """What was checked, in a dictionary, which compilers can read."""
 
 
 def knows(part: str) -> bool:
     """Whether a part of `CHECKS` is as it was known."""
-    if part not in _known:
+    if part not in KNOWN:
         try:
-            _known[part] = CHECKS[part][0]()
+            KNOWN[part] = CHECKS[part][0]()
         except Exception:  # whatever an unknown version raises
-            _known[part] = False
-    return _known[part]
+            KNOWN[part] = False
+    return KNOWN[part]
 
 
 knows("watchers")  # compilers find it answered
@@ -148,15 +191,20 @@ def notes() -> list[str]:
 
 
 @functools.lru_cache
-def empty_strided() -> Callable | None:
-    """PyTorch's allocation for compiled code, which does not ask the dispatcher: (size, stride, dtype), on the GPU."""
+def empty_strided(device: str) -> Callable | None:
+    """PyTorch's allocation for compiled code on a kind of device, past the dispatcher: (size, stride, dtype)."""
     try:
-        allocate = torch._C._dynamo.guards._empty_strided_cuda
+        allocate = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}")
         y = allocate((2, 1), (1, 2), torch.float16)
-        as_known = y.is_cuda and y.shape == (2, 1) and y.stride() == (1, 2) and y.dtype == torch.float16
+        as_known = y.device.type == device and y.shape == (2, 1) and y.stride() == (1, 2) and y.dtype == torch.float16
     except Exception:
         return None
     return allocate if as_known else None
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply` for plain eager mode: without its checks for the transforms of torch.func, if it can be told."""
+    return super(torch.autograd.Function, function).apply if knows("recording") else function.apply
 
 
 def transforms_are_active() -> bool:
@@ -223,6 +271,6 @@ LOADS_BEFORE_PRODUCTS = _version(triton.__version__) >= (3, 7)
 
 def forget() -> None:
     """Has all parts checked anew."""
-    _known.clear()
+    KNOWN.clear()
     can_round_on_load.cache_clear()
     empty_strided.cache_clear()

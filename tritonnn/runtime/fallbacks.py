@@ -22,7 +22,12 @@ class _Counting(Protocol):
 def count_backward_in(layer: _Counting) -> None:
     """The next operator that autograd records in this thread tells the layer what its backward leaves to PyTorch."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _LOCAL.counter = layer.fallbacks
+        count_recorded_backward_in(layer)
+
+
+def count_recorded_backward_in(layer: _Counting) -> None:
+    """The same where it is known that autograd records it."""
+    _LOCAL.counter = layer.fallbacks
 
 
 def counter_of_backward() -> "Counter[str] | None":

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import triton
+from torch.autograd import forward_ad
 
 from . import capabilities
 from .recording import CONSTANTS, LOCAL, overlap, record
@@ -23,6 +24,7 @@ MOST_PLANS = 4096
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 UNSEEN = object()
 COMPILATION = getattr(triton.knobs, "compilation", None)
+KNOWN = capabilities.KNOWN
 is_capturing = torch.cuda.is_current_stream_capturing
 OPTIONS = {} if triton.knobs.runtime.interpret else capabilities.options_of_launches()
 
@@ -59,12 +61,13 @@ def launch_semaphores(device: torch.device, tiles: int) -> torch.Tensor:
     return counts
 
 
-def launch_key(args: tuple) -> tuple[tuple, list[int]] | None:
-    """The kind of these arguments, captured in a CUDA graph or not, and the addresses of the tensors among them.
+def launch_key(args: tuple) -> tuple[tuple, list[int], bool] | None:
+    """The kind of these arguments, captured in a CUDA graph or not, the addresses of the tensors among them, and
+    whether one of these requires a gradient.
 
     None where one is neither a plain tensor nor a constant.
     """
-    kind, addresses, on_gpu = [], [], False
+    kind, addresses, on_gpu, wanted = [], [], False, False
     try:
         for arg in args:
             cls = type(arg)
@@ -74,7 +77,10 @@ def launch_key(args: tuple) -> tuple[tuple, list[int]] | None:
                 address = arg.data_ptr()
                 addresses.append(address)
                 device = arg.get_device()
-                on_gpu = on_gpu or device >= 0
+                if device >= 0:
+                    on_gpu = True
+                if arg.requires_grad:
+                    wanted = True
                 kind += arg.shape, arg.stride(), arg.dtype, device, address & 15
             elif cls in CONSTANTS:
                 kind.append(arg)
@@ -85,26 +91,28 @@ def launch_key(args: tuple) -> tuple[tuple, list[int]] | None:
     except RuntimeError:  # a nested or sparse tensor has no strides
         return None
     kind.append(on_gpu and is_capturing())
-    return tuple(kind), addresses
+    return tuple(kind), addresses, wanted
 
 
 class Plans:
-    """What a function did for the kinds of arguments that it was called with; `state()` is what else it decides by."""
+    """What a function did for the kinds of arguments that it was called with.
 
-    def __init__(self, state: Callable[[], object] | None = None) -> None:
+    `state(first)`, of the first of them, a tensor, is what else it decides by.
+    """
+
+    def __init__(self, state: Callable[[torch.Tensor], object] | None = None) -> None:
         self.plans: dict[tuple, Plan | None] = {}
         self.state = state
 
-    def run(self, key: tuple[tuple, list[int]], args: tuple, function: Callable, *function_args) -> object:
+    def run(self, key: tuple[tuple, list[int], bool], args: tuple, function: Callable, *function_args) -> object:
         """function(*function_args), by plan where the kind of `args`, all that it depends on, was seen before.
 
         `key` is `launch_key(args)`.
         """
         if LOCAL.recording is not None or getattr(COMPILATION, "instrumentation_mode", ""):
             return function(*function_args)
-        kind, addresses = key
-        state = self.state and self.state()
-        kind = kind, state, _generation
+        state = self.state
+        kind = key[0], None if state is None else state(args[0]), _generation
         try:
             plan = self.plans.get(kind, UNSEEN)
         except TypeError:  # a tuple of what has no hash
@@ -112,7 +120,7 @@ class Plans:
         if plan is None:
             return function(*function_args)
         if plan is not UNSEEN:
-            return plan(addresses)
+            return plan(key[1])
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if not can_record(tensors) or overlap(tensors):
             return function(*function_args)
@@ -127,12 +135,14 @@ def plain_eager() -> bool:
     """Whether no compiler, tracer, transform, mode or forward-mode differentiation sees which operators run."""
     if torch.compiler.is_compiling():
         return False
-    return capabilities.knows("watchers") and not (
+    if not (KNOWN.get("watchers") or capabilities.knows("watchers")):
+        return False
+    return not (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_function_stack()
         or (torch._C._len_torch_dispatch_stack() and LOCAL.recording is None)
         or torch._C._is_tracing()
-        or capabilities.current_level() >= 0
+        or forward_ad._current_level >= 0
     )
 
 

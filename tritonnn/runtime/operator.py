@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 import triton
 
-from .capabilities import check_interpreter, transforms_are_active
+from .capabilities import apply_of, check_interpreter, transforms_are_active
 from .launch_plan import TENSORS, Plans, launch_key, plain_eager
-from .recording import CONSTANTS
 
 LIBRARY = torch.library.Library("tritonnn", "DEF")
 PLAIN = (*TENSORS, type(None))
@@ -34,16 +33,21 @@ def _in_interpreter(launch: Callable) -> Callable:
 
     @functools.wraps(launch)
     def checked(x: torch.Tensor, *args):
-        if not triton.knobs.runtime.interpret:
-            raise RuntimeError(
-                "tritonnn: CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before tritonnn is imported, "
-                "or move the module and its input to a GPU"
-            )
-        check_interpreter()
+        require_interpreter()
         with INTERPRETER:
             return launch(x, *args)
 
     return checked
+
+
+def require_interpreter() -> None:
+    """Raises a RuntimeError where kernels cannot run on CPU tensors."""
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "tritonnn: CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before tritonnn is imported, "
+            "or move the module and its input to a GPU"
+        )
+    check_interpreter()
 
 
 def each_example(op: Callable) -> Callable:
@@ -85,96 +89,132 @@ class _Context:
         return getattr(self.ctx, name)
 
 
-def _recorded(
-    name: str, run: Callable, setup_context: Callable, backward: Callable, state: Callable[[], object] | None
-) -> Callable:
-    """run(*args) as autograd records it in plain eager mode, in less time than the operator's own way takes.
+class Recorded:
+    """What autograd records in plain eager mode, in less time than an operator's own way takes.
+
+    `apply` takes the operator's arguments and, last, how to compute the outputs: `Plans`, a launch key, the arguments
+    that it is of, and the function and arguments that `Plans.run` is to have; then those of the operator's arguments
+    that are constants. `hand_out` makes of the outputs what is returned.
 
     The backward pass goes by plan, too, as a whole: it depends on the gradients, what was saved, which gradients are
-    needed, the constants of the call, and `state()`.
+    needed, the constants of the call, and `state`.
     """
-    plans = Plans(state)
 
-    def forward(ctx, *args):
-        outputs = run(*args)
-        ctx.set_materialize_grads(False)
-        setup_context(ctx, args, outputs)
-        ctx.constants = tuple(arg for arg in args if type(arg) not in TENSORS)
-        return outputs
+    def __init__(
+        self,
+        name: str,
+        setup_context: Callable,
+        backward: Callable,
+        state: Callable[[torch.Tensor], object] | None = None,
+        hand_out: Callable | None = None,
+    ) -> None:
+        self.state = state
+        gradients = Plans(state)
 
-    def backward_by_plan(ctx, *grads):
-        if grads[0] is None and all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled() or not plain_eager():
-            return backward(ctx, *grads)
-        saved = ctx.saved_tensors
-        arguments = *grads, *saved, ctx.needs_input_grad, ctx.constants
-        key = launch_key(arguments)
-        context = _Context(ctx, saved)
-        return backward(context, *grads) if key is None else plans.run(key, arguments, backward, context, *grads)
+        def forward(ctx, *args):
+            plans, key, key_args, launch, launch_args, ctx.constants = args[-1]
+            outputs = plans.run(key, key_args, launch, *launch_args)
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, args[:-1], outputs)
+            return outputs if hand_out is None else hand_out(outputs)
 
-    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward_by_plan)}
-    return type(torch.autograd.Function)(name, (torch.autograd.Function,), parts).apply
+        def gradients_of(ctx, *grads):
+            found = backward(ctx, *grads)
+            return (*found, None) if isinstance(found, tuple) else (found, None)
+
+        def launch_backward(ctx, saved, *grads):
+            return gradients_of(_Context(ctx, saved), *grads)
+
+        def backward_by_plan(ctx, *grads):
+            if grads[0] is None and all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            if torch.is_grad_enabled() or not plain_eager():
+                return gradients_of(ctx, *grads)
+            saved = ctx.saved_tensors
+            arguments = *grads, *saved, ctx.needs_input_grad, ctx.constants
+            key = launch_key(arguments)
+            if key is None:
+                return launch_backward(ctx, saved, *grads)
+            return gradients.run(key, arguments, launch_backward, ctx, saved, *grads)
+
+        parts = {"forward": staticmethod(forward), "backward": staticmethod(backward_by_plan)}
+        self.apply = apply_of(type(torch.autograd.Function)(name, (torch.autograd.Function,), parts))
+
+    def shortcut(self, tensors: int, constants: tuple, launch: Callable, of_all: bool = False) -> Callable:
+        """For `by_plan` (layers/layer.py): the call with so many tensors and these constants, computed by `launch`.
+
+        What is returned takes the layer, the addresses of a launch key, and the arguments that this is of, always of
+        one kind, the call's tensors first. `of_all`: `launch` takes all these, not the call's tensors and constants.
+        """
+        plans, apply = Plans(self.state), self.apply
+
+        def run(_: object, addresses: list[int], args: tuple):
+            inputs = *args[:tensors], *constants
+            return apply(*inputs, (plans, (None, addresses), args, launch, args if of_all else inputs, constants))
+
+        return run
 
 
-def _shortest_way(
-    plans: Plans,
-    on_gpu: Callable,
-    on_cpu: Callable,
-    op: Callable,
-    setup_context: Callable | None = None,
-    backward: Callable | None = None,
-    state: Callable[[], object] | None = None,
-) -> Callable:
+class Operator:
     """Runs the kernel directly in plain eager mode, which saves the time of PyTorch's dispatcher, and `op` otherwise.
 
     What counts against plain eager mode: compilers, tracers, the transforms of torch.func, and modes and subclasses of
     tensors that see the operators called. The call raises RuntimeError for ONNX, which has no operator to put in the
     kernel's place.
     """
-    defaults = [argument.default_value for argument in op._schema.arguments]
 
-    def run(*args):
-        key = launch_key(args)
-        if key is not None:
-            x = args[0]
-            if x.is_cuda:
-                return plans.run(key, args, on_gpu, *args)
-            if x.is_cpu:
-                return plans.run(key, args, on_cpu, *args)
-        _refuse_onnx()
-        return op(*args)
+    def __init__(
+        self,
+        launch: Callable,
+        op: Callable,
+        setup_context: Callable | None,
+        backward: Callable | None,
+        state: Callable[[torch.Tensor], object] | None,
+    ) -> None:
+        self.op, self.plans, self.launch = op, Plans(state), launch
+        self.defaults = tuple(argument.default_value for argument in op._schema.arguments)
+        self.recorded: Recorded | None = None
+        self.transformed = op
+        if setup_context is not None and backward is not None:
+            self.recorded = Recorded(op._schema.name.rpartition(":")[2], setup_context, backward, state)
+            self.transformed = _differentiable_by_transforms(op, setup_context, backward)
 
-    recorded = transformed = op
-    if setup_context is not None and backward is not None:
-        recorded = _recorded(op._schema.name.rpartition(":")[2], run, setup_context, backward, state)
-        transformed = _differentiable_by_transforms(op, setup_context, backward)
-
-    def call(*args):
+    def __call__(self, *args):
         if plain_eager():
-            wanted = torch.is_grad_enabled() and _wants_gradient(args)
-            if wanted:
-                return recorded(*args, *defaults[len(args) :])
-            if wanted is not None:
-                return run(*args)
+            key = launch_key(args)
+            if key is not None:
+                if key[2] and self.recorded is not None and torch.is_grad_enabled():
+                    inputs = *args, *self.defaults[len(args) :]
+                    constants = tuple([arg for arg in inputs if type(arg) not in TENSORS])
+                    return self.recorded.apply(*inputs, (self.plans, key, args, self.launch, inputs, constants))
+                return self.plans.run(key, args, self.launch, *args)
         elif transforms_are_active():
-            return transformed(*args)
+            return self.transformed(*args)
         _refuse_onnx()
-        return op(*args)
+        return self.op(*args)
 
-    return call
+    def shortcut(self, tensors: int, constants: tuple, launch: Callable | None = None) -> Callable:
+        """`Recorded.shortcut` of the operator, which has a backward pass.
+
+        `launch`, of all that the launch key is of, computes the outputs in the operator's place.
+        """
+        assert self.recorded is not None
+        return self.recorded.shortcut(tensors, constants, launch or self.launch, launch is not None)
 
 
-def _wants_gradient(args: tuple) -> bool | None:
-    """Whether a tensor among them requires a gradient; None where one is neither a plain tensor nor a constant."""
-    wanted = False
-    for arg in args:
-        cls = type(arg)
-        if cls in TENSORS:
-            wanted = wanted or arg.requires_grad
-        elif cls not in CONSTANTS:
-            return None
-    return wanted
+def on_its_device(launch: Callable, op: Callable) -> Callable:
+    """launch(x, ...) where x is, and `op` on devices without kernels."""
+    on_gpu, on_cpu = _on_current_device(launch), _in_interpreter(launch)
+
+    def located(x: torch.Tensor, *args):
+        if x.is_cuda:
+            return on_gpu(x, *args)
+        if x.is_cpu:
+            return on_cpu(x, *args)
+        _refuse_onnx()
+        return op(x, *args)
+
+    return located
 
 
 def _refuse_onnx() -> None:
@@ -196,41 +236,36 @@ def _unless_for_onnx(fake: Callable) -> Callable:
     return checked
 
 
-def _by_plan(plans: Plans, launch: Callable) -> Callable:
-    """The operator's kernel for PyTorch's dispatcher."""
-
-    def kernel(*args):
-        key = launch_key(args)
-        return launch(*args) if key is None else plans.run(key, args, launch, *args)
-
-    return kernel
-
-
 def register(
     schema: str,
     launch: Callable,
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
-    state: Callable[[], object] | None = None,
-) -> Callable:
+    state: Callable[[torch.Tensor], object] | None = None,
+) -> Operator:
     """Defines the operator `schema` and returns what calls it.
 
     `launch` computes it with a Triton kernel, `fake` allocates its outputs only; `setup_context` and `backward` are
-    those of `torch.library.register_autograd`, which are also those of a `torch.autograd.Function`. `state()` is what
-    `launch` decides by besides its arguments.
+    those of `torch.library.register_autograd`, which are also those of a `torch.autograd.Function`. `state(x)`, of the
+    first argument, is what `launch` decides by besides its arguments.
     """
     name = schema.partition("(")[0]
-    plans, on_gpu, on_cpu = Plans(state), _on_current_device(launch), _in_interpreter(launch)
     LIBRARY.define(schema)
-    LIBRARY.impl(name, _by_plan(plans, on_gpu), "CUDA")
-    LIBRARY.impl(name, _by_plan(plans, on_cpu), "CPU")
-    torch.library.register_fake(f"tritonnn::{name}", _unless_for_onnx(fake), lib=LIBRARY)
     op = getattr(torch.ops.tritonnn, name).default
+    operator = Operator(on_its_device(launch, op), op, setup_context, backward, state)
+
+    def kernel(*args):
+        key = launch_key(args)
+        return operator.launch(*args) if key is None else operator.plans.run(key, args, operator.launch, *args)
+
+    for key in ("CUDA", "CPU"):
+        LIBRARY.impl(name, kernel, key)
+    torch.library.register_fake(f"tritonnn::{name}", _unless_for_onnx(fake), lib=LIBRARY)
     if backward is not None:
         torch.library.register_vmap(f"tritonnn::{name}", each_example(op), lib=LIBRARY)
         torch.library.register_autograd(f"tritonnn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    return _shortest_way(plans, on_gpu, on_cpu, op, setup_context, backward, state)
+    return operator
 
 
 def register_gradient(
@@ -238,8 +273,8 @@ def register_gradient(
     launch: Callable,
     fake: Callable,
     formula: Callable,
-    state: Callable[[], object] | None = None,
-) -> Callable:
+    state: Callable[[torch.Tensor], object] | None = None,
+) -> Operator:
     """As `register`, for an operator that computes gradients; its own derivatives are those of `formula`.
 
     `formula(*args)` are the same gradients, a tensor or a tuple of them, by PyTorch's operators, which can be derived

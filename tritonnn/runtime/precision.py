@@ -129,26 +129,48 @@ def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tenso
 
     Where x is no tensor, they are left as they are, for its `__torch_function__`.
     """
-    if not (torch.compiler.is_compiling() or any_autocast()) or not isinstance(x, torch.Tensor):
+    if torch.compiler.is_compiling():
+        return tuple([None if t is None else _as_autocast(t) for t in (x, *others)])
+    if not any_autocast() or not isinstance(x, torch.Tensor):
         return x, *others
-    return tuple([None if t is None else _as_autocast(t) for t in (x, *others)])
+    kind = "cuda" if x.is_cuda else x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tuple([None if t is None else _as_autocast(t) for t in (x, *others)])
+    dtype, device = torch.get_autocast_dtype(kind), x.device
+    converted = []
+    for t in (x, *others):
+        if t is not None and t.dtype is not dtype:
+            plain = t.dtype is torch.float32 and t.device == device
+            t = t.to(dtype) if plain else _as_autocast(t)
+        converted.append(t)
+    return tuple(converted)
 
 
 def _as_autocast(t: torch.Tensor) -> torch.Tensor:
     dtype = autocast_type(t)
-    return t if dtype == t.dtype else t.to(dtype)
+    return t if dtype is t.dtype else t.to(dtype)
 
 
 def autocast_type(t: torch.Tensor) -> torch.dtype:
     """The type to which `autocast` converts a tensor."""
-    device, dtype = t.device.type, t.dtype
-    keeps = not dtype.is_floating_point or dtype == torch.float64 or device == "meta"
+    device, dtype = "cuda" if t.is_cuda else t.device.type, t.dtype
+    keeps = not dtype.is_floating_point or dtype is torch.float64 or device == "meta"
     return dtype if keeps or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
 
 
-def convolution_state() -> tuple:
-    """What the functions above depend on besides their arguments, where it concerns convolutions."""
+def tf32_of_convolutions(x: torch.Tensor) -> bool:
+    """What convolutions of x, and their gradients, depend on besides their arguments."""
+    return x.dtype == torch.float32 and convolutions_in_tf32()
+
+
+def tf32_of_matmuls(x: torch.Tensor) -> bool:
+    """The same for products."""
+    return x.dtype == torch.float32 and matmuls_in_tf32()
+
+
+def convolution_state(x: torch.Tensor) -> tuple:
+    """The same for what converts them as autocast does."""
     if not any_autocast():
-        return convolutions_in_tf32(), None
+        return tf32_of_convolutions(x), None
     autocast = [(torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in ("cuda", "cpu")]
-    return convolutions_in_tf32(), *autocast
+    return tf32_of_convolutions(x), *autocast

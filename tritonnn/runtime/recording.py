@@ -137,7 +137,8 @@ class Recording(TorchDispatchMode):
         if not self.complete or any(y.device != device for y in self.created):
             return None
         allocations = [self.semaphores.get(index, _form(y)[:3]) for index, y in enumerate(self.created)]
-        return Plan(device, allocations, self.launches, returned)
+        addresses = [t.data_ptr() for t in (*self.tensors, *self.created)]
+        return Plan(device, allocations, self.launches, returned, addresses)
 
     def _allocation(self, y: object) -> int:
         """The number of the one that y is; not all are handed out as the very objects that were made."""

@@ -1,12 +1,14 @@
 """What a launch plan does at every call: allocate, fill addresses into recorded arguments, launch compiled kernels."""
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 import triton
 
 from . import capabilities
+from .direct_launch import direct_launch
 from .semaphores import semaphores
 
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
@@ -70,47 +72,71 @@ class Launch(NamedTuple):
     pointers: list[Pointer]
     descriptors: list[Descriptor]
 
+    def __call__(self, stream: int, addresses: list[int], hooks: tuple = (None, None)) -> None:
+        """Through Triton's launcher, which calls the hooks."""
+        arguments = self.arguments.copy()
+        for position, source, offset in self.pointers:
+            arguments[position] = addresses[source] + offset
+        for descriptor in self.descriptors:
+            position, source, offset = descriptor.base
+            arguments[position] = descriptor.at(addresses[source] + offset)
+        metadata = None
+        if hooks != (None, None):
+            metadata = self.compiled.launch_metadata(self.grid, stream, *arguments)
+        self.run(*self.grid, stream, self.function, self.packed_metadata, metadata, *hooks, *arguments)
+
+    def directly(self, addresses: list[int]) -> Callable[[int, list[int]], None]:
+        """The shortest way to launch it again, found out with the addresses of the first time."""
+        direct = direct_launch(self.compiled, self.grid, self.arguments, self.pointers, self.descriptors, addresses)
+        return self if direct is None else direct
+
 
 class Plan:
-    """Allocations (size, stride and type, or a number of semaphores), launches, and which allocations are returned."""
+    """Allocations (size, stride and type, or a number of semaphores), launches, and which allocations are returned.
 
-    def __init__(self, device: torch.device, allocations: list, launches: list[Launch], results: object) -> None:
-        self.allocations, self.launches, self.results = allocations, launches, results
+    `addresses` are those of the tensors and allocations when it was recorded.
+    """
+
+    def __init__(
+        self, device: torch.device, allocations: list, launches: list[Launch], results: object, addresses: list[int]
+    ) -> None:
+        self.allocations, self.launches = allocations, launches
+        self.hand_out = _hand_out(results)
         self.device, self.torch_device = device.index, device
-        self.empty = capabilities.empty_strided() if device.type == "cuda" else None
+        self.direct = [launch.directly(addresses) for launch in launches]
+        self.empty = capabilities.empty_strided(device.type)
         if self.empty is None:
             self.empty = lambda *of: torch.empty_strided(*of[:2], dtype=of[2], device=device)
 
     def __call__(self, addresses: list[int]) -> object:
         """Launches for tensors at these addresses; the list is overwritten."""
-        if self.device is not None and self.device != current_device():
-            with torch.cuda.device(self.device):
+        device = self.device
+        if device is not None and device != current_device():
+            with torch.cuda.device(device):
                 return self(addresses)
-        created = []
+        created, empty = [], self.empty
         for allocation in self.allocations:
-            y = semaphores(self.torch_device, allocation) if type(allocation) is int else self.empty(*allocation)
+            y = semaphores(self.torch_device, allocation) if type(allocation) is int else empty(*allocation)
             created.append(y)
             addresses.append(y.data_ptr())
-        stream = current_stream(self.device)
+        stream = current_stream(device)
         hooks = _launch_hooks()
-        for compiled, run, grid, function, packed_metadata, arguments, pointers, descriptors in self.launches:
-            arguments = arguments.copy()
-            for position, source, offset in pointers:
-                arguments[position] = addresses[source] + offset
-            for descriptor in descriptors:
-                position, source, offset = descriptor.base
-                arguments[position] = descriptor.at(addresses[source] + offset)
-            if hooks is None:
-                run(*grid, stream, function, packed_metadata, None, None, None, *arguments)
-            else:
-                metadata = compiled.launch_metadata(grid, stream, *arguments)
-                run(*grid, stream, function, packed_metadata, metadata, *hooks, *arguments)
-        results = self.results
-        if results is None:
-            return None
-        if type(results) is int:
-            return created[results]
-        return tuple([None if i is None else created[i] for i in results])
+        if hooks is None:
+            for launch in self.direct:
+                launch(stream, addresses)
+        else:
+            for launch in self.launches:
+                launch(stream, addresses, hooks)
+        created.append(None)
+        return self.hand_out(created)
+
+
+def _hand_out(results: int | list[int | None] | None) -> Callable[[list], object]:
+    """A function of the allocations and, last, None, that returns those of these numbers: one, a tuple, or None."""
+    if not isinstance(results, list):
+        return itemgetter(-1 if results is None else results)
+    numbers = [-1 if i is None else i for i in results]
+    return itemgetter(*numbers) if len(numbers) > 1 else lambda created: tuple(created[i] for i in numbers)
 
 
 def _launch_hooks() -> tuple | None:

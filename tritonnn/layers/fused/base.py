@@ -16,9 +16,9 @@ from ...runtime.precision import (
     autocast_type,
     convolution_in_tf32,
     convolution_input_precision,
-    convolutions_in_tf32,
     matmul_input_precision,
-    matmuls_in_tf32,
+    tf32_of_convolutions,
+    tf32_of_matmuls,
 )
 from ..layer import TritonLayer
 from .activation import NO_ACTIVATION, Activation, activate
@@ -155,8 +155,8 @@ def _layer_output(
     return empty_image(shape, x, channels_last=True)
 
 
-def _precisions() -> tuple[bool, bool]:
-    return convolutions_in_tf32(), matmuls_in_tf32()
+def _precisions(x: torch.Tensor) -> tuple[bool, bool]:
+    return tf32_of_convolutions(x), tf32_of_matmuls(x)
 
 
 fused_layer = register(

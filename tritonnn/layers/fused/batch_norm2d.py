@@ -1,11 +1,13 @@
 """Batch norm with the residual sum and the ReLU after it, for training."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...ops.batch_norm2d_relu import batch_norm2d_relu, batch_norm2d_relu_backward
-from ...runtime.capabilities import transforms_are_active
+from ...ops.batch_norm2d import batch_norm2d_update_
+from ...ops.batch_norm2d_relu import batch_norm2d_relu, train_directly
 from ...runtime.memory_format import is_channels_last
 from ..batch_norm2d import TritonBatchNorm2d, running_statistics
 from ..layer import TritonLayer, by_plan, is_empty, parameters
@@ -15,33 +17,19 @@ def _normalize(layer: "BatchNormReLU2d", input: torch.Tensor, residual: torch.Te
     return batch_norm2d_relu(input, residual, *parameters(layer.norm), layer.norm.eps)
 
 
-class _Twice(torch.autograd.Function):
-    """`batch_norm2d_relu` whose y comes twice, for two readers, so that backward gets their gradients apart.
+def _depends_on(norm: TritonBatchNorm2d) -> tuple:
+    return *parameters(norm), *running_statistics(norm), norm.eps
 
-    PyTorch would add these up in a pass of its own; here they are added as they are read.
-    """
 
-    @staticmethod
-    def forward(ctx, input, residual, weight, bias, eps):
-        y, mean, var, inverse = batch_norm2d_relu(input, residual, weight, bias, eps)
-        ctx.save_for_backward(input, y, weight, bias, mean, var, inverse)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        return y, y.view_as(y), mean, var
-
-    @staticmethod
-    def backward(ctx, first, second, *_):
-        if first is None:
-            first, second = second, None
-        if first is None:
-            return None, None, None, None, None
-        grads = batch_norm2d_relu_backward(first, second, *ctx.saved_tensors, ctx.eps)
-        grad_x, grad_weight, grad_bias, grad_residual = grads
-        return *(
-            grad if needed else None
-            for grad, needed in zip((grad_x, grad_residual, grad_weight, grad_bias), ctx.needs_input_grad)
-        ), None
+def _directly(layer: "BatchNormReLU2d", input: torch.Tensor, residual: torch.Tensor | None) -> Callable | None:
+    """What `_train` comes down to for images like these."""
+    if layer._reason_against(input, residual):
+        return None
+    twice = layer.twice and residual is not None
+    recorded = train_directly(layer.norm.eps, twice)
+    if twice:
+        return lambda layer, addresses, args: recorded(layer, addresses, args)[:2]
+    return lambda layer, addresses, args: recorded(layer, addresses, args)[0]
 
 
 class BatchNormReLU2d(TritonLayer, nn.Module):
@@ -64,30 +52,42 @@ class BatchNormReLU2d(TritonLayer, nn.Module):
     def _output(
         self, input: torch.Tensor, residual: torch.Tensor | None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        norm = self.norm
+        norm = self._modules["norm"]  # a look at `self.norm` takes the host longer
         if not norm.training or is_empty(input):
             return self._one_by_one(input, residual)
-        y: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-        if self.twice and _records_gradients() and residual is not None and not self._reason_against(input, residual):
-            *ys, mean, var = _Twice.apply(input, residual, *parameters(norm), norm.eps)
-            y = tuple(ys)
+        if norm.track_running_stats and norm._updates_by_momentum():
+            y = self._train(input, residual)
+            if y is not None:
+                norm._count_batch()
         else:
             found = self._from_batch(input, residual)
-            if found is None:
-                reason = self._reason_against(input, residual)
-                return self._fall_back(str(reason), self._one_by_one, input, residual)
-            y, mean, var, _ = found
-        if norm.track_running_stats:
-            norm._update_running_statistics(mean, var, input.numel() // input.shape[1])
+            y = None if found is None else found[0]
+            if found is not None and norm.track_running_stats:
+                norm._update_running_statistics(*found[1:3], input.numel() // input.shape[1])
+        if y is None:
+            reason = self._reason_against(input, residual)
+            return self._fall_back(str(reason), self._one_by_one, input, residual)
         return y
 
-    @by_plan(
-        lambda self: (*parameters(self.norm), *running_statistics(self.norm), self.norm.eps),
-        direct=lambda self, *images: None if self._reason_against(*images) else _normalize,
-    )
+    @by_plan(lambda self: _depends_on(self._modules["norm"]))
     def _from_batch(self, input: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
         """y, mean, variance and its inverse root; None where one operation after the other is to run."""
         return None if self._reason_against(input, residual) else _normalize(self, input, residual)
+
+    @by_plan(
+        lambda self: (*_depends_on(self._modules["norm"]), self._modules["norm"].momentum, self.twice),
+        direct=_directly,
+    )
+    def _train(
+        self, input: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """y, or two of it, with the running statistics updated; None where one operation after the other is to run."""
+        if self._reason_against(input, residual):
+            return None
+        y, mean, var, _ = _normalize(self, input, residual)
+        count = input.numel() // input.shape[1]
+        batch_norm2d_update_(mean, var, *running_statistics(self.norm), self.norm.momentum, count)
+        return y
 
     def _reason_against(self, input: torch.Tensor, residual: torch.Tensor | None) -> str | None:
         self.norm._check_input_dim(input)
@@ -101,11 +101,6 @@ class BatchNormReLU2d(TritonLayer, nn.Module):
     def _one_by_one(self, input: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         y = self.norm(input)
         return F.relu(y if residual is None else y + residual)
-
-
-def _records_gradients() -> bool:
-    """Whether `_Twice` is what autograd runs: not where compilers or transforms look on, which see the operator."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transforms_are_active()
 
 
 def _are_alike(x: torch.Tensor, residual: torch.Tensor) -> bool:

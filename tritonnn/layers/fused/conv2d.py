@@ -51,7 +51,8 @@ class FusedConv2d(FusedLayer):
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         (input,) = autocast(input)
         dtype = getattr(input, "dtype", None)  # what is no tensor is PyTorch's to refuse
-        kept = self._recent.get((dtype, convolutions_in_tf32())) if plain_eager() else None
+        in_tf32 = dtype is torch.float32 and convolutions_in_tf32()
+        kept = self._recent.get((dtype, in_tf32)) if plain_eager() else None
         if kept is None or not kept.is_of(self._buffers["weight"], self._buffers["scale"]):
             return self._compute(input, residual)
         return self._compute_again(input, residual, kept.packed, kept.scale)
@@ -93,7 +94,7 @@ class FusedConv2d(FusedLayer):
         input_precision = self.input_precision(x)
         kept = self._packed_weight(x.dtype, input_precision)
         if plain_eager():
-            self._recent[x.dtype, convolutions_in_tf32()] = kept
+            self._recent[x.dtype, x.dtype is torch.float32 and convolutions_in_tf32()] = kept
         added = None if self.sums is None or apart else residual
         y = conv2d_fused(
             images(x),

@@ -13,7 +13,7 @@ from ...runtime import hardware
 from ...runtime.fallbacks import counter_of_backward
 from ...runtime.memory_format import empty_image, is_channels_last
 from ...runtime.operator import register
-from ...runtime.precision import convolution_input_precision, convolutions_in_tf32
+from ...runtime.precision import convolution_input_precision, tf32_of_convolutions
 from ..channel_sums import channel_sums
 from ..scaled_image import launch_scaled_image
 from ..window import output_size
@@ -88,7 +88,7 @@ conv2d = register(
     _output,
     _setup_context,
     _backward,
-    convolutions_in_tf32,
+    tf32_of_convolutions,
 )
 
 

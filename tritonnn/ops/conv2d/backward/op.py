@@ -7,7 +7,7 @@ from ....runtime.operator import register_gradient
 from ....runtime.precision import (
     convolution_input_gradient_precision,
     convolution_weight_gradient_precision,
-    convolutions_in_tf32,
+    tf32_of_convolutions,
 )
 from . import input
 from .weight_dispatch import run_weight
@@ -38,7 +38,7 @@ conv2d_backward_input = register_gradient(
     _launch_input,
     _input_output,
     _input_formula,
-    convolutions_in_tf32,
+    tf32_of_convolutions,
 )
 """grad_x of that size [N, C, H, W], channels_last or contiguous."""
 
@@ -67,6 +67,6 @@ conv2d_backward_weight = register_gradient(
     _launch_weight,
     _weight_output,
     _weight_formula,
-    convolutions_in_tf32,
+    tf32_of_convolutions,
 )
 """grad_weight of that size [K, C / groups, R, S], channels_last or contiguous."""
