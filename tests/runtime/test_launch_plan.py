@@ -471,11 +471,17 @@ def test_fused_weights_of_the_moment(replays):
     assert len(replays) >= 5
 
 
-def test_an_input_that_is_no_tensor_is_pytorchs_error(replays):
-    pytorch, swapped = twins()
-    for layer in (pytorch[4], swapped[4]):
-        with pytest.raises((AttributeError, TypeError)), torch.no_grad():
-            layer(3.0)
+@pytest.mark.parametrize("x", [3.0, None])
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.MaxPool2d, torch.nn.Linear])
+def test_an_input_that_is_no_tensor_is_pytorchs_error(kind, recorded, x):
+    pytorch, swapped = twins(training=recorded)
+    index = next(i for i, layer in enumerate(pytorch) if type(layer) is kind)
+    with torch.set_grad_enabled(recorded):
+        with pytest.raises((AttributeError, TypeError)) as expected:
+            pytorch[index](x)
+        with pytest.raises(expected.type):
+            swapped[index](x)
 
 
 def test_the_number_of_plans_is_bounded(replays, monkeypatch):
