@@ -277,6 +277,16 @@ def test_gradients_by_plan_depend_on_constants(replays):
     assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3]) and not torch.equal(grads[0], grads[1])
 
 
+def test_gradients_by_plan_depend_on_an_input_that_was_not_saved(replays):
+    """The mean of whole images keeps nothing of them for backward, and all sizes have gradients of one size."""
+    for size, channels_last in ((6, False), (4, False), (6, True), (6, False), (4, False), (6, True)):
+        x = image(2, 3, size, size, channels_last=channels_last).requires_grad_()
+        y = avg_pool2d.adaptive_avg_pool2d(x, (1, 1))
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert_identical(grad, torch.full_like(x, 1 / size**2))
+    assert len(replays) == 6
+
+
 def test_replays_of_a_copy_whose_pixels_overlap(replays, monkeypatch):
     config = FewChannelsConfig(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1)
     monkeypatch.setattr(conv2d, "choose", lambda product: Choice(config))
