@@ -614,10 +614,8 @@ def test_running_statistics_of_a_step(replays):
                 layer.running_var = layer.running_var * 2
             if step == 4:
                 layer.weight.data, layer.eps = layer.weight.data * 2, 0.1
-            version = layer.running_var._version
             y = layer(x)
             grads.append(torch.autograd.grad(y.square().sum(), tuple(layer.parameters())))
-            assert layer is pytorch or layer.running_var._version > version
         assert_same(grads[1], grads[0])
         assert_same(list(swapped.buffers()), list(pytorch.buffers()))
     assert len(replays) >= 8
