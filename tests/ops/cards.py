@@ -225,7 +225,7 @@ def operate(dtypes: tuple[torch.dtype, ...]) -> None:
                 avg_pool2d._launch(image, (2, 2), (2, 2), (0, 0), False, True, None)
                 avg_pool2d._launch_adaptive(image, (1, 1))
                 batch_norm2d._launch_training(image, floats, floats, 1e-5)
-                batch_norm2d._launch_update(floats, floats, floats, floats, 0.1, 8)
+                batch_norm2d.launch_update(floats, floats, floats, floats, 0.1, 8)
                 batch_norm2d.normalize(image, floats, floats, floats, floats, 1e-5)
 
 

@@ -50,9 +50,10 @@ class FusedConv2d(FusedLayer):
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         (input,) = autocast(input)
-        dtype = getattr(input, "dtype", None)  # what is no tensor is PyTorch's to refuse
-        in_tf32 = dtype is torch.float32 and convolutions_in_tf32()
-        kept = self._recent.get((dtype, in_tf32)) if plain_eager() else None
+        kept = None
+        if plain_eager():
+            dtype = getattr(input, "dtype", None)  # what is no tensor is PyTorch's to refuse
+            kept = self._recent.get((dtype, dtype is torch.float32 and convolutions_in_tf32()))
         if kept is None or not kept.is_of(self._buffers["weight"], self._buffers["scale"]):
             return self._compute(input, residual)
         return self._compute_again(input, residual, kept.packed, kept.scale)
