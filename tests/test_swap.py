@@ -185,6 +185,18 @@ def test_the_model_itself_and_a_shared_module():
     assert shared[0] is shared[2] and type(shared[2]) is tritonnn.TritonReLU
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_inputs_by_name(recorded):
+    pytorch = network()
+    swapped = copy.deepcopy(pytorch)
+    tritonnn.swap(swapped)
+    expected = actual = image(4, 3, 8, 8)
+    with torch.set_grad_enabled(recorded):
+        for theirs, ours in zip(pytorch, swapped):
+            expected, actual = theirs(input=expected), ours(input=actual)
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_hooks_and_checkpoints_do_not_notice():
     model = network()
     before = copy.deepcopy(model.state_dict())

@@ -1,6 +1,7 @@
 """Networks fused for training: PyTorch's losses, gradients, buffers and checkpoints."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -168,10 +169,13 @@ def test_part_of_a_network_in_eval_mode_runs_its_own_code():
     torch.testing.assert_close(model.state_dict(), pytorch.state_dict(), rtol=1e-9, atol=1e-10)
 
 
-def test_copies_are_networks_of_their_own():
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_networks_of_their_own(copy_of):
     model = nn.Sequential(Block(), Block()).to(DEVICE, torch.float64)
     tritonnn.fuse_for_training(model)
-    copied, x = copy.deepcopy(model), image(2, 6, 4, 4, dtype=torch.float64)
+    copied, x = copy_of(model), image(2, 6, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(copy_of(copied)(x), copy_of(model)(x))
+    assert copied.forward.model is copied
     with torch.no_grad():
         for p in copied.parameters():
             p.zero_()

@@ -221,11 +221,15 @@ def test_running_variance_of_zero_below_it_infinite_and_nan():
     assert_same_layer(layer, image(2, 5, 3, 3), gradients=False)
 
 
-def test_update_counts_as_a_change_of_the_buffers():
-    layer = tritonnn.TritonBatchNorm2d(5).to(DEVICE)
-    version = layer.running_mean._version
-    layer(image(2, 5, 3, 3))
-    assert layer.running_mean._version > version
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_that_backward_has_kept_may_be_updated(momentum):
+    """To PyTorch an update is no operation in place: backward of eval mode takes them as it finds them."""
+    x, grads = image(2, 5, 3, 3), []
+    for layer in (nn.BatchNorm2d(5, momentum=momentum), tritonnn.TritonBatchNorm2d(5, momentum=momentum)):
+        y = layer.to(DEVICE).eval()(x)
+        layer.train()(x)
+        grads.append(torch.autograd.grad(y.square().sum(), tuple(layer.parameters())))
+    torch.testing.assert_close(grads[1], grads[0])
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,14 @@ def test_all_threads_meet_before_what_products_read_is_overwritten_and_not_betwe
         assert waited and ("bar.sync" not in waited or "rounded" in name)
 
 
+@pytest.mark.parametrize("name", PRODUCTS + GRADIENTS_WITH_HALO)
+def test_all_threads_meet_around_the_products_of_a_step_and_not_between_them(name, ptx):
+    """As above, in loops of one step; with Triton 3.9 there was a barrier between the products of a gradient, too."""
+    before, _, products = ptx[name].partition("wgmma.fence")
+    assert "bar.sync" not in before.rpartition("try_wait")[2] + products.partition("wgmma.wait_group")[0]
+    assert "bar.sync" in products.partition("expect_tx")[0].rpartition("wgmma.wait_group")[2]
+
+
 @pytest.mark.parametrize("name", [name for name in WITH_HALO if not re.search("groups|NCHW|stride 2", name)])
 def test_numbers_of_several_steps_are_not_computed_together(name, code):
     """With Triton 3.8 and 3.9 they were: addresses of products came back from the registers of each thread.

@@ -36,4 +36,5 @@ def _unpickled(state: dict, nodes: list[tuple], name: str) -> FusedGraph:
         results[node_name] = graph.create_node(op, target, args, kwargs, node_name)
     root = nn.Module()
     vars(root).update(state)
-    return FusedGraph(root, graph, name).eval()
+    network = FusedGraph(root, graph, name)
+    return network if network.training else network.eval()

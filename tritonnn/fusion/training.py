@@ -14,6 +14,7 @@ from ..layers.fused.activation import Activation
 from ..layers.fused.batch_norm2d import BatchNormReLU2d
 from ..swap import SwapReport, kind_of, swap
 from .functionalize import FunctionalGraph, functionalize
+from .fused_graph import FusedGraph
 from .tracing import in_a_line, is_changed
 
 
@@ -124,13 +125,13 @@ def _tensors(graph: fx.Graph, model: nn.Module) -> dict[str, object]:
     return found
 
 
-def _with_short_names(graph: fx.Graph, targets: dict[str, object]) -> fx.GraphModule:
+def _with_short_names(graph: fx.Graph, targets: dict[str, object]) -> FusedGraph:
     """The graph as a module that finds each target at its first look, not one look for each dot of its name."""
     names: dict[str, str] = {}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = names.setdefault(node.target, f"{node.target.replace('.', '_')}_{len(names)}")
-    return fx.GraphModule({short: targets[name] for name, short in names.items()}, graph)
+    return FusedGraph({short: targets[name] for name, short in names.items()}, graph)
 
 
 def _chain(

@@ -100,11 +100,10 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
         return isinstance(self.momentum, (int, float)) and running_statistics(self)[0] is not None
 
     def _count_batch(self) -> None:
-        """Tells PyTorch of running statistics that a kernel has updated."""
+        """Counts a batch whose statistics a kernel has added to the running ones."""
         tracked = self._buffers.get("num_batches_tracked")
         if tracked is not None:
             tracked.add_(1)
-        torch.autograd.graph.increment_version(running_statistics(self))
 
     def _update_running_statistics(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
         momentum, tracked = self.momentum, self.num_batches_tracked
@@ -115,7 +114,6 @@ class TritonBatchNorm2d(TritonLayer, nn.BatchNorm2d):
         running_mean, running_var = running_statistics(self)
         if running_mean is not None:
             batch_norm2d_update_(mean, var, running_mean, running_var, momentum, count)
-            torch.autograd.graph.increment_version((running_mean, running_var))
 
     def _reason_to_fall_back(self, x: torch.Tensor, from_batch: bool) -> str | None:
         tensors = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]

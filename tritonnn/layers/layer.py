@@ -65,7 +65,9 @@ def by_plan(
         shortcuts: dict[tuple, Any] = {}
 
         @functools.wraps(method)
-        def planned(self: TritonLayer, *tensors: torch.Tensor) -> Any:
+        def planned(self: TritonLayer, *tensors: torch.Tensor, **named: torch.Tensor) -> Any:
+            if named:
+                return method(self, *tensors, **named)
             if plain_eager() and type(self).__dict__.get(name) is planned:
                 args = *tensors, *attributes(self)
                 key = launch_key(args)

@@ -384,9 +384,13 @@ def _launch_adaptive(x, output_size) -> torch.Tensor:
 
 
 def _setup_context_adaptive(ctx, inputs, output) -> None:
-    """Saves what PyTorch does, although the shape of x is enough: of a mean of whole images nothing."""
+    """Saves what PyTorch does, although the shape of x is enough: of a mean of whole images nothing.
+
+    So a plan of the backward pass is told what that depends on (see `Recorded`).
+    """
     x, output_size = inputs
     ctx.size, ctx.channels_last = tuple(x.shape[2:]), is_channels_last(x)
+    ctx.constants = tuple(output_size), ctx.size, ctx.channels_last
     ctx.save_for_backward(None if tuple(output_size) == (1, 1) else x)
 
 

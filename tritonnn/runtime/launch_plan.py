@@ -112,10 +112,10 @@ class Plans:
         if LOCAL.recording is not None or getattr(COMPILATION, "instrumentation_mode", ""):
             return function(*function_args)
         state = self.state
-        kind = key[0], None if state is None else state(args[0]), _generation
         try:
+            kind = key[0], None if state is None else state(args[0]), _generation
             plan = self.plans.get(kind, UNSEEN)
-        except TypeError:  # a tuple of what has no hash
+        except (AttributeError, TypeError):  # the first is no tensor; a tuple of what has no hash
             plan = None
         if plan is None:
             return function(*function_args)

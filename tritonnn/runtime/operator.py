@@ -97,7 +97,8 @@ class Recorded:
     that are constants. `hand_out` makes of the outputs what is returned.
 
     The backward pass goes by plan, too, as a whole: it depends on the gradients, what was saved, which gradients are
-    needed, the constants of the call, and `state`.
+    needed, the constants of the call, and `state`. Where it also depends on a tensor that is not saved, on its shape
+    say, `setup_context` puts that into `ctx.constants`.
     """
 
     def __init__(

@@ -27,7 +27,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ....device.dependent_launch import start_successor, wait_for_predecessor
-from ....device.gluon_versions import allocate_ring, barrier, load_box, ring_view
+from ....device.gluon_versions import (
+    allocate_ring,
+    barrier,
+    barrier_before_expect,
+    barrier_before_wait,
+    load_box,
+    ring_view,
+)
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div
 from ....runtime.dependent_launch import dependent_launch
@@ -179,13 +186,14 @@ def conv2d_backward_weight_halo_kernel(
         acc2 = gl.zeros([LINE, LINE], gl.float32, ACC)
         for box in range(begin, end):
             slot = number % SLOTS
+            barrier_before_wait()
             mbarrier.wait(bars.index(slot), number // SLOTS & 1)
             g = g_ring.index(slot).reshape([PIXELS, LINE]).permute([1, 0]).load(G)
             acc0 = warpgroup_mma(g, rows_under(x_ring, slot, 0, STRIDE, TILE_P, PIXELS), acc0, is_async=True)
             acc1 = warpgroup_mma(g, rows_under(x_ring, slot, 1, STRIDE, TILE_P, PIXELS), acc1, is_async=True)
             acc2 = warpgroup_mma(g, rows_under(x_ring, slot, 2, STRIDE, TILE_P, PIXELS), acc2, is_async=True)
             acc0, acc1, acc2, g = warpgroup_mma_wait(0, deps=[acc0, acc1, acc2, g])
-            barrier()
+            barrier_before_expect()
             next = number + SLOTS
             fetch(descriptors, rings, next, box + SLOTS, end, tiles_p, tiles_q, place, STRIDE, TILE_N, TILE_P, TILE_Q)
             number += 1

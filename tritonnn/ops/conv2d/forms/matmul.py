@@ -30,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ....device.arithmetic import FLUSH_STEPS, add, round_to_tf32, split_to_tf32
 from ....device.dependent_launch import wait_for_predecessor
 from ....device.epilogue import finish
-from ....device.gluon_versions import barrier, load_box, store_box
+from ....device.gluon_versions import barrier, barrier_before_expect, barrier_before_wait, load_box, store_box
 from ....device.prologue import load_factors, prepare
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div, power_of_2
@@ -355,7 +355,7 @@ def conv2d_matmul_forward_kernel(
         n, m, k = place_of(tile, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
         if HAS_RESIDUAL:
             tma.store_wait(0)
-            barrier()
+            barrier_before_expect()
             mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
             if CHANNELS_LAST_Y:
                 load_box(residual_desc, [n, m, k], residual_bar, y_stage)
@@ -367,6 +367,8 @@ def conv2d_matmul_forward_kernel(
         for step in range(steps):
             slot = count % X_SLOTS
             phase = count // X_SLOTS & 1
+            if not (IN_REGISTERS and RESIDENT):
+                barrier_before_wait()
             if not IN_REGISTERS:
                 mbarrier.wait(x_bars.index(slot), phase)
             if RESIDENT:
@@ -423,7 +425,7 @@ def conv2d_matmul_forward_kernel(
                             part = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACC)
                 else:
                     acc, rounded = warpgroup_mma_wait(0, deps=[acc, rounded])
-            barrier()  # for all warps
+            barrier_before_expect()  # for all warps
             ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = fetch(
                 x_desc,
                 weight_desc,
