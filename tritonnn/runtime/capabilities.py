@@ -224,8 +224,11 @@ def any_autocast() -> bool:
     return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
 
-ROUNDS_ON_LOAD: tuple[str, ...] = ("3.7.", "3.8.", "3.9.")
-"""Versions of Triton whose descriptors were shown on a GPU to round float32 to TF32, to nearest, as they load."""
+ROUNDS_ON_LOAD: tuple[str, ...] = ("3.9.",) if triton.knobs.runtime.interpret else ("3.7.", "3.8.", "3.9.")
+"""Versions of Triton whose descriptors were shown on a GPU to round float32 to TF32, to nearest, as they load.
+
+The interpreters of 3.7 and 3.8 leave float32 as it is.
+"""
 
 
 @functools.lru_cache
