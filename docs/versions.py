@@ -2,6 +2,7 @@
 
     python docs/versions.py                  # from benchmarks/results/versions.json and tests/ops/cards.json
     python docs/versions.py --suite a.xml    # first records a run of the suite by this Python: pytest --junit-xml a.xml
+                                             # it replaces what is recorded of its parts, too
     python docs/versions.py --suite a.xml --of "the forms of convolution"    # or of a part of it
     python docs/versions.py --times a.json   # first records times that benchmarks/versions.py took
 
@@ -186,7 +187,7 @@ def add_suite(known: dict, runs: list[Path], of: str) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     new = dict(triton=triton.__version__, torch=torch.__version__.partition("+")[0], device=device, of=of)
     new |= {outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped")}
-    same = ("triton", "torch", "device", "of")
+    same = ("triton", "torch", "device") if of == "all" else ("triton", "torch", "device", "of")
     known["suites"] = [s for s in known["suites"] if any(s[key] != new[key] for key in same)]
     known["suites"].append(new | {"date": datetime.date.today().isoformat()})
 
