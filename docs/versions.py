@@ -153,6 +153,7 @@ def sentence() -> list[str]:
     """The line of the README."""
     suites = record()["suites"]
     whole = [s for s in suites if s["device"] == "CPU" and s["of"] == "all"]
+    whole.sort(key=lambda s: by_version(s["triton"]))
     pairs = listed(f"Triton {s['triton']} with PyTorch {s['torch']}" for s in whole)
     on_gpus: dict[str, set[str]] = {}
     for s in suites:
