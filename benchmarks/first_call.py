@@ -31,10 +31,10 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import tritonnn
+from benchmarks.pose import H100, Pose
 from tritonnn.command.networks import build, calibrate, random_images
 from tritonnn.compile_ahead import kernels_of
 from tritonnn.compiler import backend
@@ -97,25 +97,10 @@ def child(network: str, way: str, dtype: str, batch: int) -> None:
     print(json.dumps({"first_s": times[0], "second_s": times[1], "error": error, "log": logged}))
 
 
-class H100:
-    """What Triton asks of the driver of a machine that has one."""
-
-    gpu = hardware.Gpu((9, 0), 132, 227 * 1024)
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def counted(network: str, dtype: str, batch: int) -> None:
     """Prints the seconds that each kernel takes to compile, by its function's name."""
-    driver.set_active(H100())
-    hardware.gpu = lambda device: H100.gpu
+    driver.set_active(Pose())
+    hardware.gpu = lambda device: H100
     # What launches is asked on CPU tensors, as the interpreter would be, and launches nothing.
     operator.triton = SimpleNamespace(knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=True)))
     model = build(f"torchvision:{network}")

@@ -32,10 +32,10 @@ from triton.runtime.jit import JITFunction
 
 import tritonnn
 from benchmarks import idle_driver
+from benchmarks.pose import H100
 from tritonnn.runtime import capabilities, hardware, launch_plan, operator, replay
 from tritonnn.runtime.hardware import Gpu
 
-H100 = Gpu((9, 0), 132, 227 * 1024)
 OURS = str(Path(tritonnn.__file__).parent)
 CHANNELS, LENGTH = 64, 8
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -16,11 +16,12 @@ import torch
 import triton
 import triton.language as tl
 from helpers.compare import image
-from helpers.hopper import Hopper, run
+from helpers.hopper import run
 from helpers.trained import small, trained
 from torch import nn
 
 import tritonnn
+from benchmarks.pose import Pose
 from tritonnn.compile_ahead import Kernel, compile_ahead, kernels_of
 from tritonnn.compile_swapped import calls_of_swapped, compile_swapped
 from tritonnn.ops.conv2d.forms.pointers import conv2d_pointers_forward_kernel
@@ -232,7 +233,7 @@ def posing() -> dict:
 
     launch = triton.JITFunction.run
     triton.JITFunction.run = lambda *args, warmup, **options: launch(*args, warmup=True, **options)
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Pose())
     with mock.patch("tritonnn.compile_ahead.forget_plans") as forget_plans:
         told = {"of others": kernels_of_others(), "plans forgotten": forget_plans.call_count}
     compiled = []

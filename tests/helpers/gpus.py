@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import pytest
 import triton
 
+from benchmarks.pose import H100 as H100
 from tritonnn.runtime import capabilities, hardware
 from tritonnn.runtime.hardware import Gpu
 
-H100 = Gpu((9, 0), 132, 232448)
 A100 = Gpu((8, 0), 108, 166912)
 RTX_5090 = Gpu((12, 0), 170, 101376)
 

@@ -10,20 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from triton.backends.compiler import GPUTarget
-
-
-class Hopper:
-    """What Triton asks of the driver of a machine that has such a GPU."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+from benchmarks.pose import HOPPER
 
 
 def run(file: str, *arguments: str) -> dict:
@@ -86,7 +73,7 @@ def compiled(path: str, dtype: str, memory_format: str, constants: dict) -> dict
     values = {(names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source(kernel, signature, constexprs=values, attrs=attributes)
-    asm = compile(source, target=Hopper().get_current_target(), options=options).asm
+    asm = compile(source, target=HOPPER, options=options).asm
     vectors = sorted(set(re.findall(r"<\d+ x i32>", asm["llir"])))
     return {"ptx": asm["ptx"], "loads": loads_of(asm["ttgir"]), "vectors": vectors}
 

@@ -8,7 +8,8 @@ import sys
 
 from triton.runtime import driver
 
-from helpers.hopper import Hopper, compiled
+from benchmarks.pose import Pose
+from helpers.hopper import compiled
 from tritonnn.device.layouts import LANES_ALONG_LAST
 from tritonnn.runtime.capabilities import LOADS_BEFORE_PRODUCTS
 
@@ -414,5 +415,5 @@ multiples of 16, `types` of arguments, and boxes of `descriptors`.
 
 
 if __name__ == "__main__":
-    driver.set_active(Hopper())
+    driver.set_active(Pose())
     json.dump({name: compiled(*arguments) for name, arguments in KERNELS.items()}, sys.stdout)

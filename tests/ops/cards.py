@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from benchmarks.pose import Pose  # noqa: E402
 from lit_modules.resnet import ResNet18  # noqa: E402
 from tritonnn.ops import (  # noqa: E402
     avg_pool2d,
@@ -82,22 +83,6 @@ PRECISIONS = {
     "float32 without tensor cores": (torch.float32, "ieee", False),
 }
 AMD_PRECISIONS = "bfloat16", "float32 without tensor cores"
-
-
-class Pose:
-    """What Triton asks of the driver of a machine with such a card."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 RECORD = Path(__file__).with_suffix(".json")
