@@ -96,7 +96,28 @@ def test_a_loaded_network_captures_its_cuda_graphs_anew():
         assert torch.equal(loaded(x), expected)
 
 
+PACKAGE_OF_PYTORCHS = """
+import torch
+model, images = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()).eval().cuda(), torch.randn(4, 8, device="cuda")
+with torch.no_grad():
+    program = torch.export.export(model, (images,))
+    path = torch._inductor.aoti_compile_and_package(program, package_path="network.pt2")
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(images), model(images))
+"""
+
+
+@pytest.fixture(scope="module")
+def aotinductor(tmp_path_factory) -> None:
+    """Skips where PyTorch cannot load a package of its own layers: on some machines it dies of a signal there."""
+    folder = tmp_path_factory.mktemp("package")
+    run = subprocess.run([sys.executable, "-c", PACKAGE_OF_PYTORCHS], cwd=folder, capture_output=True, text=True)
+    if run.returncode != 0:
+        last = (run.stderr.strip().splitlines() or [f"it ended with {run.returncode}"])[-1]
+        pytest.skip(f"AOTInductor makes no package of PyTorch's own layers here: {last}")
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("aotinductor")
 def test_the_code_of_the_page_for_a_gpu_runs_as_printed(tmp_path):
     run_python(CODE[2], tmp_path)
 
@@ -124,6 +145,7 @@ def test_onnx_of_a_restored_network():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("aotinductor")
 @pytest.mark.parametrize("kind", ["swapped", "fused"])
 def test_an_aotinductor_package_with_any_batch(kind, tmp_path):
     """Some minutes of a C++ compiler: on a GPU only."""

@@ -26,7 +26,7 @@ def test_a_split_weight_is_the_weight_and_on_hopper_what_will_be_lost(monkeypatc
     expected = weight.permute(0, 2, 3, 1).double()
     lost = pack.TRUNCATED if is_hopper else 0.0
     assert share(high + rest - expected, expected) == pytest.approx(lost, abs=3e-9)
-    assert share(whole - expected, expected) == pytest.approx(lost, rel=0.2)  # which is about its last digit
+    assert torch.equal(whole, expected)  # for kernels without tensor cores, which lose nothing
 
 
 def test_a_weight_in_tf32_stays_exact(monkeypatch):
@@ -40,10 +40,12 @@ def test_a_weight_in_tf32_stays_exact(monkeypatch):
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("images", [1, 64])
+@pytest.mark.parametrize("groups", [1, 32])
 @pytest.mark.parametrize("filter", [1, 3])
-def test_layers_of_strict_float32_do_not_shrink_what_they_compute(filter, images, channels_last):
-    layer = tritonnn.TritonConv2d(256, 256, filter, padding=filter // 2, bias=False).cuda()
+def test_layers_of_strict_float32_do_not_shrink_what_they_compute(filter, groups, images, channels_last):
+    layer = tritonnn.TritonConv2d(256, 256, filter, padding=filter // 2, groups=groups, bias=False).cuda()
     x = image(images, 256, 14, 14, channels_last=channels_last).relu()
     with torch.no_grad():
-        y, expected = layer(x), torch.nn.functional.conv2d(x.double(), layer.weight.double(), padding=filter // 2)
+        y, weight = layer(x), layer.weight.double()
+        expected = torch.nn.functional.conv2d(x.double(), weight, padding=filter // 2, groups=groups)
     assert abs(share(y.double() - expected, expected)) < 4e-8

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...device.arithmetic import index_type, round_to_tf32, split_to_tf32
+from ...device.arithmetic import index_type, round_to_tf32, split_weight_to_tf32
 from ...device.layouts import load_along_first
 from ...runtime import hardware
 from ...runtime.blocks import ceil_div, power_of_2, transpose_blocks
@@ -42,8 +42,7 @@ def channels_last_kernel(
 ):
     """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels.
 
-    SPLIT: y is followed by what the rounding to TF32 left, and by x as it was. To both is added the share LOST of x,
-    which the products will lose; where nothing was left, sums may be exact, and are to stay so.
+    SPLIT: y is followed by what the rounding to TF32 left, with the share LOST of x, and by x as it was.
     """
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -56,11 +55,7 @@ def channels_last_kernel(
     x = load_along_first(x_ptr, offs, c.to(tl.int64) * stride_c, offs_m < M, c < C)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * C + c[None, :]
     if SPLIT:
-        high, rest = split_to_tf32(x)
-        if LOST > 0:
-            exact = rest == 0
-            rest = tl.where(exact, rest, round_to_tf32(x - high + LOST * x))
-            x = tl.where(exact, x, x + LOST * x)
+        high, rest = split_weight_to_tf32(x, LOST)
         tl.store(y_ptrs + 2 * tl.cast(M, tl.int64) * C, x, mask=mask)
         tl.store(y_ptrs + tl.cast(M, tl.int64) * C, rest, mask=mask)
         x = high
@@ -82,8 +77,8 @@ def channels_last(x: torch.Tensor, round_to_tf32: bool = False) -> torch.Tensor:
 def pack_weight(weight: torch.Tensor, input_precision: str) -> torch.Tensor:
     """A filter [K, C, R, S] as the convolution's kernels read it for that precision: [K, R, S, C], contiguous.
 
-    For "tf32" rounded to it. For "tf32x3" [3 * K, R, S, C]: rounded, what the rounding left, and as it was; the last
-    two with what tensor cores will lose by truncation.
+    For "tf32" rounded to it. For "tf32x3" [3 * K, R, S, C]: rounded, what the rounding left with what tensor cores will
+    lose by truncation, and as it was, for kernels that split it in registers or use no tensor cores.
     """
     if input_precision != "tf32x3":
         return channels_last(weight, round_to_tf32=input_precision == "tf32")

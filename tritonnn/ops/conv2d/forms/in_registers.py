@@ -21,7 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ....device.arithmetic import add, round_to_tf32, split_to_tf32
+from ....device.arithmetic import add, round_to_tf32, split_to_tf32, split_weight_in_registers
 from ....device.epilogue import finish
 from ....device.pixels import MOST_PIXELS, quotient
 from ....runtime import hardware
@@ -204,7 +204,7 @@ def product_in_registers(xs, weights, INPUT_PRECISION: gl.constexpr, ROUND_X: gl
         x, weight = xs[step], weights[step]
         if INPUT_PRECISION == "tf32x3":
             x_high, x_low = split_to_tf32(x)
-            weight_high, weight_low = split_to_tf32(weight)
+            weight_high, weight_low = split_weight_in_registers(weight)
             # The small products may all be added up in the tensor core, whose sums are truncated.
             other = mma_v2(x_low, weight_high, other, input_precision="tf32")
             other = mma_v2(x_high, weight_low, other, input_precision="tf32")

@@ -17,7 +17,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ....device.arithmetic import accumulator, add, dot, index_type, round_to, round_to_tf32, split_to_tf32
+from ....device.arithmetic import (
+    accumulator,
+    add,
+    dot,
+    index_type,
+    round_to,
+    round_to_tf32,
+    split_to_tf32,
+    split_weight_in_registers,
+)
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
 from ....device.pixels import MOST_PIXELS, quotient
@@ -129,7 +138,7 @@ def sliced_product(
         weight = tl.permute(weight, (0, 2, 1))
         if INPUT_PRECISION == "tf32x3":
             x_high, x_low = split_to_tf32(x)
-            weight_high, weight_low = split_to_tf32(weight)
+            weight_high, weight_low = split_weight_in_registers(weight)
             # Two chains of products: the small ones may all be added up in the tensor core, whose sums are truncated.
             small = tl.dot(x_low, weight_high, small, input_precision="tf32")
             small = tl.dot(x_high, weight_low, small, input_precision="tf32")
