@@ -22,5 +22,4 @@ def posing(gpu: Gpu) -> Iterator[None]:
         patch.setattr(hardware, "gpu", lambda device: gpu)
         patch.setattr(hardware, "GLUON_VERSIONS", triton.__version__)
         patch.setattr(capabilities, "ROUNDS_ON_LOAD", ())
-        patch.setattr(capabilities, "LOADS_BEFORE_PRODUCTS", False)
         yield

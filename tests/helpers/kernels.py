@@ -11,7 +11,6 @@ from triton.runtime import driver
 from benchmarks.pose import Pose
 from helpers.hopper import compiled
 from tritonnn.device.layouts import LANES_ALONG_LAST
-from tritonnn.runtime.capabilities import LOADS_BEFORE_PRODUCTS
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
 EPILOGUE = dict(HAS_SCALE=False, HAS_BIAS=False, HAS_RESIDUAL=False, ACTIVATION="relu", SLOPE=0.01, ROUND_Y=False)
@@ -132,11 +131,12 @@ KERNELS = {
     ),
     "conv2d, float32, one filter": (KERNEL_OF["pointers"], "fp32", LAST, POINTERS | dict(K=1, BLOCK_N=1, BLOCK_K=16)),
     "conv2d, 3 channels": (KERNEL_OF["pointers"], "bf16", FIRST, POINTERS | dict(C=3, SPAN_TAPS=True)),
-    "conv2d, 3 channels, float32": (
+    "conv2d, 3 channels, float32": (KERNEL_OF["pointers"], "fp32", FIRST, POINTERS | dict(C=3, SPAN_TAPS=True)),
+    "conv2d, 3 channels, float32, channels_last": (
         KERNEL_OF["pointers"],
         "fp32",
-        FIRST,
-        POINTERS | dict(C=3, SPAN_TAPS=True, BLOCK_K=16 if LOADS_BEFORE_PRODUCTS else 32),
+        LAST,
+        POINTERS | dict(C=3, SPAN_TAPS=True),
     ),
     "conv2d, few channels, TF32": (
         KERNEL_OF["pointers"],

@@ -268,10 +268,6 @@ def _version(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
-LOADS_BEFORE_PRODUCTS = _version(triton.__version__) >= (3, 7)
-"""Whether LLVM has all operands of a step in registers before its first product, where there are no tensor cores."""
-
-
 def forget() -> None:
     """Has all parts checked anew."""
     KNOWN.clear()

@@ -21,7 +21,7 @@ from ....device.arithmetic import FLUSH_STEPS, accumulator, add_rounded_dot, add
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import apply_epilogue
 from ....device.layouts import LANES_ALONG_LAST, are_apart
-from ....runtime import capabilities, hardware
+from ....runtime import hardware
 from ....runtime.blocks import INTERPRETER_TILE, ceil_div, power_of_2
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
@@ -181,9 +181,9 @@ def conv2d_pointers_forward_kernel(
         offs_x = tl.cast(r, tl.int64) * x_stride_h + tl.cast(s, tl.int64) * x_stride_w
         offs_x += tl.expand_dims(c.to(tl.int64) * x_stride_c, AXIS_M)
         x = tl.load(x_ptrs + offs_x, mask=mask_x, other=0.0)
-        if AXIS_K == 0:
-            x = tl.trans(x)
         weight = tl.load(weight_ptrs + offs_k[:, None], mask=mask_weight, other=0.0)
+        if AXIS_K == 0:  # the last before the product: what is turned stays in registers from there on
+            x = tl.trans(x)
         if INPUT_PRECISION == "tf32x3":
             rest = tl.load(weight_ptrs + (GROUPS * K * R * S * C + offs_k)[:, None], mask=mask_weight, other=0.0)
             part = add_split_dot(x, weight, rest, part)
@@ -320,8 +320,7 @@ def default_config(
     In bfloat16 ResNet18's convolution of 128 channels takes 149 us with 4 warps, 158 with 8 (H200, 1,024 images). Tiles
     of float32 are small, as registers have their operands twice, as loaded and as rounded or split. Without tensor
     cores ("ieee") they hold it once: the first layer takes 235 us for 354 with 64 pixels (H100, 1,024 images). A single
-    filter in float32 is summed up as precisely as by cuDNN: 16 products at a time, not by one thread each. So it is
-    with all filters where the compiler would spill the operands of 32 (triton 3.9: 7 ms instead of 0.3).
+    filter in float32 is summed up as precisely as by cuDNN: 16 products at a time, not by one thread each.
     """
     run = taps * c if spans_taps(c, taps) else c  # over which a block of the reduction is contiguous
     if triton.knobs.runtime.interpret:
@@ -337,8 +336,6 @@ def default_config(
             block_m, block_n = power_of_2(m, 16, 128 if once else 64), power_of_2(n, 16, 64 if strict else 128)
             if n == 1 and element_size == 4 and input_precision == "ieee":
                 block_n, block_k = 1, 16
-            if capabilities.LOADS_BEFORE_PRODUCTS and element_size == 4 and input_precision == "ieee":
-                block_k = 16
             num_warps, num_stages = 4, 3
             while block_m > 16 and ceil_div(m, block_m) * ceil_div(n, block_n) < gpu.enough_programs:
                 block_m //= 2
