@@ -98,7 +98,8 @@ def test_a_loaded_network_captures_its_cuda_graphs_anew():
 
 PACKAGE_OF_PYTORCHS = """
 import torch
-model, images = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()).eval().cuda(), torch.randn(4, 8, device="cuda")
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()).eval().cuda()
+images = torch.randn(4, 8, device="cuda")
 with torch.no_grad():
     program = torch.export.export(model, (images,))
     path = torch._inductor.aoti_compile_and_package(program, package_path="network.pt2")

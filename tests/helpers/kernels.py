@@ -48,6 +48,7 @@ def taps_of(constants: dict) -> dict:
 
 
 HALO = EPILOGUE | dict(HAS_RESIDUAL=True, ROUND_X=False, ROUND_AHEAD=False, WHOLE=True, MASKED=False, STRIDE=1)
+HALO |= dict(PADDING_H=1, PADDING_W=1)
 HALO_64 = HALO | dict(C=64, K=64, N=None, TILE_N=1, TILE_P=8, TILE_Q=32, BLOCK_N=64, BLOCK_K=64, X_SLOTS=2, W_SLOTS=4)
 HALO_64 |= dict(STAGED=True, IN_SLOT=True, num_warps=4)
 IN_REGISTERS = dict(BLOCK_N=128, BLOCK_K=32, X_SLOTS=3, STAGED=False, IN_SLOT=False, num_warps=8)

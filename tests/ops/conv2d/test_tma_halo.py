@@ -46,15 +46,15 @@ def form(operands: Product) -> str:
     return default_choice(operands).config.form
 
 
-F32, BY_2 = dict(dtype=torch.float32), dict(stride=(2, 2))
+F32, BY_2, DILATED = dict(dtype=torch.float32), dict(stride=(2, 2)), dict(padding=(2, 2), dilation=(2, 2))
 CANNOT_RUN = {
     "stride 2, 31x31": BY_2 | dict(side=31),
     "stride 2 and 1": dict(stride=(2, 1)),
     "stride 3": dict(stride=(3, 3), side=33),
     "1x1": dict(taps=1),
     "5x5": dict(taps=5),
-    "no padding": dict(side=34, padding=(0, 0)),
-    "dilation": dict(padding=(2, 2), dilation=(2, 2)),
+    "stride 2, padded by 2": BY_2 | dict(padding=(2, 2)),
+    "dilation": DILATED,
     "strict float32": F32 | dict(input_precision="tf32x3"),
     "y is NCHW": dict(channels_last_y=False),
     "x is NCHW": dict(nchw=True),
@@ -87,6 +87,10 @@ class TestChoice:
         sizes = CANNOT_RUN[name]
         choice = Choice(HALF_64 if "dtype" not in sizes else TF32_64)
         assert not can_run(product(**sizes), choice) and default_choice(product(**sizes)) != choice
+
+    @pytest.mark.parametrize("padding", [(0, 0), (0, 2)])
+    def test_any_padding(self, padding):
+        assert form(product(padding=padding)) == "tma_halo"
 
     def test_sizes_may_be_lists(self):
         """PyTorch's dispatcher gives strides, paddings and dilations as lists."""
@@ -129,13 +133,13 @@ class TestChoice:
     @pytest.mark.parametrize(
         "sizes, copies",
         {
-            "64 channels": (dict(side=48, padding=(0, 0)), False),
-            "128 channels": (dict(c=128, side=24, padding=(0, 0)), True),
-            "256 channels": (dict(c=256, side=14, padding=(0, 0)), True),
-            "512 channels": (dict(c=512, side=4, padding=(0, 0)), True),
-            "64 to 128, stride 2": (BY_2 | dict(k=128, side=48, padding=(0, 0)), False),
-            "128 to 256, stride 2": (BY_2 | dict(c=128, side=24, padding=(0, 0), k=256), False),
-            "256 to 512, stride 2": (BY_2 | dict(c=256, side=12, padding=(0, 0), k=512), True),
+            "64 channels": (DILATED | dict(side=48), False),
+            "128 channels": (DILATED | dict(c=128, side=24), True),
+            "256 channels": (DILATED | dict(c=256, side=14), True),
+            "512 channels": (DILATED | dict(c=512, side=4), True),
+            "64 to 128, stride 2": (BY_2 | dict(k=128, side=48, padding=(2, 2)), False),
+            "128 to 256, stride 2": (BY_2 | dict(c=128, side=24, padding=(2, 2), k=256), False),
+            "256 to 512, stride 2": (BY_2 | dict(c=256, side=12, padding=(2, 2), k=512), True),
         }.values(),
         ids=str,
     )
@@ -451,37 +455,47 @@ class TestOnAGpu:
         assert_graph_repeats(chain, images, lambda: rounded(torch.randn_like(x)))
 
 
-GROUPS_AND_ENDS = {
-    "8 channels a group, of 104": (9, 104, 28, 28, 104, 13, 1),
-    "stride 2": (9, 104, 28, 28, 104, 13, 2),
-    "4 channels a group": (9, 128, 15, 14, 128, 32, 1),
-    "24 channels a group": (20, 96, 14, 14, 96, 4, 1),
-    "7x7": (130, 440, 7, 7, 440, 55, 1),
-    "3 channels of x for 6 of y": (9, 24, 30, 30, 48, 8, 1),
-    "channels that no block divides": (9, 80, 14, 14, 200, 1, 1),
-    "few channels of y": (9, 128, 30, 20, 32, 1, 1),
+WINDOWS = {
+    "8 channels a group, of 104": (9, 104, 28, 28, 104, 13, 1, (1, 1)),
+    "stride 2": (9, 104, 28, 28, 104, 13, 2, (1, 1)),
+    "4 channels a group": (9, 128, 15, 14, 128, 32, 1, (1, 1)),
+    "24 channels a group": (20, 96, 14, 14, 96, 4, 1, (1, 1)),
+    "7x7": (130, 440, 7, 7, 440, 55, 1, (1, 1)),
+    "3 channels of x for 6 of y": (9, 24, 30, 30, 48, 8, 1, (1, 1)),
+    "channels that no block divides": (9, 80, 14, 14, 200, 1, 1, (1, 1)),
+    "few channels of y": (9, 128, 30, 20, 32, 1, 1, (1, 1)),
+    "no padding": (9, 64, 30, 34, 96, 1, 1, (0, 0)),
+    "no padding, one tile": (9, 64, 18, 18, 128, 1, 1, (0, 0)),
+    "no padding, several images": (20, 128, 10, 10, 128, 1, 1, (0, 0)),
+    "no padding, stride 2": (9, 64, 32, 36, 128, 1, 2, (0, 0)),
+    "no padding, several images, stride 2": (20, 128, 18, 18, 128, 1, 2, (0, 0)),
+    "padded by 1 and 0, stride 2": (9, 64, 32, 34, 128, 1, 2, (1, 0)),
+    "padded by 2 and 0": (9, 64, 30, 34, 64, 1, 1, (2, 0)),
+    "padded by 4": (9, 64, 12, 10, 64, 1, 1, (4, 4)),
+    "8 channels a group, no padding": (9, 104, 28, 30, 104, 13, 1, (0, 0)),
+    "8 channels a group, stride 2, no padding": (9, 104, 30, 32, 104, 13, 2, (0, 0)),
 }
-"""Images, channels, rows, columns, channels of y, groups, stride."""
+"""Images, channels, rows, columns, channels of y, groups, stride, padding."""
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("precision", ["bf16", "TF32, rounded on the way"])
-@pytest.mark.parametrize("case", GROUPS_AND_ENDS)
-def test_groups_and_ends_of_channels(case, precision, channels_last):
+@pytest.mark.parametrize("case", WINDOWS)
+def test_groups_ends_of_channels_and_paddings(case, precision, channels_last):
     """Every candidate, with an epilogue, against float64 and itself."""
-    n, c, h, w, k, groups, stride = GROUPS_AND_ENDS[case]
+    n, c, h, w, k, groups, stride, padding = WINDOWS[case]
     dtype, input_precision = (torch.bfloat16, "ieee") if precision == "bf16" else (torch.float32, "tf32")
     x = image(n, c, h, w, dtype=dtype, channels_last=channels_last)
     weight = image(k, c // groups, 3, 3, dtype=dtype) / (c // groups) ** 0.5
     scale, bias = 1 + image(k).abs(), image(k)
-    exact = F.conv2d(x.double(), weight.double(), None, stride, 1, 1, groups)
+    exact = F.conv2d(x.double(), weight.double(), None, stride, padding, 1, groups)
     residual = image(*exact.shape, dtype=dtype, channels_last=channels_last)
     exact = exact * scale.double()[:, None, None] + bias.double()[:, None, None] + residual.double()
     y = torch.empty_like(residual)
     epilogue = Epilogue(scale, bias, residual, "relu")
     packed = pack_weight(weight, input_precision)
-    window = (stride, stride), (1, 1), (1, 1), groups
+    window = (stride, stride), padding, (1, 1), groups
     operands = Product(x, packed, y, channels_last, *window, input_precision, precision != "bf16", epilogue)
     choices = [c for c in candidates(operands, hardware.gpu(x.device)) if c.config.form == "tma_halo"]
     if not choices:

@@ -1,15 +1,16 @@
 """3x3 convolution of stride 1 or 2 of channels_last images from tiles with a halo: TMA and wgmma, for Hopper GPUs.
 
     y[n, p, q, k] = activation(bias[k] + residual[n, p, q, k] + scale[k]
-                               * sum over r, s, c of x[n, p*stride + r - 1, q*stride + s - 1, c] * weight[k, r, s, c])
+                               * sum over r, s, c of x[n, p*stride + r - padding, q*stride + s - padding, c]
+                               * weight[k, r, s, c])
 
 A tile is TILE_P rows x TILE_Q columns of TILE_N images. For each block of channels TMA loads the rows under it and one
 more on either side three times, shifted by a column each time; what lies outside an image it fills with zeros. The
 filter's rows are slices of the same box in shared memory, as a row, of all the images, is a multiple of the 1024 bytes
 after which the swizzle repeats: a tile reads 3 (TILE_P + 2) rows of x from L2, where nine taps would each read TILE_P.
-With stride 2 a box has of every other column the odd rows, which two rows of the filter share, and then the even ones:
-3 (2 TILE_P + 1) rows. Programs are persistent: while a box is multiplied the next ones arrive, those of the next tile
-as well.
+With stride 2 a box has of every other column the odd rows, which two rows of the filter share, and then the even ones
+(without padding the even ones are shared, and come first): 3 (2 TILE_P + 1) rows. Programs are persistent: while a box
+is multiplied the next ones arrive, those of the next tile as well.
 """
 
 import dataclasses
@@ -53,17 +54,20 @@ class TmaHaloForm(Form):
     def fits(self, product: Product) -> bool:
         """A 3x3 filter over every pixel or, in images of even sides, every other; channels are multiples of 16 bytes.
 
-        With a stride of 2 of 128 bytes, unless there are groups: what lies beyond x's last channel is then the next
-        column's first, and the weight is zero there. Verified on Hopper, with some versions of Triton.
+        Any padding; with a stride of 2 at most 1, and channels are multiples of 128 bytes, unless there are groups:
+        what lies beyond x's last channel is then the next column's first, and the weight is zero there. Verified on
+        Hopper, with some versions of Triton.
         """
         x, K, stride = product.x, product.y.shape[1], tuple(product.stride)
         _, C, H, W = x.shape
-        window = *product.packed.shape[1:3], *product.padding, *product.dilation
-        if window != (3, 3, 1, 1, 1, 1) or x.dtype not in OPERANDS:
+        window = *product.packed.shape[1:3], *product.dilation
+        if window != (3, 3, 1, 1) or x.dtype not in OPERANDS:
             return False
         if x.dtype == torch.float32 and product.input_precision != "tf32":
             return False
         if stride not in ((1, 1), (2, 2)) or H % stride[0] != 0 or W % stride[0] != 0:
+            return False
+        if stride == (2, 2) and max(product.padding) > 1:
             return False
         size = x.element_size()
         if not product.has_aligned_y:
@@ -191,6 +195,8 @@ class TmaHaloForm(Form):
             WHOLE=Q == tile_q and (tile_n == 1 or P == tile_p),
             MASKED=N % tile_n != 0 or P % tile_p != 0 or Q % tile_q != 0,
             STRIDE=stride,
+            PADDING_H=product.padding[0],
+            PADDING_W=product.padding[1],
             CHANNELS_LAST=product.channels_last_y,
             EXPAND=expands,
             **options,

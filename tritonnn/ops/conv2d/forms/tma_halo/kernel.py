@@ -67,6 +67,8 @@ def conv2d_tma_halo_forward_kernel(
     WHOLE: gl.constexpr,
     MASKED: gl.constexpr,
     STRIDE: gl.constexpr,
+    PADDING_H: gl.constexpr,
+    PADDING_W: gl.constexpr,
     CHANNELS_LAST: gl.constexpr,
     EXPAND: gl.constexpr,
     TILE_N: gl.constexpr,
@@ -132,6 +134,7 @@ def conv2d_tma_halo_forward_kernel(
     grid = (tiles, tiles_p, tiles_q)
     TILE: gl.constexpr = (TILE_N, TILE_P, TILE_Q)
     CHANNELS: gl.constexpr = (C, K, GROUP_C, GROUP_K)
+    PADDING: gl.constexpr = (PADDING_H, PADDING_W)
 
     wait_for_predecessor(DEPENDENT)
     first = gl.program_id(0)
@@ -141,7 +144,20 @@ def conv2d_tma_halo_forward_kernel(
     X_LOADS: gl.constexpr = X_SLOTS - 1
     W_LOADS: gl.constexpr = 0 if EXPAND else STEPS if RESIDENT else W_SLOTS - 1
     fill_rings(
-        images, weights, first, programs, grid, BOXES, X_LOADS, W_LOADS, BLOCKS_N, CHANNELS, STRIDE, TILE, BLOCK_N
+        images,
+        weights,
+        first,
+        programs,
+        grid,
+        BOXES,
+        X_LOADS,
+        W_LOADS,
+        BLOCKS_N,
+        CHANNELS,
+        STRIDE,
+        PADDING,
+        TILE,
+        BLOCK_N,
     )
     if ROUND_X:
         round_next_box(x_ring, x_bars, 0, True, STRIDE, TILE_P, LINES, num_warps)
@@ -189,6 +205,7 @@ def conv2d_tma_halo_forward_kernel(
                             BLOCKS_N,
                             CHANNELS,
                             STRIDE,
+                            PADDING,
                             TILE,
                             BLOCK_N,
                         )

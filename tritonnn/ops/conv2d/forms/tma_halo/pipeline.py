@@ -76,13 +76,14 @@ def fetch_box(
     BLOCKS_N: gl.constexpr,
     CHANNELS: gl.constexpr,
     STRIDE: gl.constexpr,
+    PADDING: gl.constexpr,
     TILE: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
     """Starts to load a tile's box of that number into a slot, unless there is no such tile.
 
     images: (x_desc, edge_desc, x_ring, x_bars); grid: (tiles, tiles_p, tiles_q); CHANNELS: (C, K, GROUP_C, GROUP_K);
-    TILE: (TILE_N, TILE_P, TILE_Q).
+    PADDING: above and to the left; TILE: (TILE_N, TILE_P, TILE_Q).
     """
     x_desc, edge_desc, x_ring, x_bars = images
     tiles, tiles_p, tiles_q = grid
@@ -91,8 +92,8 @@ def fetch_box(
     TILE_Q: gl.constexpr = TILE[2]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
     n, p, q, block = place_of(tile, tiles_p, tiles_q, BLOCKS_N, TILE_N, TILE_P, TILE_Q)
-    # The filter's column s lies STRIDE * q + s - 1 columns right of x's first.
-    column = box % 3 + STRIDE - 1
+    # The filter's column s lies STRIDE * q + s - PADDING[1] columns right of x's first.
+    column = box % 3 + STRIDE - PADDING[1]
     q += column // STRIDE - 1
     first = first_channel(block, CHANNELS[1], CHANNELS[2], CHANNELS[3], BLOCK_N)
     c = column % STRIDE * CHANNELS[0] + box // 3 * BLOCK_K + first
@@ -106,11 +107,12 @@ def fetch_box(
     rows = ring_view(x_ring, slot, 0, BOX_ROWS, BOX, BOX_LAYOUT)
     edge = ring_view(x_ring, slot, TILE_P, BOX_ROWS, EDGE, EDGE_LAYOUT)
     mbarrier.expect(bar, STRIDE * x_desc.block_type.nbytes + edge_desc.block_type.nbytes, pred=pred)
-    load_box(x_desc, [p - 1, STRIDE - 1, n, q, c], bar, rows, pred=pred)
-    load_box(edge_desc, [p - 1 + TILE_P, STRIDE - 1, n, q, c], bar, edge, pred=pred)
+    ODD: gl.constexpr = PADDING[0] if STRIDE == 2 else 0
+    load_box(x_desc, [p - PADDING[0], ODD, n, q, c], bar, rows, pred=pred)
+    load_box(edge_desc, [p - PADDING[0] + TILE_P, ODD, n, q, c], bar, edge, pred=pred)
     if STRIDE == 2:
-        even = ring_view(x_ring, slot, TILE_P + 1, BOX_ROWS, BOX, BOX_LAYOUT)
-        load_box(x_desc, [p, 0, n, q, c], bar, even, pred=pred)
+        others = ring_view(x_ring, slot, TILE_P + 1, BOX_ROWS, BOX, BOX_LAYOUT)
+        load_box(x_desc, [p, 1 - ODD, n, q, c], bar, others, pred=pred)
 
 
 @gluon.jit
@@ -163,13 +165,14 @@ def fill_rings(
     BLOCKS_N: gl.constexpr,
     CHANNELS: gl.constexpr,
     STRIDE: gl.constexpr,
+    PADDING: gl.constexpr,
     TILE: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
     """Starts the first loads of a program, X_LOADS boxes and W_LOADS tiles of the weight; a tile has BOXES boxes."""
     for early in gl.static_range(X_LOADS):
         tile = first + early // BOXES * programs
-        fetch_box(images, early, tile, early % BOXES, grid, BLOCKS_N, CHANNELS, STRIDE, TILE, BLOCK_N)
+        fetch_box(images, early, tile, early % BOXES, grid, BLOCKS_N, CHANNELS, STRIDE, PADDING, TILE, BLOCK_N)
     STEPS: gl.constexpr = 3 * BOXES
     for early in gl.static_range(W_LOADS):
         fetch_weight(weights, early, first + early // STEPS * programs, early % STEPS, grid[0], BLOCKS_N)
@@ -188,6 +191,7 @@ def fetch_next_box(
     BLOCKS_N: gl.constexpr,
     CHANNELS: gl.constexpr,
     STRIDE: gl.constexpr,
+    PADDING: gl.constexpr,
     TILE: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
@@ -207,6 +211,7 @@ def fetch_next_box(
         BLOCKS_N,
         CHANNELS,
         STRIDE,
+        PADDING,
         TILE,
         BLOCK_N,
     )
