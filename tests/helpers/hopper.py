@@ -95,7 +95,8 @@ def type_of(box: list[int] | None, dtype: str, in_gluon: bool) -> str:
 
     if box is None:
         return f"*{dtype}"
-    layout = f",{NVMMASharedLayout(128, 32 if dtype == 'fp32' else 16, len(box))!r}" if in_gluon else ""
+    bits = 32 if dtype == "fp32" else 16
+    layout = f",{NVMMASharedLayout(min(box[-1] * bits // 8, 128), bits, len(box))!r}" if in_gluon else ""
     return f"tensordesc<{dtype}{box}{layout}>"
 
 
@@ -107,7 +108,11 @@ def boxes_of(c: dict) -> dict[str, list[int] | None]:
         m, n, k = (c[f"BLOCK_{name}"] for name in "MNK")
         x = [1, m, k] if c["CHANNELS_LAST_X"] else [1, k, m]
         y = [1, m, n] if c["CHANNELS_LAST_Y"] else [1, n, m]
-        return {"x_desc": x, "weight_desc": [n, k], "y_desc": y, "residual_desc": y}
+        boxes = {"x_desc": x, "weight_desc": [n, k], "y_desc": y, "residual_desc": y}
+        if rest := c["REST_N"]:
+            rest_y = [1, m, rest] if c["CHANNELS_LAST_Y"] else [1, rest, m]
+            boxes |= {"rest_desc": [rest, k], "rest_y_desc": rest_y, "rest_residual_desc": rest_y}
+        return boxes
     if "TILE_N" not in c:
         return {}
     images, rows, columns = (c[f"TILE_{name}"] for name in "NPQ")

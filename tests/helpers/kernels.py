@@ -61,6 +61,8 @@ HALO_BY_2 |= dict(X_SLOTS=3, W_SLOTS=7, STAGED=True, IN_SLOT=True, num_warps=8)
 MATMUL = EPILOGUE | dict(INPUT_PRECISION="ieee", ROUND_X=False, CHANNELS_LAST_X=True, CHANNELS_LAST_Y=True, FLUSH=0)
 MATMUL |= dict(HAS_RESIDUAL=True, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, X_SLOTS=3, RESIDENT=0, num_warps=8)
 MATMUL |= dict(X_SCALE="none", HAS_X_SHIFT=False, X_ACTIVATION="none", x_scale_ptr=None, x_shift_ptr=None)
+MATMUL_REST = MATMUL | dict(REST_N=32)
+MATMUL |= dict(REST_N=0, rest_desc=None, rest_residual_desc=None, rest_y_desc=None)
 MATMUL_GATED = MATMUL | dict(X_SCALE="gates", BLOCK_M=64, num_warps=4)
 del MATMUL_GATED["x_scale_ptr"]
 MATMUL_OF_NORM = MATMUL_GATED | dict(X_SCALE="channels", HAS_X_SHIFT=True, X_ACTIVATION="relu")
@@ -253,6 +255,19 @@ KERNELS = {
         HALO_128 | dict(CHANNELS_LAST=False, MASKED=True, HAS_RESIDUAL=False),
     ),
     "conv2d, matrix product": (KERNEL_OF["matmul"], "bf16", LAST, MATMUL),
+    "conv2d, matrix product, 160 channels": (KERNEL_OF["matmul"], "bf16", LAST, MATMUL_REST),
+    "conv2d, matrix product, 96 channels, NCHW y": (
+        KERNEL_OF["matmul"],
+        "fp16",
+        LAST,
+        MATMUL_REST | dict(CHANNELS_LAST_Y=False, HAS_RESIDUAL=False, BLOCK_N=64, num_warps=4),
+    ),
+    "conv2d, matrix product, 192 channels, resident": (
+        KERNEL_OF["matmul"],
+        "bf16",
+        LAST,
+        MATMUL_REST | dict(REST_N=64, RESIDENT=3, X_SLOTS=2),
+    ),
     "conv2d, matrix product, resident": (KERNEL_OF["matmul"], "bf16", LAST, MATMUL | dict(RESIDENT=3, BLOCK_N=64)),
     "conv2d, matrix product, TF32, rounded, NCHW": (
         KERNEL_OF["matmul"],

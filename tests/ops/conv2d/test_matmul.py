@@ -19,7 +19,14 @@ from tritonnn.ops.conv2d.prologue import Prologue
 
 
 def config(
-    block_m: int, block_n: int, block_k: int, slots: int, num_warps: int, programs: int, resident: bool = False
+    block_m: int,
+    block_n: int,
+    block_k: int,
+    slots: int,
+    num_warps: int,
+    programs: int,
+    resident: bool = False,
+    rest_n: int = 0,
 ) -> MatmulConfig:
     return MatmulConfig(
         BLOCK_M=block_m,
@@ -29,6 +36,7 @@ def config(
         RESIDENT=resident,
         num_warps=num_warps,
         PROGRAMS=programs,
+        REST_N=rest_n,
     )
 
 
@@ -76,6 +84,8 @@ def test_configurations_fit_shared_memory():
         assert not can_run(operands, Choice(HALF, copies_x=True))
         assert not can_run(operands, Choice(config(128, 256, 64, 5, 8, 1)))
     assert shared_memory(HALF, 2, 4, False) == 2 * (2 * (3 * (128 + 64) * 64 + 128 * 64) + 1024)
+    of_96 = config(128, 64, 64, 3, 4, 2, rest_n=32)
+    assert shared_memory(of_96, 2, 4, False) == 2 * (2 * (3 * (128 + 96) * 64 + 128 * 96) + 1024)
     resident = config(128, 64, 64, 3, 4, 2, resident=True)
     assert shared_memory(resident, 2, 4, False) == 2 * (2 * (3 * 128 * 64 + 4 * 64 * 64 + 128 * 64) + 1024)
 
@@ -102,6 +112,37 @@ SIZES = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_every_image(sizes, precision, channels_last, resident, epilogue):
+    chosen = HALF if precision == "bfloat16" else SINGLE
+    if resident:
+        chosen = config(chosen.BLOCK_M, chosen.BLOCK_N, chosen.BLOCK_K, 2, 4, 1, resident=True)
+    check(chosen, sizes, precision, channels_last, channels_last, epilogue)
+
+
+RESTS = {
+    "128 and 32": dict(block_m=128, block_n=128, rest_n=32, num_warps=8),
+    "128 and 64": dict(block_m=64, block_n=128, rest_n=64, num_warps=4),
+    "64 and 16": dict(block_m=128, block_n=64, rest_n=16, num_warps=4),
+    "32 and 16, two warps wide": dict(block_m=64, block_n=32, rest_n=16, num_warps=8),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("epilogue", [False, True], ids=["plain", "epilogue"])
+@pytest.mark.parametrize("resident", [False, True], ids=["", "resident"])
+@pytest.mark.parametrize("channels_last_y", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("precision", ["bfloat16", "TF32"])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("rest", RESTS)
+def test_tiles_of_channels_that_are_no_power_of_2(rest, sizes, precision, channels_last_y, resident, epilogue):
+    block_k = 64 if precision == "bfloat16" else 32
+    chosen = config(**RESTS[rest], block_k=block_k, slots=2, programs=1, resident=resident)
+    check(chosen, sizes, precision, True, channels_last_y, epilogue)
+
+
+def check(
+    chosen: MatmulConfig, sizes: str, precision: str, channels_last: bool, channels_last_y: bool, epilogue: bool
+) -> None:
+    """The whole output against float64, and against itself."""
     n, c, h, w, k = SIZES[sizes]
     dtype, input_precision, round_x = PRECISIONS[precision]
     x = image(n, c, h, w, dtype=dtype, channels_last=channels_last)
@@ -109,7 +150,7 @@ def test_every_image(sizes, precision, channels_last, resident, epilogue):
         x = tf32(x)
     weight = image(k, c, 1, 1, dtype=dtype) / math.sqrt(c)
     exact = F.conv2d(x.double(), weight.double())
-    y = torch.empty_like(image(*exact.shape, dtype=dtype, channels_last=channels_last)).fill_(float("nan"))
+    y = torch.empty_like(image(*exact.shape, dtype=dtype, channels_last=channels_last_y)).fill_(float("nan"))
     steps = Epilogue()
     if epilogue:
         scale, bias = image(k), image(k)
@@ -119,10 +160,8 @@ def test_every_image(sizes, precision, channels_last, resident, epilogue):
         steps = Epilogue(scale, bias, residual, "relu")
     packed = pack_weight(weight, input_precision)
     window = (1, 1), (0, 0), (1, 1), 1
-    operands = Product(x, packed, y, channels_last, *window, input_precision, round_x, steps)
-    form, chosen = BY_NAME["matmul"], HALF if dtype.itemsize == 2 else SINGLE
-    if resident:
-        chosen = config(chosen.BLOCK_M, chosen.BLOCK_N, chosen.BLOCK_K, 2, 4, 1, resident=True)
+    operands = Product(x, packed, y, channels_last_y, *window, input_precision, round_x, steps)
+    form = BY_NAME["matmul"]
     if not form.fits(operands) or not form.takes(operands, Choice(chosen)):
         pytest.skip("the form does not take it: rows of no 16 bytes, or too large a weight")
     run(operands, Choice(chosen))

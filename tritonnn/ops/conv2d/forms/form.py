@@ -15,6 +15,7 @@ from ..pack import channels_last, pack_weight
 from ..problem import Choice, Problem, Product
 
 MOST = {"num_warps": 16, "num_stages": 8, "STRIP": 8, "X_SLOTS": 8, "W_SLOTS": 36, "PROGRAMS": 4}
+MAY_BE_0 = {"REST_N"}
 ANY_NUMBER = {"num_stages", "STRIP", "X_SLOTS", "W_SLOTS", "PROGRAMS"}
 """Sizes that need not be powers of 2."""
 
@@ -51,6 +52,8 @@ class Config:
 def _is_usable(name: str, value: object, wanted: object) -> bool:
     if wanted in (bool, "bool"):
         return type(value) is bool
+    if value == 0 and type(value) is int and name in MAY_BE_0:
+        return True
     if type(value) is not int or not 0 < value <= MOST.get(name, value):
         return False
     return name in ANY_NUMBER or value & (value - 1) == 0

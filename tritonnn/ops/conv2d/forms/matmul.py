@@ -57,6 +57,7 @@ class MatmulConfig(Config):
     """A tile of BLOCK_M pixels x BLOCK_N channels, reduced BLOCK_K channels at a time; PROGRAMS on a multiprocessor.
 
     SLOTS tiles of x, and of the weight, in shared memory; RESIDENT: all that a program needs of the weight stays there.
+    The tile has REST_N more channels, so that 160 are 128 and 32: the sides of a block are powers of 2.
     """
 
     form: ClassVar[str] = "matmul"
@@ -68,11 +69,18 @@ class MatmulConfig(Config):
     RESIDENT: bool
     num_warps: int
     PROGRAMS: int
+    REST_N: int = 0
 
     @property
     def notes(self) -> list[str]:
         notes = [f"{self.X_SLOTS} slots", f"{self.PROGRAMS} a multiprocessor"]
-        return super().notes + notes + ["weight resident"] * self.RESIDENT
+        more = [f"and {self.REST_N} channels"] if self.REST_N else []
+        return more + super().notes + notes + ["weight resident"] * self.RESIDENT
+
+    @property
+    def channels(self) -> int:
+        """Of a tile."""
+        return self.BLOCK_N + self.REST_N
 
 
 class Kind(NamedTuple):
@@ -91,6 +99,7 @@ class Kind(NamedTuple):
     step_us: float
     tile_us: float
     alone: float = 1.0
+    rest_n: int = 0
 
     def config(self, block_k: int) -> MatmulConfig:
         return MatmulConfig(
@@ -101,6 +110,7 @@ class Kind(NamedTuple):
             RESIDENT=self.resident,
             num_warps=self.num_warps,
             PROGRAMS=self.programs,
+            REST_N=self.rest_n,
         )
 
 
@@ -154,20 +164,25 @@ def place_of(tile, blocks_n, blocks_of_image, BLOCK_M: gl.constexpr, BLOCK_N: gl
 
 
 @gluon.jit
-def fetch_weight(weight_desc, w_slots, first, bar, k, c, K, SPLIT: gl.constexpr, pred):
-    """Starts to load a tile of the weight and, SPLIT, of what its rounding to TF32 left, K rows below."""
-    load_box(weight_desc, [k, c], bar, w_slots.index(first), pred=pred)
+def fetch_weight(weights, first, bar, k, c, K, SPLIT: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, pred):
+    """Starts to load a tile of the weight and, SPLIT, of what its rounding to TF32 left, K rows below.
+
+    weights: (weight_desc, w_ring, rest_desc, rest_ring), the last two those of the REST_N channels, if there are.
+    """
+    weight_desc, w_ring, rest_desc, rest_ring = weights
+    load_box(weight_desc, [k, c], bar, w_ring.index(first), pred=pred)
     if SPLIT:
-        load_box(weight_desc, [K + k, c], bar, w_slots.index(first + 1), pred=pred)
+        load_box(weight_desc, [K + k, c], bar, w_ring.index(first + 1), pred=pred)
+    if REST_N:
+        load_box(rest_desc, [k + BLOCK_N, c], bar, rest_ring.index(first), pred=pred)
 
 
 @gluon.jit
 def fetch(
     x_desc,
-    weight_desc,
+    weights,
     x_ring,
     x_bars,
-    w_ring,
     w_bars,
     slot,
     step,
@@ -186,6 +201,7 @@ def fetch(
     RESIDENT: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    REST_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
 ):
     """Starts to load x, and the weight unless it is RESIDENT, for a step of the tile at (n, m, k).
@@ -193,22 +209,23 @@ def fetch(
     Returns the step after it, and its tile and place; divisions are for each tile only.
     """
     PARTS: gl.constexpr = 2 if SPLIT else 1
+    WEIGHT_BYTES: gl.constexpr = PARTS * weights[0].block_type.nbytes + (weights[2].block_type.nbytes if REST_N else 0)
     c, pred = step * BLOCK_K, tile < tiles
     # Together, as the compiler has all warps wait between the two operations on one kind of barrier.
     mbarrier.expect(x_bars.index(slot), x_desc.block_type.nbytes, pred=pred)
     if not RESIDENT:
-        mbarrier.expect(w_bars.index(slot), PARTS * weight_desc.block_type.nbytes, pred=pred)
+        mbarrier.expect(w_bars.index(slot), WEIGHT_BYTES, pred=pred)
     if CHANNELS_LAST_X:
         load_box(x_desc, [n, m, c], x_bars.index(slot), x_ring.index(slot), pred=pred)
     else:
         load_box(x_desc, [n, c, m], x_bars.index(slot), x_ring.index(slot), pred=pred)
     if not RESIDENT:
-        fetch_weight(weight_desc, w_ring, slot * PARTS, w_bars.index(slot), k, c, K, SPLIT, pred)
+        fetch_weight(weights, slot * PARTS, w_bars.index(slot), k, c, K, SPLIT, BLOCK_N, REST_N, pred)
     step += 1
     if step == steps:
         step = 0
         tile += programs
-        n, m, k = place_of(tile, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
+        n, m, k = place_of(tile, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N + REST_N)
     return step, tile, n, m, k
 
 
@@ -222,6 +239,27 @@ def load_pixels(
     else:
         x = x_ring.index(slot).reshape([BLOCK_K, BLOCK_M]).permute([1, 0]).load(LAYOUT)
     return x
+
+
+@gluon.jit
+def lines_of(y_stage, CHANNELS_LAST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """y's place in shared memory as [BLOCK_M, BLOCK_N]."""
+    if CHANNELS_LAST:
+        lines = y_stage.reshape([BLOCK_M, BLOCK_N])
+    else:
+        lines = y_stage.reshape([BLOCK_N, BLOCK_M]).permute([1, 0])
+    return lines
+
+
+@gluon.jit
+def scaled(acc, scale_ptr, bias_ptr, k, K, HAS_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr, ACC: gl.constexpr):
+    """The sums of channels from k on, times the scale and plus the bias of each."""
+    offs_n = k + gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
+    if HAS_SCALE:
+        acc *= gl.expand_dims(gl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0), 0)
+    if HAS_BIAS:
+        acc += gl.expand_dims(gl.load(bias_ptr + offs_n, mask=offs_n < K, other=0.0), 0)
+    return acc
 
 
 @gluon.jit(do_not_specialize=["tiles", "blocks_n", "blocks_of_image", "steps", "K", "C"])
@@ -240,6 +278,9 @@ def conv2d_matmul_forward_kernel(
     C,
     x_scale_ptr,
     x_shift_ptr,
+    rest_desc,
+    rest_residual_desc,
+    rest_y_desc,
     X_SCALE: gl.constexpr,
     HAS_X_SHIFT: gl.constexpr,
     X_ACTIVATION: gl.constexpr,
@@ -257,12 +298,15 @@ def conv2d_matmul_forward_kernel(
     FLUSH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    REST_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     X_SLOTS: gl.constexpr,
     RESIDENT: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """A program owns every num_programs-th tile of BLOCK_M pixels x BLOCK_N channels.
+    """A program owns every num_programs-th tile of BLOCK_M pixels x BLOCK_N + REST_N channels.
+
+    Those of the rest have descriptors and sums of their own, where both operands are read from shared memory.
 
     acc [pixels, channels] = x @ weight.T. Both are read from shared memory or, where x has a prologue or is to be
     rounded to TF32, split for float32 ("tf32x3") or turned round, x from registers. In "tf32x3" weight_desc has K rows
@@ -286,10 +330,19 @@ def conv2d_matmul_forward_kernel(
         version=[3, 0], warps_per_cta=[WARPS_M, WARPS_N], instr_shape=[16, BLOCK_N // WARPS_N, 256 // BITS]
     )
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
+    REST_ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0],
+        warps_per_cta=[WARPS_M, WARPS_N],
+        instr_shape=[16, (REST_N if REST_N else BLOCK_N) // WARPS_N, 256 // BITS],
+    )
 
     x_ring = gl.allocate_shared_memory(DTYPE, [X_SLOTS] + x_desc.block_type.shape, x_desc.layout)
     w_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS] + weight_desc.block_type.shape, weight_desc.layout)
     y_stage = gl.allocate_shared_memory(DTYPE, y_desc.block_type.shape, y_desc.layout)
+    rest_ring = w_ring
+    if REST_N:
+        rest_ring = gl.allocate_shared_memory(DTYPE, [W_SLOTS] + rest_desc.block_type.shape, rest_desc.layout)
+        rest_stage = gl.allocate_shared_memory(DTYPE, rest_y_desc.block_type.shape, rest_y_desc.layout)
     x_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
     w_bars = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())
     residual_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -300,23 +353,25 @@ def conv2d_matmul_forward_kernel(
     fence_async_shared()
     barrier()
 
+    weights = (weight_desc, w_ring, rest_desc, rest_ring)
+    TILE_N: gl.constexpr = BLOCK_N + REST_N
     wait_for_predecessor(DEPENDENT)
     first = gl.program_id(0)
     programs = gl.num_programs(0)
     if RESIDENT:
-        bar, k = w_bars.index(0), first % blocks_n * BLOCK_N
-        mbarrier.expect(bar, W_SLOTS * weight_desc.block_type.nbytes)
+        bar, k = w_bars.index(0), first % blocks_n * TILE_N
+        REST_BYTES: gl.constexpr = rest_desc.block_type.nbytes if REST_N else 0
+        mbarrier.expect(bar, W_SLOTS * (weight_desc.block_type.nbytes + REST_BYTES))
         for i in gl.static_range(RESIDENT):
-            fetch_weight(weight_desc, w_ring, i * PARTS, bar, k, i * BLOCK_K, K, SPLIT, True)
+            fetch_weight(weights, i * PARTS, bar, k, i * BLOCK_K, K, SPLIT, BLOCK_N, REST_N, True)
     ahead_step, ahead_tile = first * 0, first  # what is fetched next
-    ahead_n, ahead_m, ahead_k = place_of(first, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
+    ahead_n, ahead_m, ahead_k = place_of(first, blocks_n, blocks_of_image, BLOCK_M, TILE_N)
     for i in gl.static_range(AHEAD):
         ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = fetch(
             x_desc,
-            weight_desc,
+            weights,
             x_ring,
             x_bars,
-            w_ring,
             w_bars,
             i,
             ahead_step,
@@ -335,6 +390,7 @@ def conv2d_matmul_forward_kernel(
             RESIDENT,
             BLOCK_M,
             BLOCK_N,
+            REST_N,
             BLOCK_K,
         )
     if RESIDENT:
@@ -343,7 +399,7 @@ def conv2d_matmul_forward_kernel(
         mbarrier.wait(x_bars.index(0), 0)
         x = load_pixels(x_ring, 0, CHANNELS_LAST_X, BLOCK_M, BLOCK_K, OPERAND)
         if X_SCALE != "none":
-            n, m, k = place_of(first, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
+            n, m, k = place_of(first, blocks_n, blocks_of_image, BLOCK_M, TILE_N)
             factor, shift = load_factors(
                 x_scale_ptr, x_shift_ptr, n, 0, C, True, X_SCALE, HAS_X_SHIFT, BLOCK_K, OPERAND
             )
@@ -352,18 +408,24 @@ def conv2d_matmul_forward_kernel(
     count = first * 0  # steps that this program has begun
     stored = first * 0
     for tile in range(first, tiles, programs):
-        n, m, k = place_of(tile, blocks_n, blocks_of_image, BLOCK_M, BLOCK_N)
+        n, m, k = place_of(tile, blocks_n, blocks_of_image, BLOCK_M, TILE_N)
         if HAS_RESIDUAL:
             tma.store_wait(0)
             barrier_before_expect()
-            mbarrier.expect(residual_bar, y_desc.block_type.nbytes)
+            mbarrier.expect(residual_bar, y_desc.block_type.nbytes + (rest_y_desc.block_type.nbytes if REST_N else 0))
             if CHANNELS_LAST_Y:
                 load_box(residual_desc, [n, m, k], residual_bar, y_stage)
+                if REST_N:
+                    load_box(rest_residual_desc, [n, m, k + BLOCK_N], residual_bar, rest_stage)
             else:
                 load_box(residual_desc, [n, k, m], residual_bar, y_stage)
+                if REST_N:
+                    load_box(rest_residual_desc, [n, k + BLOCK_N, m], residual_bar, rest_stage)
 
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACC)
         part = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACC)
+        if REST_N:
+            rest_acc = gl.zeros([BLOCK_M, REST_N], gl.float32, REST_ACC)
         for step in range(steps):
             slot = count % X_SLOTS
             phase = count // X_SLOTS & 1
@@ -380,7 +442,12 @@ def conv2d_matmul_forward_kernel(
             if not IN_REGISTERS:
                 x_lines = x_ring.index(slot).reshape([BLOCK_M, BLOCK_K])
                 acc = warpgroup_mma(x_lines, weight, acc, use_acc=step > 0, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])  # all but this step's products are done
+                if REST_N:
+                    rest_weight = rest_ring.index(w_slot).permute([1, 0])
+                    rest_acc = warpgroup_mma(x_lines, rest_weight, rest_acc, use_acc=step > 0, is_async=True)
+                    acc, rest_acc = warpgroup_mma_wait(2, deps=[acc, rest_acc])  # all but this step's products are done
+                else:
+                    acc = warpgroup_mma_wait(1, deps=[acc])
             else:
                 if SPLIT:
                     rest = w_ring.index(w_slot + 1).permute([1, 0])
@@ -428,10 +495,9 @@ def conv2d_matmul_forward_kernel(
             barrier_before_expect()  # for all warps
             ahead_step, ahead_tile, ahead_n, ahead_m, ahead_k = fetch(
                 x_desc,
-                weight_desc,
+                weights,
                 x_ring,
                 x_bars,
-                w_ring,
                 w_bars,
                 (count + AHEAD) % X_SLOTS,
                 ahead_step,
@@ -450,39 +516,46 @@ def conv2d_matmul_forward_kernel(
                 RESIDENT,
                 BLOCK_M,
                 BLOCK_N,
+                REST_N,
                 BLOCK_K,
             )
             count += 1
         if DEPENDENT:
             start_successor_if(tile + programs >= tiles)
-        if not IN_REGISTERS:
+        if REST_N:
+            acc, rest_acc = warpgroup_mma_wait(0, deps=[acc, rest_acc])
+        elif not IN_REGISTERS:
             acc = warpgroup_mma_wait(0, deps=[acc])
         if SPLIT:
             acc = acc + part if FLUSH else part
 
-        offs_n = k + gl.arange(0, BLOCK_N, gl.SliceLayout(0, ACC))
-        if HAS_SCALE:
-            acc *= gl.expand_dims(gl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0), 0)
-        if HAS_BIAS:
-            acc += gl.expand_dims(gl.load(bias_ptr + offs_n, mask=offs_n < K, other=0.0), 0)
-        if CHANNELS_LAST_Y:
-            y_lines = y_stage.reshape([BLOCK_M, BLOCK_N])
-        else:
-            y_lines = y_stage.reshape([BLOCK_N, BLOCK_M]).permute([1, 0])
+        acc = scaled(acc, scale_ptr, bias_ptr, k, K, HAS_SCALE, HAS_BIAS, ACC)
+        y_lines = lines_of(y_stage, CHANNELS_LAST_Y, BLOCK_M, BLOCK_N)
+        if REST_N:
+            rest_acc = scaled(rest_acc, scale_ptr, bias_ptr, k + BLOCK_N, K, HAS_SCALE, HAS_BIAS, REST_ACC)
+            rest_lines = lines_of(rest_stage, CHANNELS_LAST_Y, BLOCK_M, REST_N)
         if HAS_RESIDUAL:
             mbarrier.wait(residual_bar, stored & 1)
             acc += y_lines.load(ACC).to(gl.float32)
+            if REST_N:
+                rest_acc += rest_lines.load(REST_ACC).to(gl.float32)
         else:
             tma.store_wait(0)
         acc = finish(acc, ACTIVATION, SLOPE, ROUND_Y)
         barrier()
         y_lines.store(acc.to(DTYPE))
+        if REST_N:
+            rest_lines.store(finish(rest_acc, ACTIVATION, SLOPE, ROUND_Y).to(DTYPE))
         fence_async_shared()
         barrier()
         if CHANNELS_LAST_Y:
             store_box(y_desc, [n, m, k], y_stage)
+            if REST_N:
+                store_box(rest_y_desc, [n, m, k + BLOCK_N], rest_stage)
         else:
             store_box(y_desc, [n, k, m], y_stage)
+            if REST_N:
+                store_box(rest_y_desc, [n, k + BLOCK_N, m], rest_stage)
         stored += 1
     tma.store_wait(0)
 
@@ -521,6 +594,10 @@ class MatmulForm(Form):
         config, split = choice.config, product.input_precision == "tf32x3"
         size, C = product.x.element_size(), product.x.shape[1]
         lines = config.BLOCK_K * size in (32, 64, 128)
+        if config.REST_N and (config.REST_N < 16 or product.round_x or split or pixel_stride(product.x) is None):
+            return False
+        if config.REST_N and product.prologue is not None:
+            return False
         tile = config.BLOCK_M % 64 == 0 and config.BLOCK_N >= 16 and config.X_SLOTS >= 2 and config.num_warps >= 4
         memory = shared_memory(config, size, ceil_div(C, config.BLOCK_K), split)
         return lines and tile and not choice.copies_x and memory <= hardware.gpu(product.x.device).shared_memory
@@ -563,8 +640,15 @@ class MatmulForm(Form):
         residual_desc = y_desc
         if epilogue.residual is not None:
             residual_desc = _descriptor(_image(epilogue.residual, last_y, flat), y_box)
+        rest_desc = rest_y_desc = rest_residual_desc = None
+        if config.REST_N:
+            rest_box = [1, block_m, config.REST_N] if last_y else [1, config.REST_N, block_m]
+            rest_desc = _descriptor(weight.view(-1, C), [config.REST_N, block_k])
+            rest_y_desc = rest_residual_desc = _descriptor(y_rows, rest_box)
+            if epilogue.residual is not None:
+                rest_residual_desc = _descriptor(_image(epilogue.residual, last_y, flat), rest_box)
         pixels = y.shape[2] * y.shape[3] * (y.shape[0] if flat else 1)
-        blocks_of_image, blocks_n, steps = ceil_div(pixels, block_m), ceil_div(K, block_n), ceil_div(C, block_k)
+        blocks_of_image, blocks_n, steps = ceil_div(pixels, block_m), ceil_div(K, config.channels), ceil_div(C, block_k)
         tiles = blocks_n * blocks_of_image * (1 if flat else y.shape[0])
         options = config.constants
         programs = min(tiles, options.pop("PROGRAMS") * hardware.gpu(x.device).multiprocessors)
@@ -587,6 +671,9 @@ class MatmulForm(Form):
             C,
             None if product.prologue is None else product.prologue.scale,
             None if product.prologue is None else product.prologue.shift,
+            rest_desc,
+            rest_residual_desc,
+            rest_y_desc,
             **(NO_PROLOGUE if product.prologue is None else product.prologue.flags),
             **epilogue.flags,
             **dependent_launch(x),
@@ -621,7 +708,10 @@ def is_flat(product: Product) -> bool:
 
 def tiles_of(tile: Kind | MatmulConfig, images: int, pixels: int, k: int) -> int:
     """That cover y, of `images` of so many pixels."""
-    block_m, block_n = (tile.block_m, tile.block_n) if isinstance(tile, Kind) else (tile.BLOCK_M, tile.BLOCK_N)
+    if isinstance(tile, Kind):
+        block_m, block_n = tile.block_m, tile.block_n + tile.rest_n
+    else:
+        block_m, block_n = tile.BLOCK_M, tile.channels
     return images * ceil_div(pixels, block_m) * ceil_div(k, block_n)
 
 
@@ -655,9 +745,9 @@ def ranked(
 
 def shared_memory(config: MatmulConfig, element_size: int, steps: int, split: bool) -> int:
     """Bytes that the programs of a multiprocessor take together."""
-    weights = (2 if split else 1) * (steps if config.RESIDENT else config.X_SLOTS) * config.BLOCK_N
+    weights = (2 if split else 1) * (steps if config.RESIDENT else config.X_SLOTS) * config.channels
     lines = config.X_SLOTS * config.BLOCK_M + weights
-    tile = config.BLOCK_M * config.BLOCK_N
+    tile = config.BLOCK_M * config.channels
     return config.PROGRAMS * (element_size * (lines * config.BLOCK_K + tile) + BARRIERS)
 
 
