@@ -173,6 +173,12 @@ KERNELS = {
         dict(C=3, PADDING=3, ROUND_TO_TF32=True, BLOCK_H=4, BLOCK_W=256, BLOCK_C=4, odd=("H", "W", "rows", "columns")),
     ),
     "conv2d, sliced-K": (KERNEL_OF["sliced_k"], "bf16", LAST, SLICED_K | dict(INPUT_PRECISION="ieee")),
+    "conv2d, sliced-K, float32": (
+        KERNEL_OF["sliced_k"],
+        "fp32",
+        LAST,
+        SLICED_K | dict(INPUT_PRECISION="tf32x3", C=512, K=512, HAS_SHORTCUT=False, BLOCK_K=32),
+    ),
     "conv2d, in registers": (KERNEL_OF["in_registers"], "bf16", LAST, RESIDENT),
     "conv2d, in registers, 256 channels": (
         KERNEL_OF["in_registers"],
@@ -388,6 +394,12 @@ KERNELS = {
         "bf16",
         LAST,
         BACKWARD | dict(C=64, K=64, STEPS=64, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_stages=3),
+    ),
+    "gradient of the weight, float32": (
+        "ops.conv2d.backward.weight:conv2d_backward_weight_kernel",
+        "fp32",
+        LAST,
+        BACKWARD | dict(INPUT_PRECISION="tf32x3", STEPS=64, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_stages=3),
     ),
     "gradient of the weight, TMA": (
         "ops.conv2d.backward.weight_tma:conv2d_backward_weight_tma_kernel",

@@ -20,11 +20,20 @@ OF_FEW_CHANNELS = [name for name in KERNELS if "conv2d, few channels" in name]
 OF_3_CHANNELS = [name for name in KERNELS if "conv2d, 3 channels" in name]
 ON_TENSOR_CORES = ["conv2d, bfloat16", "conv2d, TF32", "conv2d, float32", "conv2d, 3 channels", *OF_FEW_CHANNELS]
 ON_TENSOR_CORES += ["gradient of the weight", "gradient of the weight, tiles of several taps"]
+ON_TENSOR_CORES += ["gradient of the weight, float32"]
+SPLIT_OPERANDS = [
+    "conv2d, float32",
+    "conv2d, few channels, float32",
+    "conv2d, sliced-K, float32",
+    "conv2d, TMA, float32",
+]
+SPLIT_OPERANDS += ["gradient of the weight, float32"]
 BY_TAPS = [name for name in KERNELS if "conv2d, TMA" in name]
 COMPUTED_OPERANDS = ["conv2d, TF32", "conv2d, float32", "conv2d, few channels, float32", *BY_TAPS[3:]]
 COMPUTED_OPERANDS += ["conv2d, matrix product, float32", "conv2d, matrix product, float32, NCHW"]
 COMPUTED_OPERANDS += ["conv2d, matrix product, gates", "conv2d, matrix product, batch norm before"]
 COMPUTED_OPERANDS += ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
+COMPUTED_OPERANDS += ["gradient of the weight, float32"]
 """Kernels that compute or transpose x in registers, from which, or from one place of shared memory, tensor cores read
 it."""
 WITH_HALO = [name for name in KERNELS if "halo" in name and "gradient" not in name]
@@ -33,7 +42,7 @@ RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
 GRADIENTS_BY_TMA = [name for name in KERNELS if "gradient" in name and "TMA" in name]
 GRADIENTS_WITH_HALO = ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
 BY_TMA = BY_TAPS + WITH_HALO + PRODUCTS + GRADIENTS_BY_TMA + GRADIENTS_WITH_HALO
-FEW_PIXELS = ["conv2d, sliced-K", *RESIDENT_KERNELS]
+FEW_PIXELS = ["conv2d, sliced-K", "conv2d, sliced-K, float32", *RESIDENT_KERNELS]
 ROUNDS = [
     *[name for name in WITH_HALO if "rounded" in name],
     *[name for name in PRODUCTS if "32" in name],
@@ -41,6 +50,8 @@ ROUNDS = [
     "conv2d, float32",
     "conv2d, in registers, float32",
     "conv2d, few channels, float32",
+    "conv2d, sliced-K, float32",
+    "gradient of the weight, float32",
     "padded rows",
     *BY_TAPS[3:],
 ]
@@ -181,6 +192,18 @@ def test_tma_brings_the_tiles(name, ptx):
 def test_a_product_of_computed_operands_is_awaited(name, ptx):
     """Otherwise the next step overwrites the registers that the tensor core still reads, as it did on an H200."""
     assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == {"0"}
+
+
+@pytest.mark.parametrize("name", SPLIT_OPERANDS)
+def test_operands_are_split_where_products_read_them(name, ptx):
+    """In registers, of which nothing goes back to shared memory, but for the right operand of a gradient.
+
+    With Triton 3.8 the leading bits did, in every step, and half as many programs had room on a multiprocessor.
+    """
+    loaded, _, after = ptx[name].partition("ldmatrix")
+    products = re.split(r"mma_async|mma\.sync", after)[:-1]
+    assert loaded and products
+    assert "gradient" in name or "st.shared" not in "".join(products)
 
 
 @pytest.mark.parametrize("name", ON_TENSOR_CORES + BY_TMA)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
+from .layouts import renamed
+
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LARGEST_TF32 = tl.constexpr(float.fromhex("0x1.ffcp127"))
 TRUNCATED_ALONE = tl.constexpr(6.5e-8)
@@ -104,7 +106,9 @@ def add_split_dot(x, weight, rest, acc):
     """
     high, low = split_to_tf32(x)
     products = tl.dot(low, weight, input_precision="tf32")
+    high = renamed(high)
     products = tl.dot(high, rest, products, input_precision="tf32")
+    high = renamed(high)
     return add(acc, tl.dot(high, weight, products, input_precision="tf32"))
 
 

@@ -1,18 +1,32 @@
-"""How Triton lays out what it loads, where that differs from version to version."""
+"""How Triton lays out what it loads and multiplies, where that differs from version to version."""
 
 import re
 
 import triton
 import triton.language as tl
 
-LANES_ALONG_LAST = tl.constexpr(tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= (3, 7))
+VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+LANES_ALONG_LAST = tl.constexpr(VERSION >= (3, 7))
 """Whether lanes load along the last dimension where nothing is contiguous, as from 3.7 on; before, along the first."""
+LAYS_OUT_AGAIN = tl.constexpr(VERSION == (3, 8) and not triton.knobs.runtime.interpret)
+"""Whether an operand of a product that has its layout already, since another was computed from it, is not seen to.
+
+It is then computed once more as it was loaded, and brought to its layout through shared memory in every step.
+"""
 
 
 @triton.constexpr_function
 def are_apart(stride) -> bool:
     """Whether elements with this stride may not be neighbours in memory: a stride of 1 is a constant to a kernel."""
     return not (isinstance(stride, int) and stride == 1)
+
+
+@triton.jit
+def renamed(x):
+    """x of 32 bits, as an operand of a product, where it was one before, or another operand was computed from it."""
+    if LAYS_OUT_AGAIN:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)
+    return x
 
 
 @triton.jit

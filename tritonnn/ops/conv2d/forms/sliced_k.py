@@ -29,6 +29,7 @@ from ....device.arithmetic import (
 )
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
+from ....device.layouts import renamed
 from ....device.pixels import MOST_PIXELS, quotient
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div
@@ -141,7 +142,9 @@ def sliced_product(
             weight_high, weight_low = split_weight_in_registers(weight)
             # Two chains of products: the small ones may all be added up in the tensor core, whose sums are truncated.
             small = tl.dot(x_low, weight_high, small, input_precision="tf32")
+            x_high = renamed(x_high)
             small = tl.dot(x_high, weight_low, small, input_precision="tf32")
+            x_high, weight_high = renamed(x_high), renamed(weight_high)
             acc = add(acc, tl.dot(x_high, weight_high, input_precision="tf32"))
         else:
             if ROUND_X:
