@@ -38,6 +38,7 @@ COMPUTED_OPERANDS += ["gradient of the weight, float32"]
 it."""
 WITH_HALO = [name for name in KERNELS if "halo" in name and "gradient" not in name]
 PRODUCTS = [name for name in KERNELS if "matrix product" in name]
+FROM_SHARED_MEMORY = [name for name in PRODUCTS if not re.search("32|gates|norm", name)]
 RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
 GRADIENTS_BY_TMA = [name for name in KERNELS if "gradient" in name and "TMA" in name]
 GRADIENTS_WITH_HALO = ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
@@ -211,9 +212,11 @@ def test_products_run_on_the_tensor_cores(name, ptx):
     assert "wgmma.mma_async" in ptx[name]
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_HALO if "NCHW" not in name] + PRODUCTS[:2])
+@pytest.mark.parametrize("name", [name for name in WITH_HALO if "NCHW" not in name] + FROM_SHARED_MEMORY)
 def test_products_overlap_and_all_fits_the_registers(name, ptx, tmp_path):
     waits = {"0", "1", "3"} if "groups" in name else {"0", "1"}  # a weight that stays is not waited for
+    if re.search(r"product, \d+ channels", name):  # two blocks of channels have two products a step
+        waits = {"0", "2"}
     assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx[name])) == waits
     said = assembled(ptx[name], tmp_path)
     assert "0 bytes spill stores" in said and "serializ" not in said
