@@ -141,6 +141,12 @@ KERNELS = {
         LAST,
         POINTERS | dict(C=3, SPAN_TAPS=True),
     ),
+    "conv2d, 3 channels, float32, bias": (
+        KERNEL_OF["pointers"],
+        "fp32",
+        LAST,
+        {name: POINTERS[name] for name in POINTERS if name != "bias_ptr"} | dict(C=3, SPAN_TAPS=True, HAS_BIAS=True),
+    ),
     "conv2d, few channels, TF32": (
         KERNEL_OF["pointers"],
         "fp32",

@@ -5,10 +5,11 @@ import re
 import triton
 import triton.language as tl
 
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 LANES_ALONG_LAST = tl.constexpr(VERSION >= (3, 7))
 """Whether lanes load along the last dimension where nothing is contiguous, as from 3.7 on; before, along the first."""
-LAYS_OUT_AGAIN = tl.constexpr(VERSION == (3, 8) and not triton.knobs.runtime.interpret)
+LAYS_OUT_AGAIN = tl.constexpr(VERSION == (3, 8))
 """Whether an operand of a product that has its layout already, since another was computed from it, is not seen to.
 
 It is then computed once more as it was loaded, and brought to its layout through shared memory in every step.
@@ -22,11 +23,17 @@ def are_apart(stride) -> bool:
 
 
 @triton.jit
-def renamed(x):
-    """x of 32 bits, as an operand of a product, where it was one before, or another operand was computed from it."""
-    if LAYS_OUT_AGAIN:
+def opaque(x):
+    """x of 32 bits, of which the compiler does not see where it comes from."""
+    if not INTERPRET:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)
     return x
+
+
+@triton.jit
+def renamed(x):
+    """x of 32 bits, as an operand of a product, where it was one before, or another operand was computed from it."""
+    return opaque(x) if LAYS_OUT_AGAIN else x
 
 
 @triton.jit

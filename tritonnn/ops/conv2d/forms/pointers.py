@@ -20,7 +20,7 @@ import triton.language as tl
 from ....device.arithmetic import FLUSH_STEPS, accumulator, add_rounded_dot, add_split_dot, dot, index_type, round_to
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import apply_epilogue
-from ....device.layouts import LANES_ALONG_LAST, are_apart
+from ....device.layouts import LANES_ALONG_LAST, are_apart, opaque
 from ....runtime import hardware
 from ....runtime.blocks import INTERPRETER_TILE, ceil_div, power_of_2
 from ....runtime.dependent_launch import dependent_launch
@@ -196,6 +196,8 @@ def conv2d_pointers_forward_kernel(
             acc += tl.sum(x.to(ACC) * tl.trans(weight).to(ACC), 1, keep_dims=True)
         else:
             acc = dot(x, weight, acc, INPUT_PRECISION)
+    if AXIS_K == 0 and ACC == tl.float32:  # else a sum of one step would begin with the bias, x waiting for that
+        acc = opaque(acc)
     start_successor(DEPENDENT)
     if INPUT_PRECISION == "tf32x3":
         acc += part
