@@ -125,7 +125,8 @@ class ZooSetup(Setup):
         model = build(case.network).to(device)
         size = INCEPTION_SIZE if "inception" in case.task else SIZE
         if calibrated:
-            calibrate(model, random_images(model, 16, size).to(device))
+            with cudnn_benchmark(False):  # else cuDNN would time its algorithms for these images, too
+                calibrate(model, random_images(model, 16, size).to(device))
         self._model = model.requires_grad_(False).to(DTYPES[case.dtype])
         self._images = random_images(model, case.batch_size, size).to(device, DTYPES[case.dtype])
         self._in_layout: dict[str, tuple[nn.Module, Tensor]] = {}
