@@ -135,8 +135,8 @@ class Run:
         def job(index: int) -> None:
             if self.stopped:
                 return
-            case, peer = jobs[index]
-            status = self._child(case, "compile", [peer], gpus[index % len(gpus)], threads(self.args.ahead), quiet=True)
+            (case, peer), gpu = jobs[index], gpus[index % len(gpus)]
+            status = self._child(case, "compile", [peer], gpu, share_of_cores(self.args.ahead), quiet=True)
             if not status:
                 self._mark(case, peer).parent.mkdir(exist_ok=True)
                 self._mark(case, peer).touch()
@@ -181,7 +181,7 @@ class Run:
         self.say(f"{number} of {of}: {case.name} on GPU {gpu}")
         with tempfile.TemporaryDirectory() as caches:
             cold = {name: f"{caches}/{name.lower()}" for name in CACHES}
-            environment = threads(self.args.together) if self._warm else cold
+            environment = share_of_cores(self.args.together) if self._warm else cold
             status = self._child(case, "measure", self._peers(case), gpu, environment)
         if status and status != INTERRUPTED and not self.stopped:
             self.failed.append(case.name)
@@ -262,7 +262,7 @@ def _compiles(peer: str) -> bool:
     return peer.startswith(("compile", "swap", "fus"))
 
 
-def threads(beside: int) -> dict[str, str]:
+def share_of_cores(beside: int) -> dict[str, str]:
     """Variables that give each of so many processes its share of the cores, but for what the user has set.
 
     Inductor would otherwise start a process a core in each of them, after another one that imports PyTorch again.

@@ -1,6 +1,5 @@
 """`benchmarks/zoo.py`: all of it but the GPU."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,99 +11,20 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import zoo, zoo_case, zoo_processes, zoo_report
+from benchmarks import zoo, zoo_case, zoo_processes
 from benchmarks.networks import cudnn_benchmark
-from benchmarks.results import FAILED, OK, Measured
-from benchmarks.zoo_case import PEERS, Contest, Layer, Peer, ZooCase, ZooResult, measure_layers
+from benchmarks.results import FAILED
+from benchmarks.zoo_case import PEERS, Contest, ZooCase, ZooResult, measure_layers
 from lit_modules.command_line import UserError
-from tritonnn.clocks import Timing
+from tests.helpers.zoo_results import made_up, saved
 
 CPU = torch.device("cpu")
-
-
-def peer(ms: float, first_call_s: float | None = 1.5, taken: str = "today") -> Peer:
-    return Peer(Measured(OK, Timing(ms, 0.9 * ms, 1.1 * ms, 20), 1e-2, 3e-3), first_call_s, taken)
-
-
-def made_up(network: str, faster: float) -> ZooResult:
-    layers = [
-        Layer("convolution 1x1", f"conv 1x1/1 8-{8 * faster:.0f}, 7x7", 2, 10.0, 10.0 / faster, 1e-3, 2e-3),
-        Layer("Linear", "linear 8-4, 2", 1, 10.0, 20.0, 1e-3, 1e-3, "dtype torch.int8"),
-    ]
-    peers = {
-        "eager": peer(4.0),
-        "graph": peer(2.0),
-        "compile-reduce-overhead": peer(1.0, None),
-        "compile-max-autotune": peer(1.1),
-        "fused-graph": peer(1.0 / faster),
-        "compile-tritonnn": peer(0.8),
-        "swapped-graph": Peer(Measured(FAILED, note="RuntimeError: out of memory")),
-    }
-    return ZooResult(network, "bf16", 64, {"device": "NVIDIA H100", "command": "python zoo.py"}, peers, layers)
-
-
-def saved(folder: Path, *results: ZooResult) -> list[ZooCase]:
-    cases = [ZooCase(result.network, result.dtype, result.batch_size) for result in results]
-    for case, result in zip(cases, results):
-        result.save(folder / case.file)
-    return cases
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
     result = made_up("resnet50", 2.0)
     [case] = saved(tmp_path, result)
     assert ZooResult.load(tmp_path / case.file) == result
-
-
-def test_page_table_and_picture(tmp_path):
-    """Worst and geometric mean are over the networks, against the best of PyTorch's ways."""
-    cases = saved(tmp_path, made_up("resnet50", 2.0), made_up("timm/resnet50", 0.5))
-    missing = ZooCase("vgg16_bn", "bf16", 64)
-    found = zoo_report.write(tmp_path, [*cases, missing], list(PEERS), "python benchmarks/zoo.py")
-    page = (tmp_path / "README.md").read_text()
-    assert "Missing: vgg16_bn-bf16-64." in page and (tmp_path / "zoo.png").stat().st_size > 1000
-    assert [len(json.loads((tmp_path / "results.json").read_text())), len(found)] == [2, 2]
-    [times, *_] = [table for table in zoo_report.tables(found) if table.title == "Milliseconds, bf16, 64 images"]
-    fused = times.columns.index("fused-graph / best of PyTorch")
-    compiled = times.columns.index("compile-tritonnn / compile-reduce-overhead")
-    assert [row[fused] for row in times.rows] == ["2.00", "0.50"]
-    assert [total[fused] for total in times.totals] == ["0.50", "1.00"]
-    assert [total[compiled] for total in times.totals] == ["1.25", "1.25"]
-    assert "FAILED" in page and "out of memory" in page
-
-
-def test_a_partial_run_says_of_how_many_networks_it_knows():
-    """A network without the strongest of PyTorch's ways does not count where others have it."""
-    results = [made_up("resnet50", 2.0), made_up("vgg16", 0.5), made_up("resnet18", 9.0), made_up("alexnet", 4.0)]
-    del results[2].peers["compile-reduce-overhead"], results[3].peers["fused-graph"]
-    results[0].peers["fused-graph"].taken = "yesterday"
-    cases = [ZooCase(name, "bf16", 64) for name in ("resnet50", "vgg16", "resnet18", "alexnet", "googlenet")]
-    [standing] = zoo_report.summary(results, cases, ["fused-graph", "swapped-graph"])
-    assert standing.rows == [
-        ["bf16, 64 images", "swapped-graph", "", "", "", "", "0 of 5"],
-        ["bf16, 64 images", "fused-graph", "1.00", "0.50", "vgg16", "1", "2 of 5"],
-        ["bf16, 64 images", "compile-tritonnn", "1.25", "1.25", "resnet50", "0", "3 of 5"],
-    ]
-    times = zoo_report.tables(results)[0]
-    fused = times.columns.index("fused-graph")
-    assert [row[fused] for row in times.rows] == ["0.500*", "2.000", "0.111", ""]
-    assert times.rows[2][times.columns.index("fused-graph / best of PyTorch")] == "(9.90)"
-    assert times.note.startswith("*: taken in another run") and "In brackets" in times.note
-    assert zoo_report.in_a_line(results[1]).endswith("best of PyTorch's: fused-graph 0.50, compile-tritonnn 1.25")
-    assert zoo_report._missing(results, cases, ["graph", "fused-graph"]) == [
-        "Missing: googlenet-bf16-64.",
-        "Missing of fused-graph: alexnet-bf16-64.",
-    ]
-
-
-def test_layers_of_a_kind(tmp_path):
-    cases = saved(tmp_path, made_up("resnet50", 2.0), made_up("vgg16", 0.5))
-    found = zoo_report.write(tmp_path, cases, list(PEERS), "")
-    [kinds] = [table for table in zoo_report.tables(found) if table.title == "Layers alone, bf16, 64"]
-    assert kinds.rows == [
-        ["Linear", "1", "0.50", "0.50", "1 (100%)", "1.0e-03", "1.0e-03", "1"],
-        ["convolution 1x1", "2", "1.00", "0.50", "1 (50%)", "1.0e-03", "2.0e-03", "0"],
-    ]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +132,16 @@ def test_what_waits_at_the_end_shares_the_time_that_is_left(tmp_path):
     assert waiting._granted("0") == pytest.approx(0.3, abs=0.01) and waiting._granted("1") == 0.5
     waiting.end = 0.0
     assert waiting._granted("0") == zoo_processes.LEAST_BUDGET_S
+
+
+def test_processes_beside_each_other_share_the_cores(monkeypatch):
+    """What the user has set stays."""
+    monkeypatch.setattr(zoo_processes.os, "sched_getaffinity", lambda pid: range(32))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    for beside, share in ((1, "32"), (10, "3"), (64, "1")):
+        expected = {"OMP_NUM_THREADS": "7", "TORCHINDUCTOR_COMPILE_THREADS": share}
+        assert zoo_processes.share_of_cores(beside) == expected
 
 
 CHILD = """
