@@ -38,6 +38,8 @@ BY_VALUE += ("compile-max-autotune",)
 BUDGET_S, SHARED_BUDGET_S, LAYER_BUDGET_S = 2.0, 0.5, 0.05
 """Seconds in which the peers of a case take turns: alone, or while other cases are stopped; and those of a layer."""
 PROFILED_CALLS = 3
+BEGINS = "gets ready: "
+"""What is said before the name of a peer: should the process end then, that peer ended it."""
 ERROR_OF_EAGER = 3.0
 """How many times the error of PyTorch's eager network a right result may have, or the limit of its type."""
 
@@ -211,6 +213,7 @@ class Contest:
             self.limit = max(self.limit, ERROR_OF_EAGER * found.rms_error)
             found.status = OK
         for name in sorted(names, key=BY_VALUE.index):
+            self.say(f"{BEGINS}{name}")
             found, call, seconds = eager if name == "eager" else self._prepared(name)
             if found.status == FAILED and time.time() >= until:
                 return

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.compare import command
-from benchmarks.zoo_case import BY_VALUE, ZooCase, ZooResult
+from benchmarks.zoo_case import BEGINS, BY_VALUE, ZooCase, ZooResult
 from benchmarks.zoo_report import in_a_line
 from tritonnn.compiler.measured import measuring_alone
 
@@ -80,6 +80,8 @@ class Run:
         self.failed: list[str] = []
         self.processes: dict[subprocess.Popen, str] = {}
         """The processes that run, and their GPUs."""
+        self.begun: dict[ZooCase, str] = {}
+        """The peer that is getting ready, of each case."""
         self.stopped = False
         self.lock = threading.Lock()
 
@@ -179,15 +181,22 @@ class Run:
 
     def _measure_one(self, case: ZooCase, gpu: str, number: int, of: int) -> None:
         self.say(f"{number} of {of}: {case.name} on GPU {gpu}")
+        peers = self._peers(case)
+        while status := self._measured(case, peers, gpu):
+            culprit = self.begun.pop(case, None)
+            if status == INTERRUPTED or self.stopped:
+                return
+            self.failed.append(case.name)
+            self.say(f"{case.name}: failed, its process ended with {status}{f' in {culprit}' if culprit else ''}")
+            if culprit not in peers or len(peers) == 1:
+                return
+            peers.remove(culprit)  # the others are measured without it
+        self.say(f"{case.name}: {in_a_line(ZooResult.load(self.folder / case.file))}")
+
+    def _measured(self, case: ZooCase, peers: Sequence[str], gpu: str) -> int:
         with tempfile.TemporaryDirectory() as caches:
             cold = {name: f"{caches}/{name.lower()}" for name in CACHES}
-            environment = share_of_cores(self.args.together) if self._warm else cold
-            status = self._child(case, "measure", self._peers(case), gpu, environment)
-        if status and status != INTERRUPTED and not self.stopped:
-            self.failed.append(case.name)
-            self.say(f"{case.name}: failed, its process ended with {status}")
-        elif not status:
-            self.say(f"{case.name}: {in_a_line(ZooResult.load(self.folder / case.file))}")
+            return self._child(case, "measure", peers, gpu, share_of_cores(self.args.together) if self._warm else cold)
 
     @property
     def _warm(self) -> bool:
@@ -219,6 +228,7 @@ class Run:
             for line in process.stdout:
                 last = line.strip() or last
                 if last == READY:
+                    self.begun.pop(case, None)
                     alone.enter_context(self._others_stopped(process))
                     with suppress(BrokenPipeError):
                         process.stdin.write(f"{self._granted(gpu)}\n")
@@ -229,6 +239,8 @@ class Run:
                     done = True
                     process.kill()  # to end by itself takes long where others have their turns
                     break
+                elif last.startswith(BEGINS):
+                    self.begun[case] = last.removeprefix(BEGINS)
                 elif not quiet and line.strip():
                     self.say(f"  {case.name}: {line.rstrip()[:300]}")
         status = process.wait()

@@ -176,6 +176,33 @@ def test_who_is_timed_has_the_gpu_alone(tmp_path, monkeypatch):
     assert min(other) < timed[0] and max(other) > timed[-1] and not (tmp_path / "ended").exists()
 
 
+CRASHING = """
+import os, sys
+for name in sys.argv[sys.argv.index("--peers") + 1 : sys.argv.index("--output")]:
+    print(f"gets ready: {name}", flush=True)
+    if name == "fused-graph":
+        os.abort()
+print("timed", flush=True)
+"""
+
+
+def test_a_peer_that_ends_its_process_does_not_cost_the_others(tmp_path, monkeypatch):
+    (script := tmp_path / "child.py").write_text(CRASHING)
+    monkeypatch.setattr(zoo_processes, "SCRIPT", str(script))
+    measured, child = [], zoo_processes.Run._child
+
+    def noting(self, case, what, peers, *args, **kwargs):
+        measured.append(list(peers))
+        saved(self.folder, made_up(case.task, 2.0))
+        return child(self, case, what, peers, *args, **kwargs)
+
+    monkeypatch.setattr(zoo_processes.Run, "_child", noting)
+    assert run(tmp_path, "alexnet", options=("--again", "--peers", "graph", "fused-graph", "eager")) == 1
+    assert measured == [["graph", "fused-graph", "eager"], ["graph", "eager"]]
+    assert run(tmp_path, "alexnet", options=("--again", "--peers", "fused-graph")) == 1
+    assert len(measured) == 3
+
+
 def test_within_ends_as_if_interrupted():
     with pytest.raises(KeyboardInterrupt), zoo_processes.interrupted_after(0.05):
         time.sleep(5)
@@ -225,7 +252,8 @@ def test_a_network_is_measured(small_network, monkeypatch):
         peers = contest.timed(0.01)
     assert peers["eager"].measured.timing and peers["eager"].first_call_s > 0
     assert peers["graph"].measured.status == "wrong" and not peers["graph"].measured.timing
-    assert [*contest.calls] == ["eager"] and [line.partition(":")[0] for line in said[1:]] == ["eager", "graph"]
+    assert [*contest.calls] == ["eager"]
+    assert [line.split(",")[0].split(":")[0] for line in said[1:]] == ["gets ready", "eager", "gets ready", "graph"]
 
 
 @pytest.fixture
