@@ -5,13 +5,21 @@
     python benchmarks/zoo.py --layers
 
 Each network, type and batch size is a process of its own, and one at a time is timed on a GPU. A run that was
-interrupted goes on where it stopped: what its folder has is not measured again. Ends with 0, 1 if a case failed, 2 on
-wrong use, 130 if it was interrupted.
+interrupted goes on where it stopped: the peers of a case that its folder has are not measured again, unless others are
+missing and card or versions have changed. Ends with 0, 1 if a case failed, 2 on wrong use, 130 if it was interrupted or
+its time was up.
 
-Where minutes count, all of it compiled by many processes, then measured by processes that get ready beside each other:
+How we stand, in ten minutes of one GPU, with as many processes that compile as there are cores:
 
-    python benchmarks/zoo.py --compile-only --ahead 24 --within 150
-    python benchmarks/zoo.py --only-compiled --together 16 --within 100
+    python benchmarks/zoo.py --peers graph compile-reduce-overhead fused-graph --dtypes bf16 \\
+        --ahead 16 --compile-only --within 350
+    python benchmarks/zoo.py --peers graph compile-reduce-overhead fused-graph --dtypes bf16 \\
+        --together 16 --only-compiled --within 200
+
+The first command compiles `fused-graph` of all cases, then `compile-reduce-overhead`, the strongest of PyTorch's; with
+all peers these two come first, too. In the second one the cases get ready beside each other, and just before its end
+those that are ready are timed with the peers that are. It prints, by type and batch size, the geometric mean and the
+worst of our times against the best of PyTorch's, and of how many networks that is known. Both go on when called again.
 """
 
 import sys
@@ -23,29 +31,31 @@ if __name__ == "__main__":
 import argparse
 import json
 import logging
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from rich.console import Console
 
 from benchmarks.cases import flags
 from benchmarks.compare import RESULTS, Parser, count, positive, settings, slug
+from benchmarks.measure import Say
 from benchmarks.networks import cudnn_benchmark
-from benchmarks.peers import Call
 from benchmarks.zoo_case import (
     BUDGET_S,
     PEERS,
+    SHARED_BUDGET_S,
+    Contest,
     ZooCase,
     ZooResult,
     compile_only,
     kernels_of,
     measure_layers,
-    measure_network,
 )
-from benchmarks.zoo_processes import INTERRUPTED, TIMED, Run, command_line, turn
+from benchmarks.zoo_processes import INTERRUPTED, TIMED, Run, command_line, interrupted_after, turn
 from benchmarks.zoo_report import rich_tables, write
 from lit_modules.command_line import UserError, user_errors_in_one_line
 from lit_modules.environment import environment
@@ -91,7 +101,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=count,
         metavar="N",
         default=0,
-        help="processes that compile before anything is timed: faster, but no first calls are measured (default: 0)",
+        help="processes that compile before anything is timed, what tells the most first, in at most half of --within: "
+        "faster, but no first calls are measured (default: 0)",
     )
     add("--compile-only", action="store_true", help="what --ahead compiles, and nothing is timed")
     add("--only-compiled", action="store_true", help="leave out what --ahead has not compiled, for this folder")
@@ -104,13 +115,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "stopped. Faster, but first calls say nothing (default: 1)",
     )
     add("--kernels", action="store_true", help="also which kernels a call of each peer launches, and their times")
-    add("--budget", type=positive_seconds, metavar="SECONDS", default=BUDGET_S, help=f"a case (default: {BUDGET_S:g})")
-    add("--within", type=positive_seconds, metavar="SECONDS", help="then it stops; the same command goes on")
-    add("--again", action="store_true", help="measure also what the folder has")
+    add(
+        "--budget",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help=f"for the turns of a case (default: {BUDGET_S:g}; with --together {SHARED_BUDGET_S:g})",
+    )
+    add(
+        "--within",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help="then it stops, and just before times what is ready; the same command goes on",
+    )
+    add("--again", action="store_true", help="measure these peers also where the folder has them")
     add("--report", action="store_true", help="only write page and picture of what the folder has")
     add("--child", choices=("measure", "compile"), help=argparse.SUPPRESS)
-    add("--shared", action="store_true", help=argparse.SUPPRESS)
+    for name in ("--shared", "--warm"):
+        add(name, action="store_true", help=argparse.SUPPRESS)
+    add("--until", type=float, default=math.inf, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    args.budget = args.budget or (SHARED_BUDGET_S if args.together > 1 else BUDGET_S)
     args.cases = [ZooCase(name, dtype, n) for name in args.networks for n in args.batch_sizes for dtype in args.dtypes]
     for case in args.cases:
         try:
@@ -148,40 +172,41 @@ def child(args: argparse.Namespace) -> None:
         return
     if args.shared:
         torch.backends.cudnn.benchmark_limit = FEW_ALGORITHMS
+    path = args.output / case.file
     with torch.no_grad(), flags(case.dtype), cudnn_benchmark(True):
-        result = ZooResult(case.task, case.dtype, case.batch_size, environment(device) | settings(device))
+        result = ZooResult.begun(path, case, environment(device) | settings(device))
         if args.layers:
             result.layers = measure_layers(case, device, say)
         else:
-            calls: dict[str, Call] = {}
-            result.peers = measure_network(case, device, args.peers, say, args.budget, partial(turn, device), calls)
-    short = [name for name, peer in result.peers.items() if OUT_OF_MEMORY in peer.measured.note]
-    if short and args.shared:
-        sys.exit(f"{', '.join(short)}: no memory left beside the others")
-    result.save(args.output / case.file)
+            contest = measured(args, case, device, say, result)
+    result.save(path)
     say(TIMED)
-    if args.kernels:
+    if args.kernels and not args.layers:
         with torch.no_grad(), flags(case.dtype):
-            found = {name: kernels_of(call) for name, call in calls.items()}
+            found = {name: kernels_of(call) for name, call in contest.calls.items()}
         (args.output / "kernels").mkdir(exist_ok=True)
         (args.output / "kernels" / case.file).write_text(json.dumps(found))
 
 
-@contextmanager
-def interrupted_after(seconds: float | None) -> Iterator[None]:
-    """KeyboardInterrupt after so many seconds, and where the process is asked to end."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGALRM, signal.SIGTERM)}
-    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def measured(args: argparse.Namespace, case: ZooCase, device: torch.device, say: Say, result: ZooResult) -> Contest:
+    """Adds to the result the peers that it lacks, those that are ready in time. Ends the process if none is."""
+    contest = Contest(case, device, say)
+    with suppress(KeyboardInterrupt), interrupted_after(args.until - time.time()):
+        contest.get_ready([name for name in args.peers if args.again or name not in result.peers], args.until)
+    if not contest.ready:
+        say("none of its peers was ready in time")
+        sys.exit(INTERRUPTED)
+    with turn(device) as budget_s:
+        peers = contest.timed(budget_s)
+    short = [name for name, peer in peers.items() if args.shared and OUT_OF_MEMORY in peer.measured.note]
+    if short:
+        say(f"{', '.join(short)}: no memory left beside the others; the same command tries again")
+    for name in short:
+        del peers[name]
+    if not peers:
+        sys.exit(1)
+    result.add({name: replace(peer, first_call_s=None) if args.warm else peer for name, peer in peers.items()})
+    return contest
 
 
 def zoo(args: argparse.Namespace, console: Console) -> int:
@@ -202,11 +227,13 @@ def zoo(args: argparse.Namespace, console: Console) -> int:
         with interrupted_after(args.within):
             status = 0 if args.report else Run(args, folder, console).run()
     except KeyboardInterrupt:
-        print(f"interrupted: {folder} has the cases that were done; the same command goes on there", file=sys.stderr)
-        return INTERRUPTED
-    for table in rich_tables(write(folder, args.cases, command_line())):
+        status = INTERRUPTED
+    found = write(folder, args.cases, args.peers, command_line())
+    for table in rich_tables(found, args.cases, args.peers):
         console.print(table)
     console.print(f"written: {folder}")
+    if status == INTERRUPTED:
+        print(f"interrupted: {folder} has what was done; the same command goes on there", file=sys.stderr)
     return status
 
 

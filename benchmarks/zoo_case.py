@@ -2,10 +2,10 @@
 
 import copy
 import json
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from benchmarks.layers import distinct
 from benchmarks.measure import Say, checked, outcome, prepared, time_right_ones
 from benchmarks.networks import LIMITS, Setup, cudnn_benchmark, errors, spread
 from benchmarks.peers import Call
-from benchmarks.results import OK, Measured
+from benchmarks.results import FAILED, OK, Measured
 from benchmarks.timing import failure
 from tritonnn import kind_of, swap
 from tritonnn.clocks import Timing
@@ -32,10 +32,14 @@ from tritonnn.latency import LayerCall, record_calls, time_alternately, twin
 PYTORCH = ("eager", "graph", "compile-reduce-overhead", "compile-max-autotune")
 OURS = ("swapped-graph", "fused-graph", "compile-tritonnn")
 INCEPTION_SIZE, SIZE = 299, 224
-BUDGET_S, LAYER_BUDGET_S = 2.0, 0.05
+BY_VALUE = ("eager", "graph", "fused-graph", "compile-reduce-overhead", "swapped-graph", "compile-tritonnn")
+BY_VALUE += ("compile-max-autotune",)
+"""The order in which peers are compiled ahead and get ready: a run that is cut off has what tells the most."""
+BUDGET_S, SHARED_BUDGET_S, LAYER_BUDGET_S = 2.0, 0.5, 0.05
+"""Seconds in which the peers of a case take turns: alone, or while other cases are stopped; and those of a layer."""
 PROFILED_CALLS = 3
-CHOOSES_ALGORITHMS = ("eager", "graph", "swapped-graph")
-"""Ways in which cuDNN times its algorithms while they get ready."""
+BEGINS = "gets ready: "
+"""What is said before the name of a peer: should the process end then, that peer ended it."""
 ERROR_OF_EAGER = 3.0
 """How many times the error of PyTorch's eager network a right result may have, or the limit of its type."""
 
@@ -60,10 +64,15 @@ class ZooCase(Case):
 
 @dataclass
 class Peer:
-    """What was found of a way to run a network; `first_call_s`: from the untouched network to the first result."""
+    """What was found of a way to run a network.
+
+    `first_call_s`: from the untouched network to the first result, if nothing was compiled. `taken`: the date of the
+    run that it was timed in, by turns with all others of that date.
+    """
 
     measured: Measured
     first_call_s: float | None = None
+    taken: str = ""
 
 
 @dataclass
@@ -105,9 +114,25 @@ class ZooResult:
         for name, peer in found["peers"].items():
             measured = peer["measured"]
             timing = measured["timing"] and Timing(**measured["timing"])
-            found["peers"][name] = Peer(Measured(**(measured | {"timing": timing})), peer["first_call_s"])
+            taken = peer.get("taken", found["environment"].get("date", ""))
+            found["peers"][name] = Peer(Measured(**(measured | {"timing": timing})), peer["first_call_s"], taken)
         found["layers"] = [Layer(**layer) for layer in found["layers"]]
         return cls(**found)
+
+    @classmethod
+    def begun(cls, path: Path, case: ZooCase, environment: dict[str, str]) -> "ZooResult":
+        """A result to which peers are added: those that the file has, if the card and all versions are the same."""
+        result = cls(case.task, case.dtype, case.batch_size, environment)
+        if path.exists():
+            before = cls.load(path)
+            if _without_occasion(before.environment) == _without_occasion(environment):
+                result.peers = before.peers
+        return result
+
+    def add(self, peers: Mapping[str, Peer]) -> None:
+        date = self.environment.get("date", "")
+        found = self.peers | {name: replace(peer, taken=date) for name, peer in peers.items()}
+        self.peers = {name: found[name] for name in PEERS if name in found}
 
     def ms(self, name: str) -> float | None:
         timing = self.peers[name].measured.timing if name in self.peers else None
@@ -115,6 +140,10 @@ class ZooResult:
 
     def best_ms(self, names: Iterable[str]) -> float | None:
         return min((ms for name in names if (ms := self.ms(name)) is not None), default=None)
+
+
+def _without_occasion(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in ("command", "date")}
 
 
 class ZooSetup(Setup):
@@ -125,7 +154,8 @@ class ZooSetup(Setup):
         model = build(case.network).to(device)
         size = INCEPTION_SIZE if "inception" in case.task else SIZE
         if calibrated:
-            calibrate(model, random_images(model, 16, size).to(device))
+            with cudnn_benchmark(False):  # else cuDNN would time its algorithms for these images, too
+                calibrate(model, random_images(model, 16, size).to(device))
         self._model = model.requires_grad_(False).to(DTYPES[case.dtype])
         self._images = random_images(model, case.batch_size, size).to(device, DTYPES[case.dtype])
         self._in_layout: dict[str, tuple[nn.Module, Tensor]] = {}
@@ -147,53 +177,74 @@ PEERS: dict[str, Callable[[Setup], Call]] = {
 }
 
 
-def measure_network(
-    case: ZooCase,
-    device: torch.device,
-    names: Sequence[str],
-    say: Say,
-    budget_s: float = BUDGET_S,
-    turn: Callable[[], AbstractContextManager] = nullcontext,
-    calls: dict[str, Call] | None = None,
-) -> dict[str, Peer]:
-    """Every way to run the network: its first call, its error, and its time, taken in turns, within `turn()`.
+class Contest:
+    """The peers of a case: they get ready one by one, and those that are ready are timed in turns.
 
-    `calls` gets those that gave right results.
+    Where getting ready is interrupted, those that were ready stay so. `calls` has those with right results.
     """
-    setup = ZooSetup(case, device)
-    limit = LIMITS[case.dtype]
-    measured, first = {}, {}
-    calls = {} if calls is None else calls
 
-    def check(y: Tensor) -> Measured:
-        return checked(y, setup.reference, case.batch_size, limit)
+    def __init__(self, case: ZooCase, device: torch.device, say: Say) -> None:
+        self.case, self.device, self.say = case, device, say
+        self.limit = LIMITS[case.dtype]
+        self.ready: dict[str, tuple[Measured, Call | None, float | None]] = {}
+        """By name: what was found, what calls it, and the seconds to its first result."""
 
-    if "eager" not in names:
-        with measuring_alone(device):
-            limit = max(limit, ERROR_OF_EAGER * check(PEERS["eager"](setup)()).rms_error)
-    for name in names:
+    @property
+    def calls(self) -> dict[str, Call]:
+        return {name: call for name, (found, call, _) in self.ready.items() if call and found.status == OK}
 
-        def builder(name: str = name) -> Call:
+    def get_ready(self, names: Iterable[str], until: float = math.inf) -> None:
+        """Has the peers give their first results, within the limit that the error of PyTorch's eager network sets.
+
+        In that network's first call cuDNN chooses its algorithms, for all peers, and does so alone on the GPU.
+        `until`: when it is interrupted, in seconds since the epoch. What fails then does so for that reason.
+        """
+        start = time.perf_counter()
+        self.setup = ZooSetup(self.case, self.device)
+        _ = self.setup.reference  # is computed now, while others may have cuDNN choose
+        waits = time.perf_counter()
+        with measuring_alone(self.device):
+            waited = time.perf_counter() - waits
+            eager = self._prepared("eager")
+        found, _, seconds = eager
+        ready_s, chosen_s = waits - start, seconds or math.nan
+        self.say(f"network and reference in {ready_s:.1f} s, waited {waited:.1f} s, cuDNN chose in {chosen_s:.1f} s")
+        if found.rms_error is not None and math.isfinite(found.rms_error):
+            self.limit = max(self.limit, ERROR_OF_EAGER * found.rms_error)
+            found.status = OK
+        for name in sorted(names, key=BY_VALUE.index):
+            self.say(f"{BEGINS}{name}")
+            found, call, seconds = eager if name == "eager" else self._prepared(name)
+            if found.status == FAILED and time.time() >= until:
+                return
+            self.ready[name] = found, call, seconds
+            self.say(f"{name}: {outcome(found)}, first result after {seconds or math.nan:.1f} s")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # others get ready on the same GPU
+
+    def _prepared(self, name: str) -> tuple[Measured, Call | None, float | None]:
+        seconds = None
+
+        def builder() -> Call:
+            nonlocal seconds
             start = time.perf_counter()
-            call = PEERS[name](setup)
+            call = PEERS[name](self.setup)
             call()
-            _synchronize(device)
-            first[name] = time.perf_counter() - start
+            _synchronize(self.device)
+            seconds = time.perf_counter() - start
             return call
 
-        with measuring_alone(device) if name in CHOOSES_ALGORITHMS else nullcontext():
-            measured[name], call = prepared(builder, check, device)
-        if name == "eager" and measured[name].rms_error is not None:
-            limit = max(limit, ERROR_OF_EAGER * measured[name].rms_error)
-            measured[name] = check(call())
-        if measured[name].status == OK:
-            calls[name] = call
-        say(f"{name}: {outcome(measured[name])}, first result after {first.get(name, float('nan')):.1f} s")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # others get ready on the same GPU
-    with turn():
-        time_right_ones(measured, calls, check, device, budget_s)
-    return {name: Peer(found, first.get(name)) for name, found in measured.items()}
+        found, call = prepared(builder, self._check, self.device)
+        return found, call, seconds
+
+    def _check(self, y: Tensor) -> Measured:
+        return checked(y, self.setup.reference, self.case.batch_size, self.limit)
+
+    def timed(self, budget_s: float = BUDGET_S) -> dict[str, Peer]:
+        """Every peer that is ready, with its time if its result is right."""
+        measured = {name: found for name, (found, *_) in self.ready.items()}
+        time_right_ones(measured, self.calls, self._check, self.device, budget_s)
+        return {name: Peer(found, self.ready[name][2]) for name, found in measured.items()}
 
 
 def kernels_of(call: Call) -> list[tuple[str, float]]:

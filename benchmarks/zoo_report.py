@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,14 +17,33 @@ from lit_modules.tables import Table, rich_table, table_markdown
 Key = tuple[str, int]
 """Type and batch size."""
 A_TENTH_SLOWER = 1 / 1.1
+STRONGEST = "compile-reduce-overhead"
+"""Where others have it, a network without it has no best of PyTorch's to be compared with."""
+NOTES = {
+    "*": "*: taken in another run than the others of the row; times drift by a few per cent from run to run.",
+    ")": f"In brackets, and not counted: {STRONGEST} is missing.",
+}
+"""By the character in which a cell ends."""
 
 
-def rich_tables(results: Iterable[ZooResult]) -> list[RichTable]:
-    return [rich_table(table) for table in tables(results)]
+def rich_tables(results: Sequence[ZooResult], cases: Sequence[ZooCase], peers: Sequence[str]) -> list[RichTable]:
+    """For a terminal, with what matters most at the end."""
+    found = []
+    for table in [*tables(results), *summary(results, cases, peers)]:
+        found.append(rich_table(table))
+        found[-1].caption, found[-1].caption_justify = table.note or None, "left"
+    return found
 
 
-def write(folder: Path, cases: Sequence[ZooCase], command: str) -> list[ZooResult]:
-    """README.md, results.json and pictures of what the folder has of these cases; the results."""
+def in_a_line(result: ZooResult) -> str:
+    times = ", ".join(f"{name} {_cell(result, name)}" for name in result.peers)
+    ratios = [(name, ratio) for name in OURS for ratio in speeds([result], name, PYTORCH)]
+    against = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios)
+    return f"{times} ms" + (f"; times as fast as the best of PyTorch's: {against}" if against else "")
+
+
+def write(folder: Path, cases: Sequence[ZooCase], peers: Sequence[str], command: str) -> list[ZooResult]:
+    """README.md, results.json and pictures of what the folder has of these cases, whose `peers` count; the results."""
     found = [ZooResult.load(folder / case.file) for case in cases if (folder / case.file).exists()]
     if not found:
         return []
@@ -41,11 +61,54 @@ def write(folder: Path, cases: Sequence[ZooCase], command: str) -> list[ZooResul
         "",
     ]
     lines += [f"![{name}]({name})\n" for name in pictures]
-    lines += [line for table in tables(found) for line in (table_markdown(table), "")]
-    missing = [case.name for case in cases if not (folder / case.file).exists()]
-    lines += [f"Missing: {', '.join(missing)}.", ""] if missing else []
+    tables_ = [*summary(found, cases, peers), *tables(found)]
+    lines += [line for table in tables_ for line in (table_markdown(table), "")]
+    lines += [line for missing in _missing(found, cases, peers) for line in (missing, "")]
     (folder / "README.md").write_text("\n".join(lines))
     return found
+
+
+def _missing(results: Sequence[ZooResult], cases: Sequence[ZooCase], peers: Sequence[str]) -> list[str]:
+    """Sentences that name the cases without a result, and for each peer the others that are without it."""
+    by_case = {(result.network, result.dtype, result.batch_size): result for result in results}
+    have = {case: by_case.get((case.task, case.dtype, case.batch_size)) for case in cases}
+    lacking = {"": [case for case, result in have.items() if not result]}
+    for name in peers if any(result.peers for result in results) else ():
+        lacking[f" of {name}"] = [case for case, result in have.items() if result and name not in result.peers]
+    return [f"Missing{of}: {', '.join(case.name for case in found)}." for of, found in lacking.items() if found]
+
+
+def summary(results: Sequence[ZooResult], cases: Sequence[ZooCase], peers: Sequence[str]) -> list[Table]:
+    """How the peers of ours stand, by type and batch size, and of how many cases that is known."""
+    if not any(result.peers for result in results):
+        return []
+    rows = []
+    for (dtype, n), asked in Counter((case.dtype, case.batch_size) for case in cases).items():
+        here = _comparable([result for result in results if (result.dtype, result.batch_size) == (dtype, n)])
+        for name in OURS:
+            ratios = {result.network: ratio for result in here for ratio in speeds([result], name, PYTORCH)}
+            if ratios or name in peers:
+                rows.append([_title(dtype, n), name, *_standing(ratios), f"{len(ratios)} of {asked}"])
+    columns = ["", "", "geometric mean", "worst", "where", "slower", "networks"]
+    note = f"Over the networks of which both have a time, {STRONGEST} among them if any has it."
+    return [Table("Times as fast as the best of PyTorch's", columns, rows, [], names=2, note=note)] if rows else []
+
+
+def _standing(ratios: Mapping[str, float]) -> list[str]:
+    if not ratios:
+        return [""] * 4
+    worst = min(ratios, key=ratios.__getitem__)
+    slower = sum(ratio < 1 for ratio in ratios.values())
+    return [f"{geometric_mean(list(ratios.values())):.2f}", f"{ratios[worst]:.2f}", worst, str(slower)]
+
+
+def _comparable(results: Sequence[ZooResult]) -> list[ZooResult]:
+    """Those that have the strongest of PyTorch's, timed or failed, if any has it."""
+    return [result for result in results if STRONGEST in result.peers] or list(results)
+
+
+def _title(dtype: str, n: int) -> str:
+    return f"{dtype}, {n} image{'s' * (n > 1)}"
 
 
 def tables(results: Iterable[ZooResult]) -> list[Table]:
@@ -54,7 +117,7 @@ def tables(results: Iterable[ZooResult]) -> list[Table]:
     for dtype, n in dict.fromkeys((result.dtype, result.batch_size) for result in results):
         here = [result for result in results if (result.dtype, result.batch_size) == (dtype, n)]
         if any(result.peers for result in here):
-            title = f"{dtype}, {n} image{'s' * (n > 1)}"
+            title = _title(dtype, n)
             found += [_times(here, title), _per_peer(here, f"Errors, {title}", _error), _first_calls(here, title)]
         layers = [layer for result in here for layer in result.layers]
         if layers:
@@ -73,32 +136,32 @@ def speeds(results: Iterable[ZooResult], name: str, against: Sequence[str]) -> l
 
 
 def _times(results: Sequence[ZooResult], title: str) -> Table:
-    names = _names(results)
+    names, comparable = _names(results), _comparable(results)
     compared = {f"{name} / best of PyTorch": (name, PYTORCH) for name in OURS if name in names}
-    if {"compile-tritonnn", "compile-reduce-overhead"} <= set(names):
-        compared["compile-tritonnn / compile-reduce-overhead"] = "compile-tritonnn", ("compile-reduce-overhead",)
-    rows = []
+    if {"compile-tritonnn", STRONGEST} <= set(names):
+        compared[f"compile-tritonnn / {STRONGEST}"] = "compile-tritonnn", (STRONGEST,)
+    rows, totals = [], []
     for result in results:
-        ratios = [speeds([result], *pair) for pair in compared.values()]
-        rows.append(
-            [
-                result.network,
-                *[_cell(result, name) for name in names],
-                *[f"{ratio[0]:.2f}" if ratio else "" for ratio in ratios],
-            ]
-        )
-    totals = []
-    for label, reduce in (("worst", min), ("geometric mean", geometric_mean)):
-        found = [speeds(results, *pair) for pair in compared.values()]
+        ratios = [f"{ratio[0]:.2f}" if (ratio := speeds([result], *pair)) else "" for pair in compared.values()]
+        if result not in comparable:
+            ratios = [f"({ratio})" if ratio else "" for ratio in ratios]
+        rows.append([result.network, *[_cell(result, name) for name in names], *ratios])
+    for label, reduce in (("worst", min), ("geometric mean", geometric_mean)) if compared else ():
+        found = [speeds(comparable, *pair) for pair in compared.values()]
         totals.append([label, *[""] * len(names), *[f"{reduce(ratios):.2f}" if ratios else "" for ratios in found]])
-    return Table(f"Milliseconds, {title}", ["", *names, *compared], rows, totals)
+    marks = {cell[-1:] for row in rows for cell in row}
+    notes = [note for mark, note in NOTES.items() if mark in marks]
+    return Table(f"Milliseconds, {title}", ["", *names, *compared], rows, totals, note="\n".join(notes))
 
 
 def _cell(result: ZooResult, name: str) -> str:
     if name not in result.peers:
         return ""
     measured = result.peers[name].measured
-    return f"{measured.timing.median:.3f}" if measured.timing else measured.status.upper()
+    if not measured.timing:
+        return measured.status.upper()
+    runs = Counter(peer.taken for peer in result.peers.values() if peer.measured.timing)
+    return f"{measured.timing.median:.3f}{'*' * (result.peers[name].taken != runs.most_common(1)[0][0])}"
 
 
 def _per_peer(
@@ -171,13 +234,14 @@ def networks_figure(results: Sequence[ZooResult]) -> Figure:
     figure = Figure(figsize=(4 * len(panels) + 2, 0.45 * len(networks) + 1.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (dtype, n) in zip(axes, panels):
-        here = {r.network: r for r in results if (r.dtype, r.batch_size) == (dtype, n)}
+        here = _comparable([r for r in results if (r.dtype, r.batch_size) == (dtype, n)])
+        here = {result.network: result for result in here}
         for index, name in enumerate(OURS):
             ratios = [next(iter(speeds([here[net]], name, PYTORCH)), 0.0) if net in here else 0.0 for net in networks]
             positions = [i - 0.3 + 0.3 * index for i in range(len(networks))]
             axis.barh(positions, ratios, 0.3, color=f"C{index}", label=name)
         axis.axvline(1, color="black", linewidth=1)
-        axis.set(title=f"{dtype}, {n} image{'s' * (n > 1)}", xlabel="times as fast as the best of PyTorch")
+        axis.set(title=_title(dtype, n), xlabel="times as fast as the best of PyTorch")
         axis.set_yticks(range(len(networks)), networks)
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
