@@ -192,7 +192,7 @@ def _draw_bars(figure: Figure, bars: list[Bar], theme: Theme, top: float = 0.78)
     bare(axes, theme)
     bars = sorted(bars, key=lambda bar: not bar.main)
     heights = [1.0 if bar.main else 0.66 for bar in bars]
-    whole = max(sum(heights), 4.0)
+    whole = max(sum(heights), 3.0)
     share = 1.0  # of the width that is left to the longest bar, beside what is written
     longest = max(bar.length for bar in bars) or 1.0
     for bar, height, end in zip(bars, heights, accumulate(heights), strict=True):
