@@ -45,7 +45,15 @@ from lit_modules.classifier import ImageClassifier
 from lit_modules.data import ImageData
 from lit_modules.kept_checkpoints import LAST, BestCheckpoint, LastCheckpoint
 from lit_modules.run_folder import claimed, present
-from lit_modules.training_cli import HelpFormatter, check_image_size, describe_model, named_networks, resumes
+from lit_modules.training_cli import (
+    HelpFormatter,
+    check_image_size,
+    check_trainer,
+    describe_model,
+    named_networks,
+    resumes,
+    val_check_interval_is_an_option,
+)
 from lit_modules.triton_evaluation import TritonEvaluation
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "cifar10.yaml")
@@ -160,6 +168,7 @@ def command_line(args: ArgsType = None) -> TrainingCLI:
         args=named_networks(args),
     )
     check_image_size(cli.model, cli.datamodule.image_size)
+    check_trainer(cli.trainer)
     if cli.config.lr_scheduler and not cli.config.optimizer:
         raise UserError("--lr_scheduler goes with an --optimizer: without, the network has a schedule of its own")
     if not cli.config.optimizer and cli.trainer.max_epochs == -1 and cli.trainer.max_steps == -1:
@@ -192,8 +201,11 @@ def checkpoint_to_resume(cli: TrainingCLI) -> Path | None:
             "counts steps, resume with the same"
         )
     epochs, end = checkpoint["epoch"] + 1, cli.trainer.max_epochs
-    if path.name == LAST and end is not None and 0 <= end <= epochs:
+    if end is not None and 0 <= end < epochs + (path.name == LAST):  # another is of a validation, before its epoch ends
         raise UserError(f"{path} is of the last of {epochs} epochs: nothing is left to train, raise trainer.max_epochs")
+    steps = checkpoint["global_step"]
+    if 0 <= cli.trainer.max_steps <= steps:
+        raise UserError(f"{path} is of the last of {steps} steps: nothing is left to train, raise trainer.max_steps")
     rank_zero_info(f"Resuming {path} of epoch {checkpoint['epoch']}")
     return path
 
@@ -205,7 +217,7 @@ def train(cli: TrainingCLI, resumed: Path | None = None) -> None:
         last = cli.last.best_model_path
         return f"{_short(last)} is kept, resume with --ckpt-path last" if last else "there is no checkpoint yet"
 
-    with interrupted_is_an_error(cli.trainer, kept):
+    with interrupted_is_an_error(cli.trainer, kept), val_check_interval_is_an_option():
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resumed, weights_only=True)
 
 
@@ -214,6 +226,9 @@ def test(cli: TrainingCLI) -> None:
 
     Raises Interrupted on Ctrl-C.
     """
+    if cli.trainer.limit_test_batches == 0:
+        rank_zero_info("Testing nothing: trainer.limit_test_batches is 0")
+        return
     if cli.config_init.evaluation and not any(isinstance(c, TritonEvaluation) for c in cli.trainer.callbacks):
         cli.trainer.callbacks.append(cli.config_init.evaluation)
     kept = cli.kept

@@ -45,6 +45,15 @@ def variant_label(variant: Variant) -> str:
     return "all Triton layers" if variant.name == "all" else f"Triton {variant.name}"
 
 
+def precision(result: EvaluationResult) -> str:
+    """The type in words, and where float32 is computed in TF32."""
+    types = {"32-true": "float32", "64-true": "float64", "bf16-true": "bfloat16", "16-true": "float16"}
+    if result.precision == "32-true" and result.environment.get("cudnn") != "not used":
+        tf32 = [what for what in ("convolution", "matmul") if result.flags.get(f"tf32 in {what}") == "on"]
+        return {0: "strict float32", 1: f"float32, TF32 in {tf32[0] if tf32 else ''}", 2: "TF32"}[len(tf32)]
+    return types.get(result.precision, result.precision)
+
+
 def _factor(factor: float) -> str:
     return f"{factor:.0f}" if factor >= 100 else f"{factor:.1f}" if factor >= 1.1 else f"{factor:.2f}"
 
@@ -91,21 +100,16 @@ def _errors(result: EvaluationResult) -> str:
     if found is None or not result.proof.variants:
         return ""
     names = {"pytorch": "PyTorch", **{variant.name: variant_label(variant) for variant in _whole(result)}}
-    sides = ", ".join(f"{label} {found.errors[name].mean:.1e}" for name, label in names.items() if name in found.errors)
-    return f"Mean error of the outputs against float64: {sides}"
+    sides = [f"{label} {found.errors[name].mean:.1e}" for name, label in names.items() if name in found.errors]
+    return f"Mean error of the outputs against float64: {' · '.join(sides)}"
 
 
 def _conditions(result: EvaluationResult) -> str:
-    environment, flags = result.environment, result.flags
-    types = {"32-true": "float32", "64-true": "float64", "bf16-true": "bfloat16", "16-true": "float16"}
-    precision = types.get(result.precision, result.precision)
-    if result.precision == "32-true" and environment.get("cudnn") != "not used":
-        tf32 = [what for what in ("convolution", "matmul") if flags.get(f"tf32 in {what}") == "on"]
-        precision = {0: "strict float32", 1: f"float32, TF32 in {tf32[0] if tf32 else ''}", 2: "TF32"}[len(tf32)]
+    environment = result.environment
     parts = [
         environment["device"],
         f"batch of {result.batch_size:,}",
-        precision,
+        precision(result),
         result.memory_format,
         f"torch {environment['torch'].partition('+')[0]}",
         f"triton {environment['triton']}",

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 from matplotlib.artist import Artist
@@ -18,6 +18,8 @@ from lit_modules.evaluation_result import EvaluationResult, KernelRow, LatencyRe
 
 LABELS = {"pytorch": "PyTorch", "triton": "Triton, layer by layer", "fused": "Triton, fused"}
 MARGIN = 0.035
+LETTER = 0.85
+"""The width of a letter in pixels, by its size in points."""
 MOST_LABELS = 60
 """Names below a chart of layers; of more, some are left out."""
 LONGEST = 12
@@ -39,25 +41,27 @@ class Bar:
 def answer_figure(result: EvaluationResult, theme: Theme) -> Figure:
     """What was found: the headline, the proof, the network's times as bars, the errors, and on what that was.
 
-    Where Triton's times say nothing, the bars are the errors.
+    What one would run comes first, then single kinds of layers. Where Triton's times say nothing, the bars are the
+    errors.
     """
     said, figure = answer(result), new_figure(theme)
     proved = result.passed and bool(result.proof.variants)
     colour = theme.good if proved else theme.faint if result.passed else theme.bad
     _write(figure, 0.925, said.headline, LARGE, theme.ink, weight="bold")
-    _write(figure, 0.825, ("\N{CHECK MARK} " if proved else "") + said.proof, MEDIUM, colour, weight="bold")
+    _write(figure, 0.83, ("\N{CHECK MARK} " if proved else "") + said.proof, MEDIUM, colour, weight="bold")
     latency = result.latency
     if latency and latency.comparable and result.proof.variants:
         _draw_bars(figure, _time_bars(result, latency), theme)
-        _write(figure, 0.105, said.errors, SMALL, theme.ink)
+        for height, line in zip((0.185, 0.12), said.errors.split(": ", 1), strict=False):
+            _write(figure, height, line, SMALL, theme.ink)
     else:
         if bars := _error_bars(result):
-            _write(figure, 0.72, "Mean error of the outputs against float64", SMALL, theme.ink)
-            _draw_bars(figure, bars, theme, top=0.69)
+            _write(figure, 0.74, "Mean error of the outputs against float64", SMALL, theme.ink)
+            _draw_bars(figure, bars, theme, top=0.7)
         if latency:
             ms = milliseconds(timing(latency.network_timings["pytorch"], latency.clock).median)
             elsewhere = "" if latency.comparable else ". `make dashboard` shows times of Triton on a GPU"
-            _write(figure, 0.105, f"PyTorch takes {ms} ms a batch{elsewhere}", SMALL, theme.ink)
+            _write(figure, 0.12, f"PyTorch takes {ms} ms a batch{elsewhere}", SMALL, theme.ink)
     _write(figure, 0.045, said.conditions, TINY, theme.faint)
     return figure
 
@@ -67,8 +71,8 @@ def layers_figure(result: EvaluationResult, theme: Theme) -> Figure:
     latency = result.latency
     clock, blocks = latency.clock, list(latency.blocks())
     sides = [side for side in ("pytorch", "triton", "fused") if _has(result, side)]
-    figure = new_figure(theme, max(WIDTH, 0.32 * len(blocks)), HEIGHT + 0.6)
-    axes = figure.add_axes((0.07, 0.27, 0.92, 0.56))
+    figure = new_figure(theme, max(WIDTH, 0.32 * len(blocks)), HEIGHT)
+    axes = figure.add_axes((0.07, 0.3, 0.92, 0.52))
     bare(axes, theme)
     width = 0.84 / len(sides)
     for place, side in enumerate(sides):
@@ -86,18 +90,18 @@ def layers_figure(result: EvaluationResult, theme: Theme) -> Figure:
     legend: list[Artist] = [Patch(color=theme.sides[side], label=LABELS[side]) for side in sides]
     if any(bounds):
         legend.append(Line2D([], [], color=theme.ink, linewidth=2, label="roofline"))
-    title = "Every layer in network order" + (": what one fused kernel does is one group" if latency.kernels else "")
-    _write(figure, 0.93, title, MEDIUM, theme.ink, weight="bold")
+    title = "Every layer in network order" + (", grouped by fused kernel" if latency.kernels else "")
+    _write(figure, 0.925, title, MEDIUM, theme.ink, weight="bold")
     figure.legend(
         handles=legend,
         loc="upper left",
-        bbox_to_anchor=(0.022, 0.905),
+        bbox_to_anchor=(0.022, 0.9),
         ncols=4,
         frameon=False,
         fontsize=SMALL,
         labelcolor=theme.ink,
-        handlelength=1.2,
-        columnspacing=1.4,
+        handlelength=1.1,
+        columnspacing=1.2,
     )
     return figure
 
@@ -117,7 +121,7 @@ def won_and_lost_figure(result: EvaluationResult, theme: Theme) -> Figure:
     order = sorted(saved, key=lambda label: -saved[label])
     fused = {variant_label(variant) for variant in variants.values() if variant.fused}
     figure = new_figure(theme)
-    axes = figure.add_axes((0.27, 0.11, 0.70, 0.74))
+    axes = figure.add_axes((0.27, 0.12, 0.70, 0.74))
     bare(axes, theme)
     colours = [theme.sides["fused" if label in fused else "triton"] for label in order]
     axes.barh(range(len(order)), [saved[label] for label in order], 0.7, color=colours)
@@ -181,21 +185,32 @@ def _bar_of(result: EvaluationResult, variant: Variant, length: float, value: st
     return Bar(variant_label(variant), "fused" if variant.fused else "triton", length, value, note, main)
 
 
-def _draw_bars(figure: Figure, bars: list[Bar], theme: Theme, top: float = 0.755) -> None:
-    axes = figure.add_axes((0.245, 0.16, 0.735, top - 0.16))
+def _draw_bars(figure: Figure, bars: list[Bar], theme: Theme, top: float = 0.78) -> None:
+    """The main ones first, each half as high again as one of the others."""
+    left, width = 0.285, 0.695
+    axes = figure.add_axes((left, 0.235, width, top - 0.235))
     bare(axes, theme)
-    size = min(MEDIUM - 3, 150 / len(bars))
-    beside: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline", "size": size}
-    for index, bar in enumerate(bars):
-        axes.barh(index, bar.length, 0.74, color=theme.sides[bar.side], alpha=1.0 if bar.main else 0.55)
-        value = axes.annotate(bar.value, (bar.length, index), (8, 0), color=theme.ink, **beside)
+    bars = sorted(bars, key=lambda bar: not bar.main)
+    heights = [1.0 if bar.main else 0.66 for bar in bars]
+    whole = max(sum(heights), 3.0)
+    share = 1.0  # of the width that is left to the longest bar, beside what is written
+    longest = max(bar.length for bar in bars) or 1.0
+    for bar, height, end in zip(bars, heights, accumulate(heights), strict=True):
+        at, size = end - height / 2, min(MEDIUM - 5, 190 * height / whole)
+        beside: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline"}
+        axes.barh(at, bar.length, 0.78 * height, color=theme.sides[bar.side], alpha=1.0 if bar.main else 0.55)
+        fitting = min(size, left * figure.bbox.width / (LETTER * len(bar.label) + 1))
+        axes.annotate(bar.label, (0, at), (-6, 0), color=theme.ink, ha="right", size=fitting, **beside)
+        value = axes.annotate(bar.value, (bar.length, at), (8, 0), color=theme.ink, size=size, **beside)
+        beside |= {"size": size, "weight": "bold" if bar.main else "normal"}
         colour = theme.bad if "slower" in bar.note else theme.ink
-        weight = "bold" if bar.main else "normal"
-        axes.annotate(bar.note, (1, index), (12, 0), xycoords=(value, "data"), color=colour, weight=weight, **beside)
-    axes.set_xlim(0, 1.42 * max(bar.length for bar in bars) or 1.0)
-    axes.set_ylim(max(len(bars), 4) - 0.45, -0.55)
+        axes.annotate(bar.note, (1, at), (12, 0), xycoords=(value, "data"), color=colour, **beside)
+        written = LETTER * size * (len(bar.value) + len(bar.note) + 3) / (width * figure.bbox.width)
+        share = min(share, (1 - written) * longest / (bar.length or longest))
+    axes.set_xlim(0, longest / share)
+    axes.set_ylim(whole, 0)
     axes.set_xticks([])
-    axes.set_yticks(range(len(bars)), [bar.label for bar in bars], size=size, color=theme.ink, va="center_baseline")
+    axes.set_yticks([])
 
 
 def _has(result: EvaluationResult, side: str) -> bool:
@@ -215,9 +230,10 @@ def _bound(layers: list[LayerRow], kernel: KernelRow | None, fused: bool) -> flo
 def _name_blocks(axes: Axes, names: list[str], theme: Theme) -> None:
     """Writes below each group the last part of its name and, once for all that share it, what stands before that."""
     step = -(-len(names) // MOST_LABELS)
+    size = SMALL - 2.0
     parents, parts = zip(*[name.rpartition(".")[::2] for name in names], strict=True)
     shown = [part if len(part) <= LONGEST else part[: LONGEST - 1] + "…" for part in parts]
-    axes.set_xticks(range(0, len(names), step), shown[::step], size=SMALL - 2)
+    axes.set_xticks(range(0, len(names), step), shown[::step], size=size)
     for label in axes.get_xticklabels():
         label.set(rotation=55, ha="right", rotation_mode="anchor")
     below: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
@@ -225,10 +241,12 @@ def _name_blocks(axes: Axes, names: list[str], theme: Theme) -> None:
     for parent, group in groupby(parents):
         last = first + len(list(group)) - 1
         if parent:
-            axes.hlines(-0.26, first - 0.42, last + 0.42, color=theme.faint, linewidth=1.5, **below)
-            size = min(SMALL - 2.0, 110 * (last - first + 1) / len(parent) * 12 / len(names))
+            axes.hlines(-0.31, first - 0.42, last + 0.42, color=theme.faint, linewidth=1.5, **below)
+            room = axes.bbox.width / LETTER * (last - first + 1) / len(names)  # for letters of one point
+            text = parent if room / len(parent) >= size else "\n".join(filter(None, parent.partition(".")[::2]))
+            fitting = min(size, room / max(map(len, text.split("\n"))))
             middle = (first + last) / 2
-            axes.text(middle, -0.29, parent, size=size, color=theme.faint, ha="center", va="top", **below)
+            axes.text(middle, -0.33, text, size=fitting, color=theme.faint, ha="center", va="top", **below)
         first = last + 1
 
 

@@ -373,6 +373,15 @@ def test_shipped_config_is_accepted(name):
         ([*DIGITS, "--checkpoint.mode=best"], "`mode` can be min, max but got best"),
         ([*DIGITS, "--checkpoint.dirpath=checkpoints/digits/best-00.ckpt"], "File exists: .*best-00.ckpt"),
         ([*DIGITS, "--seed_everything=-1"], "seed_everything must be from 0 to 4294967295, got -1"),
+        ([*DIGITS, "--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0, which trains nothing"),
+        ([*DIGITS, "--trainer.max_epochs=0"], "trainer.max_epochs is 0, which trains nothing"),
+        ([*DIGITS, "--trainer.max_steps=0"], "trainer.max_steps is 0, which trains nothing"),
+        ([*DIGITS, "--trainer.max_time=00:00:00:00"], "trainer.max_time is 0, which trains nothing"),
+        ([*DIGITS, "--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches must be at least 1, got 0"),
+        ([*DIGITS, "--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch must be at least 1, got 0"),
+        ([*DIGITS, "--trainer.val_check_interval=0"], "trainer.val_check_interval must be more than 0, got 0"),
+        ([*DIGITS, "--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val must not be negative, got -1"),
+        ([*DIGITS, "--trainer.min_epochs=9"], "min_epochs must be at most trainer.max_epochs, got 9 and 5"),
     ],
     ids=lambda value: "" if isinstance(value, list) else value.split()[-1],
 )
@@ -383,6 +392,38 @@ def test_wrong_input_is_a_users_error_and_writes_nothing(args, message):
     with pytest.raises(UserError, match=message):
         train.main(args)
     assert contents() == before
+
+
+@pytest.mark.parametrize(
+    "options, epochs",
+    [
+        (["--trainer.fast_dev_run=true", "--trainer.max_epochs=0", "--trainer.limit_train_batches=0"], 0),
+        (["--trainer.overfit_batches=2", "--trainer.limit_train_batches=0"], 1),
+    ],
+    ids=["fast_dev_run", "overfit_batches"],
+)
+def test_an_option_that_replaces_what_trains_nothing_trains(options, epochs):
+    train.main([*BRIEF, *options])
+    assert len(list(Path("checkpoints").rglob("last.ckpt"))) == epochs  # a dry run keeps none
+
+
+def test_without_batches_to_test_there_is_a_training_alone(caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        train.main([*BRIEF, *EVALUATION, *WHERE_TRITON_RUNS, "--trainer.limit_test_batches=0"])
+    assert "Testing nothing: trainer.limit_test_batches is 0" in caplog.messages
+    assert list(Path("checkpoints").rglob("last.ckpt")) and not list(Path("logs").rglob("results.json"))
+
+
+def test_an_interval_longer_than_an_epoch_is_a_users_error():
+    with pytest.raises(UserError, match="`val_check_interval` .3. must be less than or equal to the number"):
+        train.main([*BRIEF, "--trainer.val_check_interval=3"])
+
+
+def test_a_training_that_has_made_its_steps_is_not_resumed():
+    train.main(BRIEF)
+    for end, message in (("max_steps=2", "of the last of 2 steps"), ("max_epochs=1", "of the last of 1 epochs")):
+        with pytest.raises(UserError, match=f"last.ckpt is {message}: nothing is left to train, raise trainer.max_"):
+            train.main([*BRIEF, "--trainer.max_epochs=3", f"--trainer.{end}", "--ckpt-path=last"])
 
 
 def test_a_cpu_without_the_interpreter_is_refused_before_the_training(monkeypatch):

@@ -18,6 +18,10 @@ def test_it_is_small():
     assert sum(path.stat().st_size for path in RECORDED.rglob("*") if path.is_file()) < 500_000
 
 
+def test_pictures_of_tensorboard_are_small():
+    assert sum((DOCS / f"screen-{view}.png").stat().st_size for view in ("answer", "layers")) < 250_000
+
+
 def test_it_is_a_proof_on_a_gpu_with_everything_in_it():
     latency = RESULT.latency
     assert RESULT.passed and RESULT.environment["device"].startswith("NVIDIA")
@@ -32,8 +36,11 @@ def test_the_event_files_are_those_of_the_results():
         recorded = EventAccumulator(str(events)).Reload()
         times = [point.value for point in recorded.Scalars(dashboard.UP_TO_LAYER)]
         assert len(times) == len(RESULT.latency.layers)
+        of_kind = [point.value for point in recorded.Scalars("5_kinds_ms/conv2d up to this layer")]
+        assert len(of_kind) == sum(row.kind == "conv2d" for row in RESULT.latency.layers)
+        assert of_kind == sorted(of_kind) and of_kind[-1] < times[-1]
         name = {"pytorch": "pytorch", "triton": RESULT.proof.main.name, "fused": RESULT.proof.fused.name}[run]
-        (whole,) = recorded.Scalars("4_network/1 ms a batch, device")
+        whole = recorded.Scalars("4_network/1 ms a batch")[0]
         assert abs(whole.value / RESULT.latency.network_timings[name].device.median - 1) < 1e-5
 
 
@@ -42,4 +49,8 @@ def test_pages_say_what_was_recorded():
     top1 = f"{RESULT.proof.pytorch.top1:.1%}".replace("%", " %")
     page = (DOCS / "dashboard.md").read_text()
     assert f"runs {factor} times faster" in page and top1 in page and RESULT.environment["device"] in page
+    errors = {name: error.mean for name, error in RESULT.proof.float64.errors.items()}
+    told = [f"{errors[name]:.1e}".replace("e-0", "e-") for name in ("pytorch", "all", "fused, CUDA graph")]
+    said = " ".join(page.split())
+    assert "error against float64 is {} with PyTorch's layers, {} with Triton's and {} fused".format(*told) in said
     assert f"{factor} times as fast" in (DOCS.parent / "README.md").read_text()

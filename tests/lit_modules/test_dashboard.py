@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ from lit_modules.dashboard import __main__ as command
 from lit_modules.dashboard.figures import answer_figure, layers_figure, won_and_lost_figure
 from lit_modules.dashboard.style import DARK, LIGHT
 from lit_modules.environment import strict_float32
-from lit_modules.evaluation_result import Epoch, EvaluationResult
-from lit_modules.tables import table_markdown
+from lit_modules.evaluation_result import Epoch, EvaluationResult, Pair
+from lit_modules.tables import Table, table_markdown, table_preformatted
 from lit_modules.triton_evaluation import TritonEvaluation
 
 in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="what is measured is Triton's interpreter")
@@ -81,6 +82,7 @@ class TestRuns:
             "4_network",
             "5_kinds_ms",
             "6_layers_ms",
+            "7_percentiles",
         }
 
     def test_curves_run_over_the_layers_in_network_order(self, runs, result):
@@ -103,7 +105,7 @@ class TestRuns:
         assert points(runs["fused"], dashboard.OF_LAYER) == list(enumerate(expected))
         assert points(runs["fused"], dashboard.UP_TO_LAYER)[-1] == (5, sum(of.values()))
         assert [kernel.layers for kernel in result.latency.kernels] == [[0, 1, 2], [3], [4, 5]]
-        assert points(runs["fused"], "5_kinds_ms/conv2d up to this layer") == [(0, convolution)]
+        assert points(runs["fused"], "5_kinds_ms/conv2d up to this layer")[0] == (0, convolution)
 
     def test_layers_sort_in_network_order(self, runs, result):
         tags = sorted(tag for tag in scalars(runs["triton"]) if tag.startswith("6_layers_ms"))
@@ -115,8 +117,30 @@ class TestRuns:
             assert values["top-1"] == variant.quality.top1
             assert values["predictions that differ from PyTorch's"] == variant.agreement.differing
             assert values["mean error against float64 x 1e6"] == result.proof.float64.errors[variant.name].mean * 1e6
-            assert values["ms a batch, device"] == result.latency.network_timings[variant.name].device.median
-            assert values["ms a batch, eager"] == result.latency.network_timings[variant.name].eager.median
+            assert values["ms a batch"] == result.latency.network_timings[variant.name].device.median
+            assert values["eager ms a batch"] == result.latency.network_timings[variant.name].eager.median
+            logged = set(result.proof.sides["pytorch"].metrics) & values.keys()
+            assert not logged & {"test/top1", "test/loss"}  # as top-1 and loss they are there already
+
+    def test_a_single_number_is_a_level_line(self, runs):
+        """Of three points, one a run, TensorBoard scales its chart to the middle one."""
+        for run in runs.values():
+            single = ("4_network", "5_kinds_ms", "6_layers_ms")  # the network has one layer of each kind
+            for tag in (tag for tag in scalars(run) if tag.startswith(single)):
+                (first, value), *others = points(run, tag)
+                assert first == 0 and others == [(1, value)], tag
+
+    def test_all_has_the_date_of_the_evaluation(self, runs, result):
+        """TensorBoard shows beside each number when it came, in milliseconds, which were taken for a measurement.
+
+        The runs have their colours in the order of their dates: PyTorch's is grey, as in the figures.
+        """
+        dates = []
+        for name in dashboard.RUNS:
+            times = {point.wall_time for tag in scalars(runs[name]) for point in runs[name].Scalars(tag)}
+            dates += times
+        date = datetime.fromisoformat(result.environment["date"]).timestamp()
+        assert dates == sorted(set(dates)) and dates == pytest.approx([date] * 3, abs=0.01)
 
     def test_curves_over_training(self, runs):
         for run in ("pytorch", "triton"):
@@ -127,7 +151,7 @@ class TestRuns:
         tensor = runs["pytorch"].Tensors("custom_scalars__config__")[0].tensor_proto
         layout = Layout.FromString(tensor.string_val[0])
         charts = {chart.title: chart for category in layout.category for chart in category.chart}
-        (series,) = charts["each layer, ms: median between the 10th and the 90th percentile"].margin.series
+        (series,) = charts["each layer, ms: median, 10th to 90th percentile"].margin.series
         assert {series.value, series.lower, series.upper} <= scalars(runs["fused"])
         row = result.latency.layers[2].triton.device
         for tag, value in ((series.lower, row.p10), (series.value, row.median), (series.upper, row.p90)):
@@ -141,15 +165,25 @@ class TestRuns:
             "1_answer/2 every layer in network order",
             "1_answer/3 won and lost",
         ]
-        pages = sorted(tag for tag in runs["pytorch"].Tags()["tensors"] if tag.endswith("/text_summary"))
-        assert [page.split(" ", 1)[1].removesuffix("/text_summary") for page in pages] == [
+        pages = sorted(tag for tag in runs["pytorch"].Tags()["tensors"] if tag[0].isdigit())
+        assert [page.split(" ", 1)[1] for page in pages] == [
             "The answer",
             *(table.title for table in report_tables.tables(result)),
         ]
         for run in ("triton", "fused"):
-            assert not runs[run].Tags()["images"] and not any("text" in tag for tag in runs[run].Tags()["tensors"])
+            assert not runs[run].Tags()["images"] and not any(tag[0].isdigit() for tag in runs[run].Tags()["tensors"])
 
-    def test_hyperparameters_begin_with_what_was_compared(self, runs):
+    def test_tables_of_text_are_preformatted(self, runs, result):
+        """In a table's cells TensorBoard breaks words at any letter."""
+        for index, table in enumerate(report_tables.tables(result), 2):
+            (page,) = runs["pytorch"].Tensors(f"{index} {table.title}")[0].tensor_proto.string_val
+            _, text, note = page.decode().split("```")
+            assert "|--" not in page.decode() and note.strip() == table.note.replace("\n", "  \n")
+            rows = text.strip("\n").split("\n")[-len(table.rows) - bool(table.totals) - len(table.totals) :]
+            for row, line in zip(table.rows, rows, strict=False):
+                assert line.split() == " ".join(row).split()
+
+    def test_hyperparameters_begin_with_what_was_compared(self, runs, result):
         for run in dashboard.RUNS:
             plugin = runs[run].summary_metadata
             experiment = HParamsPluginData.FromString(plugin["_hparams_/experiment"].plugin_data.content).experiment
@@ -157,7 +191,8 @@ class TestRuns:
             parameters = session.session_start_info.hparams
             assert sorted(parameters)[:2] == ["01 side", "02 Triton layers"]
             assert parameters["01 side"].string_value == run
-            assert parameters["training.width"].number_value == 8
+            assert parameters["05 batch size"].string_value == str(result.batch_size)  # a number is shown as 3.0
+            assert parameters["training.width"].string_value == "8"
             assert {info.name.tag for info in experiment.metric_infos} <= scalars(runs[run])
 
 
@@ -173,6 +208,19 @@ class TestFigures:
         for text in texts:
             box = text.get_window_extent()
             assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0, text.get_text()
+
+    def test_what_stands_beside_a_long_bar_is_not_cut_off(self, result):
+        networks = {
+            name: {clock: Pair.of(pair.pytorch, 1.04 * pair.pytorch, clock) for clock, pair in pairs.items()}
+            for name, pairs in result.latency.networks.items()
+        }
+        latency = dataclasses.replace(result.latency, networks=networks)
+        figure = answer_figure(dataclasses.replace(result, latency=latency), LIGHT)
+        notes = [text for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if "x " in text.get_text()]
+        assert "1.04x slower" in {text.get_text() for text in notes}
+        figure.canvas.draw()
+        for text in notes:
+            assert text.get_window_extent().x1 <= figure.bbox.x1, text.get_text()
 
     def test_the_answer_has_every_version_of_the_network(self, result):
         written = {text.get_text() for text in answer_figure(result, LIGHT).findobj(lambda a: hasattr(a, "get_text"))}
@@ -249,6 +297,16 @@ class TestReport:
         assert shown == pytest.approx([kernel.medians["device"] for kernel in kernels[:3]], abs=5e-5)
         assert table.rows[0][bound] == f"{kernels[0].bound_ms / kernels[0].medians['device']:.0%}"
         assert [row[0] for row in table.totals][-3:] == ["sum of the layers", "whole network", "unattributed"]
+
+    def test_a_column_is_as_wide_as_its_cells_and_the_words_of_its_header(self):
+        table = Table("Times", ["of which", "ms a batch"], [["conv2d", "1.5"], ["relu", "0.25"]], [])
+        assert table_preformatted(table).split("```")[1].strip("\n").split("\n") == [
+            "of        ms a",
+            "which    batch",
+            "──────────────",
+            "conv2d     1.5",
+            "relu      0.25",
+        ]
 
     def test_factors_are_words(self, result):
         page = report.markdown(result)
