@@ -351,11 +351,11 @@ def _is_narrow(product: Product) -> bool:
     """Whether blocks of 64 output channels would be mostly empty, and the form "pointers" loads 16 bytes at a time too.
 
     On an H100, 64 images: 48 to 48 channels of 56x56 13.4 us by pointers, 17.8 by TMA; 32 to 16 of 112x112 27 and 34;
-    144 to 32 of 28x28 5.9 and 7.1.
+    144 to 32 of 28x28 5.9 and 7.1. On an H200, 3x3, 32 to 32 of 149x149, 138 and 168.
     """
-    C, K = product.x.shape[1], product.y.shape[1]
-    lines = C * product.x.element_size() % 128 == 0
-    return _has_one_tap(product) and K < 64 and not lines
+    C, K, size = product.x.shape[1], product.y.shape[1], product.x.element_size()
+    lines = C * size % 128 == 0
+    return not lines and (K < 64 if _has_one_tap(product) else K <= 32 and size == 2)
 
 
 def _fits_by_parity(product: Product) -> bool:
@@ -426,13 +426,17 @@ def default_config(
 
     None where no tile fits the GPU's shared memory.
 
-    Measured on an H200, and on an H100, over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results).
+    Measured on an H200, and on an H100, over ResNet18's convolutions, 128 and 1,024 images (benchmarks/results), and on
+    an H200, 64 images in bfloat16, in blocks of 64 channels, us, in brackets of 128: 1x7, 160 to 160 of 17x17 28.9
+    (41.9), 7x1, 192 to 192 23.0 (30.5), 3x3, 160 to 320 of 14x14 28.4 (40.2).
     """
     half, enough, reduction, block_k = element_size == 2, gpu.enough_programs, taps * c, block_k_of(c, element_size)
     if not swap_ab:
         tiles = [(64, 64, 4, 3)] if k <= 64 else [(64, 128, 4, 3), (64, 64, 4, 4)]
     elif k <= 64 or reduction * element_size < 128:  # memory bounds it: as many pixels as fit
         tiles = [(256, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)] if half else [(128, 64, 4, 4), (64, 64, 4, 4)]
+    elif half and taps > 1 and 0 < k % 128 <= 64:  # half of the last block of 128 channels would be empty
+        tiles = [(256, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)]
     elif half and reduction <= 1152:
         tiles = [(128, 128, 4, 3), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
     else:
