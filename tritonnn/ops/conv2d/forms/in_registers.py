@@ -494,29 +494,21 @@ def default_config(m: int, n: int, c: int, taps: int, element_size: int, gpu: Gp
     is worth more than that no warp is idle in the last step. Eight warps take 46.7 us over the network, four 48.2. A
     reduction of a few steps takes four, and pays for more pixels: 1x1, 64 to 128 channels, one image of 32x32 in
     bfloat16 1.3 us for 2.0 by pointers, strict float32 1.7 for 3.0, eight images 2.8 for 3.4 (H100). So does one tap of
-    16-bit numbers, in blocks so small that each multiprocessor has two: 64 rows of a linear layer, 960 to 1,280
-    features 3.7 us for 5.1, 768 to 1,000 3.1 for 3.6, 2,048 to 1,000 6.0 for 6.4 (H200).
+    16-bit numbers where multiprocessors have several programs: 64 rows of a linear layer, 960 to 1,280 features 4.0 us
+    for 5.1, 768 to 1,000 3.1 for 3.6, 2,048 to 1,000 6.0 for 6.4 (H200).
     """
     block_k, short = math.gcd(c, 128 // element_size), taps * c < 256
     most = OUTPUTS_OF_A_MULTIPROCESSOR * gpu.multiprocessors * (2 if short else 1)
     if block_k * element_size < 64 or m * n > most or n % 8 != 0:
         return None
-
-    def usable(block_n: int, num_warps: int) -> InRegistersConfig | None:
-        config = InRegistersConfig(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
-        return config if config.registers(taps * c, element_size) <= MOST_REGISTERS else None
-
-    def largest(programs: int) -> int:
-        """The most channels of a block of which there are so many programs, or the fewest."""
-        blocks = (block_n for block_n in (32, 16, 8) if n % block_n == 0)
-        return next((b for b in blocks if ceil_div(m, BLOCK_M) * (n // b) >= programs), 8)
-
-    two_each = largest(2 * gpu.multiprocessors)
-    if taps == 1 and element_size == 2 and ceil_div(m, BLOCK_M) * (n // two_each) >= 2 * gpu.multiprocessors:
-        found = usable(two_each, 4)
-        if found:
-            return found
-    return usable(largest(gpu.enough_programs), 4 if short else 8)
+    for block_n in (32, 16, 8):
+        if n % block_n == 0 and ceil_div(m, BLOCK_M) * (n // block_n) >= gpu.enough_programs:
+            break
+    several = taps == 1 and element_size == 2 and ceil_div(m, BLOCK_M) * (n // block_n) > gpu.multiprocessors
+    configs = [InRegistersConfig(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps) for num_warps in (4, 8)]
+    fitting = [config.registers(taps * c, element_size) <= MOST_REGISTERS for config in configs]
+    number = 0 if short or (several and fitting[0]) else 1
+    return configs[number] if fitting[number] else None
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:

@@ -574,8 +574,8 @@ class MatmulForm(Form):
     config = MatmulConfig
     kernels = (conv2d_matmul_forward_kernel,)
     takes_prologue = True
-    most_candidates = 10
-    most_beside_others = 10
+    most_candidates = 9
+    most_beside_others = 9
 
     def fits(self, product: Product) -> bool:
         """Rows of channels, or in NCHW of an image's pixels, are multiples of 16 bytes. Verified on Hopper."""

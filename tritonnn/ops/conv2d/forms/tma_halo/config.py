@@ -186,7 +186,8 @@ def config_by_rule(
         """
         rounds = ceil_div(config.tiles(n, p, q) * ceil_div(k, block_n), config.PROGRAMS * gpu.multiprocessors)
         slots = rounds * config.PROGRAMS * gpu.multiprocessors
-        used = n * p * q * ceil_div(k, block_n) / (slots * config.pixels)  # other forms fill up channels, too
+        filled = ceil_div(k, block_n) * block_n if element_size == 2 else max(k, 64)  # as other forms do
+        used = n * p * q * filled / (slots * config.pixels * block_n)
         return used * (1.15 if c * element_size > 128 else 0.9) if config.pixels > 256 else used
 
     fitting = [
