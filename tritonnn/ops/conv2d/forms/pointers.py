@@ -196,8 +196,8 @@ def conv2d_pointers_forward_kernel(
             acc += tl.sum(x.to(ACC) * tl.trans(weight).to(ACC), 1, keep_dims=True)
         else:
             acc = dot(x, weight, acc, INPUT_PRECISION)
-    if AXIS_K == 0 and ACC == tl.float32:  # else a sum of one step would begin with the bias, x waiting for that
-        acc = opaque(acc)
+    if AXIS_K == 0 and x_ptr.dtype.element_ty == tl.float32 and INPUT_PRECISION == "ieee":
+        acc = opaque(acc)  # else the sum of a single step would begin with the bias, x waiting for that in registers
     start_successor(DEPENDENT)
     if INPUT_PRECISION == "tf32x3":
         acc += part
