@@ -71,9 +71,9 @@ def networks(network: nn.Module, images: Tensor, exact: Tensor) -> Iterator[str]
         return f"| {name} | {(y.double() - exact).abs().mean():.2e} | {cells(y, exact)} |"
 
     yield row("PyTorch", network)
-    kept = pack.TRUNCATED
-    for share in (0.0, kept):
-        pack.TRUNCATED = share
+    kept = pack.TRUNCATED, pack.TRUNCATED_ALONE
+    for share, alone in ((0.0, 0.0), kept):
+        pack.TRUNCATED, pack.TRUNCATED_ALONE = share, alone
         forget_plans()
         given_back = f"truncated share {share:.1e} given back"
         for kinds in ("conv2d", "all"):

@@ -9,11 +9,6 @@ from .layouts import renamed
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LARGEST_TF32 = tl.constexpr(float.fromhex("0x1.ffcp127"))
-TRUNCATED_ALONE = tl.constexpr(6.5e-8)
-"""The share of a sum of 32 products of high parts alone that Hopper's tensor cores lose (`ops/conv2d/pack.py`).
-
-1x1 filters of 256 channels lose 7.3e-8, 3x3 ones 5.6e-8 (H200, images of ReLU's outputs).
-"""
 FLUSH_STEPS = 8
 """Steps of a float32 product that are added up apart before they are added to the sum (see `add_split_dot`)."""
 
@@ -62,17 +57,6 @@ def split_weight_to_tf32(weight, LOST: tl.constexpr):
     high, low = split_to_tf32(weight)
     if LOST > 0:
         low = tl.where(low == 0, low, round_to_tf32(weight - high + LOST * weight))
-    return high, low
-
-
-@triton.jit
-def split_weight_in_registers(weight):
-    """(high, low) of a weight whose high part's products with that of x are summed up from zero."""
-    HOPPER: tl.constexpr = cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0) and not INTERPRET
-    if HOPPER:
-        high, low = split_weight_to_tf32(weight, TRUNCATED_ALONE)
-    else:
-        high, low = split_to_tf32(weight)
     return high, low
 
 

@@ -26,6 +26,9 @@ def test_a_split_weight_is_the_weight_and_on_hopper_what_will_be_lost(monkeypatc
     expected = weight.permute(0, 2, 3, 1).double()
     lost = pack.TRUNCATED if is_hopper else 0.0
     assert share(high + rest - expected, expected) == pytest.approx(lost, abs=3e-9)
+    # in its last digit
+    assert share(whole - expected, expected) == pytest.approx(pack.TRUNCATED_ALONE if is_hopper else 0.0, rel=0.4)
+    *_, whole = pack_weight(weight, "tf32x3", groups=2).double().chunk(3)
     assert torch.equal(whole, expected)  # for kernels without tensor cores, which lose nothing
 
 

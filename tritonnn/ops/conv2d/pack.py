@@ -12,12 +12,18 @@ from ...device.layouts import load_along_first
 from ...runtime import hardware
 from ...runtime.blocks import ceil_div, power_of_2, transpose_blocks
 from ...runtime.launch_plan import launch
+from .problem import Product
 
 TRUNCATED = 8.6e-8
 """The share of a sum of 32 products that Hopper's tensor cores lose on average, as they truncate each sum of eight.
 
 It is always toward zero, so that it adds up from layer to layer, where roundings cancel: without it, the outputs of a
 trained ResNet18 are off float64 by 7.6e-7 on average, with it by 1.9e-7, and PyTorch's by 3.8e-7 (H200, 1,000 images).
+"""
+TRUNCATED_ALONE = 6.5e-8
+"""The same of the products of high parts alone, as kernels add them up that split the weight in registers.
+
+1x1 filters of 256 channels lose 7.3e-8, 3x3 ones 5.6e-8 (H200, images of ReLU's outputs).
 """
 
 
@@ -36,13 +42,14 @@ def channels_last_kernel(
     ROUND_TO_TF32: tl.constexpr,
     SPLIT: tl.constexpr,
     LOST: tl.constexpr,
+    LOST_ALONE: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """One program owns BLOCK_M of M = N * PIXELS pixels x BLOCK_C channels.
 
-    SPLIT: y is followed by what the rounding to TF32 left, with the share LOST of x, and by x as it was.
+    SPLIT: y is followed by what the rounding to TF32 left, with the share LOST of x, and by x with LOST_ALONE of it.
     """
     blocks_c = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -56,6 +63,8 @@ def channels_last_kernel(
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * C + c[None, :]
     if SPLIT:
         high, rest = split_weight_to_tf32(x, LOST)
+        if LOST_ALONE > 0:
+            x = tl.where(rest == 0, x, x + LOST_ALONE * x)
         tl.store(y_ptrs + 2 * tl.cast(M, tl.int64) * C, x, mask=mask)
         tl.store(y_ptrs + tl.cast(M, tl.int64) * C, rest, mask=mask)
         x = high
@@ -70,22 +79,29 @@ def channels_last(x: torch.Tensor, round_to_tf32: bool = False) -> torch.Tensor:
     if y.is_contiguous() and not round_to_tf32:
         return y
     y = torch.empty_like(y, memory_format=torch.contiguous_format)
-    _copy(x, y, round_to_tf32, split=False)
+    _copy(x, y, round_to_tf32)
     return y
 
 
-def pack_weight(weight: torch.Tensor, input_precision: str) -> torch.Tensor:
+def pack_weight(weight: torch.Tensor, input_precision: str, groups: int = 1) -> torch.Tensor:
     """A filter [K, C, R, S] as the convolution's kernels read it for that precision: [K, R, S, C], contiguous.
 
-    For "tf32" rounded to it. For "tf32x3" [3 * K, R, S, C]: rounded, what the rounding left with what tensor cores will
-    lose by truncation, and as it was, for kernels that split it in registers or use no tensor cores.
+    For "tf32" rounded to it. For "tf32x3" [3 * K, R, S, C]: rounded, what the rounding left, and as it was, for kernels
+    that split it in registers or, of several groups, use no tensor cores; with what tensor cores will lose.
     """
     if input_precision != "tf32x3":
         return channels_last(weight, round_to_tf32=input_precision == "tf32")
     K, C, R, S = weight.shape
     packed = weight.new_empty(3 * K, R, S, C)
-    _copy(weight, packed, round_to_tf32=True, split=True)
+    lost = hardware.gpu(weight.device).is_hopper
+    _copy(weight, packed, True, True, TRUNCATED if lost else 0.0, TRUNCATED_ALONE if lost and groups == 1 else 0.0)
     return packed
+
+
+def lost_in_registers(product: Product) -> float:
+    """The share of a product that a kernel is to give back which splits the weight: of one that was not packed."""
+    raw = product.input_precision == "tf32x3" and len(product.packed) == product.y.shape[1]
+    return TRUNCATED_ALONE if raw and hardware.gpu(product.x.device).is_hopper else 0.0
 
 
 def pack_filters(weight: torch.Tensor, input_precision: str, groups: int) -> torch.Tensor:
@@ -96,7 +112,7 @@ def pack_filters(weight: torch.Tensor, input_precision: str, groups: int) -> tor
     """
     if groups > 1 and weight.shape[1] == 1 and input_precision != "tf32x3":
         return channels_last(weight.transpose(0, 1)).permute(3, 1, 2, 0)
-    return pack_weight(weight, input_precision)
+    return pack_weight(weight, input_precision, groups)
 
 
 @triton.jit
@@ -149,7 +165,14 @@ def block_diagonal(packed: torch.Tensor, group_k: int, block_n: int, depth: int)
     return y
 
 
-def _copy(x: torch.Tensor, y: torch.Tensor, round_to_tf32: bool, split: bool) -> None:
+def _copy(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    round_to_tf32: bool,
+    split: bool = False,
+    lost: float = 0.0,
+    lost_alone: float = 0.0,
+) -> None:
     N, C, H, W = x.shape
     stride_n, stride_c, stride_h, stride_w = x.stride()
     if stride_h == W * stride_w:  # rows follow each other: one row of H * W pixels
@@ -171,7 +194,8 @@ def _copy(x: torch.Tensor, y: torch.Tensor, round_to_tf32: bool, split: bool) ->
         stride_w,
         ROUND_TO_TF32=round_to_tf32,
         SPLIT=split,
-        LOST=TRUNCATED if split and hardware.gpu(x.device).is_hopper else 0.0,
+        LOST=lost,
+        LOST_ALONE=lost_alone,
         INDEX=index_type(N * H * W + blocks.BLOCK_M),
         **blocks._asdict(),
     )

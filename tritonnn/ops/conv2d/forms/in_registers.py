@@ -21,7 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ....device.arithmetic import add, round_to_tf32, split_to_tf32, split_weight_in_registers
+from ....device.arithmetic import add, round_to_tf32, split_to_tf32, split_weight_to_tf32
 from ....device.epilogue import finish
 from ....device.pixels import MOST_PIXELS, quotient
 from ....runtime import hardware
@@ -30,6 +30,7 @@ from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
 from ....runtime.memory_format import is_aligned, pixel_stride
+from ..pack import lost_in_registers
 from ..problem import Choice, Problem, Product, on_tensor_cores, shortcut_flags
 from .form import Config, Form, by_waves
 
@@ -194,7 +195,14 @@ def load_all(places):
 
 
 @gluon.jit
-def product_in_registers(xs, weights, INPUT_PRECISION: gl.constexpr, ROUND_X: gl.constexpr, LAYOUT: gl.constexpr):
+def product_in_registers(
+    xs,
+    weights,
+    INPUT_PRECISION: gl.constexpr,
+    ROUND_X: gl.constexpr,
+    LOST: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
     """[SLICES, BLOCK_M, BLOCK_N]: the sums of each warp's products, in two chains, as each waits for itself."""
     STEPS: gl.constexpr = len(xs)
     SHAPE: gl.constexpr = (xs[0].shape[0], xs[0].shape[1], weights[0].shape[2])
@@ -204,7 +212,7 @@ def product_in_registers(xs, weights, INPUT_PRECISION: gl.constexpr, ROUND_X: gl
         x, weight = xs[step], weights[step]
         if INPUT_PRECISION == "tf32x3":
             x_high, x_low = split_to_tf32(x)
-            weight_high, weight_low = split_weight_in_registers(weight)
+            weight_high, weight_low = split_weight_to_tf32(weight, LOST)
             # The small products may all be added up in the tensor core, whose sums are truncated.
             other = mma_v2(x_low, weight_high, other, input_precision="tf32")
             other = mma_v2(x_high, weight_low, other, input_precision="tf32")
@@ -272,6 +280,7 @@ def conv2d_in_registers_forward_kernel(
     ACTIVATION: gl.constexpr,
     SLOPE: gl.constexpr,
     INPUT_PRECISION: gl.constexpr,
+    LOST: gl.constexpr,
     ROUND_X: gl.constexpr,
     ROUND_Y: gl.constexpr,
     DEPENDENT: gl.constexpr,
@@ -371,11 +380,11 @@ def conv2d_in_registers_forward_kernel(
     if HAS_RESIDUAL:
         residual = gl.load(residual_ptr + offs_y, mask=mask_y, other=0.0)
     start_in_place(DEPENDENT, M)  # its programs are few and leave room for the next kernel
-    acc = product_in_registers(xs, weights, INPUT_PRECISION, ROUND_X, MMA)
+    acc = product_in_registers(xs, weights, INPUT_PRECISION, ROUND_X, LOST, MMA)
     if HAS_SCALE:
         acc *= scale
     if HAS_SHORTCUT:
-        second = product_in_registers(shortcuts, shortcut_weights, SHORTCUT_PRECISION, ROUND_SHORTCUT, MMA)
+        second = product_in_registers(shortcuts, shortcut_weights, SHORTCUT_PRECISION, ROUND_SHORTCUT, 0.0, MMA)
         if HAS_SHORTCUT_SCALE:
             second *= shortcut_scale
         acc += second
@@ -480,6 +489,7 @@ class InRegistersForm(Form):
             **shortcut_flags(shortcut),
             **dependent_launch(x),
             INPUT_PRECISION=product.input_precision,
+            LOST=lost_in_registers(product),
             ROUND_X=product.round_x,
             ONE_IMAGE=N == 1,
             BLOCK_M=BLOCK_M,

@@ -25,7 +25,7 @@ from ....device.arithmetic import (
     round_to,
     round_to_tf32,
     split_to_tf32,
-    split_weight_in_registers,
+    split_weight_to_tf32,
 )
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
@@ -37,6 +37,7 @@ from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch, launch_semaphores
 from ....runtime.memory_format import pixel_strides
+from ..pack import lost_in_registers
 from ..problem import Choice, Problem, Product, shortcut_flags
 from .form import Config, Form, by_waves
 
@@ -91,6 +92,7 @@ def sliced_product(
     DILATION_W: tl.constexpr,
     PADDED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    LOST: tl.constexpr,
     ROUND_X: tl.constexpr,
     ACC: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -139,7 +141,7 @@ def sliced_product(
         weight = tl.permute(weight, (0, 2, 1))
         if INPUT_PRECISION == "tf32x3":
             x_high, x_low = split_to_tf32(x)
-            weight_high, weight_low = split_weight_in_registers(weight)
+            weight_high, weight_low = split_weight_to_tf32(weight, LOST)
             # Two chains of products: the small ones may all be added up in the tensor core, whose sums are truncated.
             small = tl.dot(x_low, weight_high, small, input_precision="tf32")
             x_high = renamed(x_high)
@@ -213,6 +215,7 @@ def conv2d_sliced_k_forward_kernel(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    LOST: tl.constexpr,
     ROUND_X: tl.constexpr,
     ROUND_Y: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -292,6 +295,7 @@ def conv2d_sliced_k_forward_kernel(
             1,
             False,
             SHORTCUT_PRECISION,
+            0.0,
             ROUND_SHORTCUT,
             ACC,
             OFFSET,
@@ -325,6 +329,7 @@ def conv2d_sliced_k_forward_kernel(
         DILATION_W,
         PADDING_H > 0 or PADDING_W > 0,
         INPUT_PRECISION,
+        LOST,
         ROUND_X,
         ACC,
         OFFSET,
@@ -450,6 +455,7 @@ class SlicedKForm(Form):
             **shortcut_flags(shortcut),
             **dependent_launch(x),
             INPUT_PRECISION=product.input_precision,
+            LOST=lost_in_registers(product),
             ROUND_X=product.round_x,
             ACC=accumulator(x.dtype),
             ONE_IMAGE=N == 1,
