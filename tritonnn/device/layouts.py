@@ -4,6 +4,7 @@ import re
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
@@ -24,8 +25,9 @@ def are_apart(stride) -> bool:
 
 @triton.jit
 def opaque(x):
-    """x of 32 bits, of which the compiler does not see where it comes from."""
-    if not INTERPRET:
+    """x of 32 bits, of which the compiler does not see where it comes from; on NVIDIA's GPUs."""
+    NVIDIA: tl.constexpr = cuda_capability_geq(8, 0) and not INTERPRET
+    if NVIDIA:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)
     return x
 
