@@ -26,10 +26,13 @@ def are_apart(stride) -> bool:
 @triton.jit
 def opaque(x):
     """x of 32 bits, of which the compiler does not see where it comes from; on NVIDIA's GPUs."""
-    NVIDIA: tl.constexpr = cuda_capability_geq(8, 0) and not INTERPRET
-    if NVIDIA:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)
-    return x
+    if INTERPRET:
+        y = x
+    elif cuda_capability_geq(8, 0):
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)
+    else:
+        y = x
+    return y
 
 
 @triton.jit
