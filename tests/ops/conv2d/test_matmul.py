@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tritonnn.ops.conv2d.dispatch import can_run, run
 from tritonnn.ops.conv2d.epilogue import Epilogue
 from tritonnn.ops.conv2d.forms import BY_NAME
-from tritonnn.ops.conv2d.forms.matmul import MatmulConfig, shared_memory
+from tritonnn.ops.conv2d.forms.matmul_tiles import MatmulConfig, shared_memory
 from tritonnn.ops.conv2d.pack import pack_weight
 from tritonnn.ops.conv2d.problem import Choice, Product
 from tritonnn.ops.conv2d.prologue import Prologue

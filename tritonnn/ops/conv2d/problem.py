@@ -121,6 +121,11 @@ def on_tensor_cores(x: torch.Tensor, input_precision: str) -> bool:
     return x.element_size() == 2 or input_precision != "ieee"
 
 
+def leaves_half_empty(k: int) -> bool:
+    """Whether of blocks of 128 of k output channels the last would be at most half full: blocks of 64 waste less."""
+    return 0 < k % 128 <= 64
+
+
 def spans_taps(channels: int, taps: int) -> bool:
     """Whether a filter has too few channels to give each of its taps a block of the reduction."""
     return channels < 16 and taps > 1

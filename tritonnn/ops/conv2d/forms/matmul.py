@@ -12,8 +12,6 @@ Programs are persistent: while one tile is multiplied or stored, the ring of slo
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -33,135 +31,18 @@ from ....device.epilogue import finish
 from ....device.gluon_versions import barrier, barrier_before_expect, barrier_before_wait, load_box, store_box
 from ....device.prologue import load_factors, prepare
 from ....runtime import hardware
-from ....runtime.blocks import ceil_div, power_of_2
+from ....runtime.blocks import ceil_div
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
 from ....runtime.memory_format import pixel_stride
 from ..problem import Choice, Problem, Product
 from ..prologue import NO_PROLOGUE
-from .form import Config, Form
+from .form import Form
+from .matmul_tiles import LEAST_CHANNELS, MatmulConfig, kinds_of, ranked, shared_memory, tiles_of
 from .tma_halo.kernel import start_successor_if
 
 OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
-LEAST_CHANNELS = 16
-"""A block of the reduction has at least so many; with fewer most of it would be zeros."""
-MOST_RESIDENT_STEPS = 4
-"""Up to so many steps the whole of a block of the weight is kept."""
-BARRIERS = 1024
-"""Bytes of shared memory, at most, that a program has besides its tiles."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatmulConfig(Config):
-    """A tile of BLOCK_M pixels x BLOCK_N channels, reduced BLOCK_K channels at a time; PROGRAMS on a multiprocessor.
-
-    SLOTS tiles of x, and of the weight, in shared memory; RESIDENT: all that a program needs of the weight stays there.
-    The tile has REST_N more channels, so that 160 are 128 and 32: the sides of a block are powers of 2.
-    """
-
-    form: ClassVar[str] = "matmul"
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    X_SLOTS: int
-    RESIDENT: bool
-    num_warps: int
-    PROGRAMS: int
-    REST_N: int = 0
-
-    @property
-    def notes(self) -> list[str]:
-        notes = [f"{self.X_SLOTS} slots", f"{self.PROGRAMS} a multiprocessor"]
-        more = [f"and {self.REST_N} channels"] if self.REST_N else []
-        return more + super().notes + notes + ["weight resident"] * self.RESIDENT
-
-    @property
-    def channels(self) -> int:
-        """Of a tile."""
-        return self.BLOCK_N + self.REST_N
-
-
-class Kind(NamedTuple):
-    """A tile, and what it was measured to take: microseconds of a step of 128 bytes of channels, and of all else.
-
-    As many of them as run on a multiprocessor at a time, together; `alone`: the part of this that one of them takes
-    where the others have ended. See `microseconds`.
-    """
-
-    block_m: int
-    block_n: int
-    slots: int
-    resident: bool
-    num_warps: int
-    programs: int
-    step_us: float
-    tile_us: float
-    alone: float = 1.0
-    rest_n: int = 0
-
-    def config(self, block_k: int) -> MatmulConfig:
-        return MatmulConfig(
-            BLOCK_M=self.block_m,
-            BLOCK_N=self.block_n,
-            BLOCK_K=block_k,
-            X_SLOTS=self.slots,
-            RESIDENT=self.resident,
-            num_warps=self.num_warps,
-            PROGRAMS=self.programs,
-            REST_N=self.rest_n,
-        )
-
-
-FROM_SHARED_MEMORY = {
-    2: [
-        Kind(128, 64, 4, False, 4, 2, 0.41, 1.5, 0.75),
-        Kind(128, 64, 4, True, 4, 2, 0.36, 1.08, 0.5),
-        Kind(128, 64, 3, False, 4, 2, 0.46, 1.63, 0.65),
-        Kind(128, 64, 2, False, 4, 3, 0.82, 1.53, 0.56),
-        Kind(128, 256, 3, False, 8, 1, 0.67, 2.31),
-        Kind(128, 256, 3, True, 8, 1, 1.0, 1.5),
-        Kind(128, 128, 4, False, 8, 1, 0.45, 1.19),
-        Kind(128, 128, 3, True, 8, 2, 0.88, 1.9, 0.5),
-        Kind(64, 128, 3, False, 4, 2, 0.47, 1.6, 0.63),
-        Kind(64, 128, 8, False, 4, 1, 0.28, 0.92),
-        Kind(64, 256, 4, False, 8, 1, 0.42, 1.59),
-        Kind(128, 32, 3, False, 4, 3, 0.51, 1.3, 0.56),
-        Kind(128, 32, 4, True, 4, 2, 0.34, 0.83),
-        Kind(64, 32, 4, False, 4, 4, 0.62, 1.3, 0.41),
-        Kind(64, 32, 8, False, 4, 2, 0.48, 1.43, 0.5),
-        Kind(64, 64, 3, False, 4, 3, 0.61, 2.05, 0.53, rest_n=16),
-        Kind(64, 64, 3, False, 4, 3, 0.63, 2.0, 0.53, rest_n=32),
-        Kind(64, 128, 6, False, 4, 1, 0.39, 1.01, rest_n=64),
-    ],
-    4: [
-        Kind(128, 64, 3, False, 4, 2, 0.4, 1.7),
-        Kind(128, 128, 4, False, 8, 1, 0.5, 1.6),
-        Kind(128, 32, 3, False, 4, 2, 0.4, 1.4),
-    ],
-}
-"""Where both operands are read from shared memory, by the bytes of an element."""
-FROM_REGISTERS = [
-    Kind(64, 128, 3, False, 4, 2, 0.64, 0.7),
-    Kind(64, 64, 3, False, 4, 3, 0.61, 0.7),
-    Kind(128, 128, 3, False, 8, 1, 0.76, 0.7),
-    Kind(128, 32, 3, False, 4, 3, 0.8, 0.7),
-]
-"""Where x is rounded, or turned round, in registers."""
-SPLIT = [
-    Kind(64, 128, 2, False, 4, 2, 1.16, 0.7),
-    Kind(64, 64, 2, False, 4, 3, 1.01, 0.7),
-    Kind(64, 64, 3, True, 4, 3, 0.9, 0.9),
-    Kind(128, 32, 3, False, 4, 2, 1.02, 0.6),
-]
-"""Where x is split for strict float32.
-
-All as a model of the sweep of 142 layers of 64 images, H200 (benchmarks/results): its choices take 2 % longer than the
-best of 22 kinds in bfloat16, 1 % in float32. Those of 16-bit numbers fit a second sweep, too, of 92 kinds and 107
-layers, most of which were slower than PyTorch's: choices take 3 % longer than the best there, and 10 % with the kinds
-and the times of the first sweep.
-"""
 
 
 @gluon.jit
@@ -695,13 +576,6 @@ class MatmulForm(Form):
         )
 
 
-def kinds_of(element_size: int, in_registers: bool, split: bool) -> list[Kind]:
-    """`in_registers`: x is turned round, rounded or otherwise computed there."""
-    if split:
-        return SPLIT
-    return FROM_REGISTERS if in_registers else FROM_SHARED_MEMORY[element_size]
-
-
 def is_narrow(product: Product) -> bool:
     """Whether pixels of x and y have at most 64 bytes, in channels_last."""
     both = max(product.x.shape[1], product.y.shape[1]) * product.x.element_size()
@@ -712,51 +586,6 @@ def is_flat(product: Product) -> bool:
     """Whether all images are one long one: their pixels follow each other, and none has factors of its own."""
     gates = product.prologue is not None and product.prologue.has_gates
     return pixel_stride(product.x) is not None and product.channels_last_y and not gates
-
-
-def tiles_of(tile: Kind | MatmulConfig, images: int, pixels: int, k: int) -> int:
-    """That cover y, of `images` of so many pixels."""
-    if isinstance(tile, Kind):
-        block_m, block_n = tile.block_m, tile.block_n + tile.rest_n
-    else:
-        block_m, block_n = tile.BLOCK_M, tile.channels
-    return images * ceil_div(pixels, block_m) * ceil_div(k, block_n)
-
-
-def ranked(
-    kinds: list[Kind], images: int, pixels: int, c: int, k: int, element_size: int, split: bool, gpu: Gpu
-) -> list[MatmulConfig]:
-    """Those that a product may have, the fastest by the model first."""
-    block_k = power_of_2(c, LEAST_CHANNELS, 128 // element_size)
-    steps = ceil_div(c, block_k)
-
-    def microseconds(kind: Kind) -> float:
-        """As many rounds as it takes for all tiles to have run, each of so many steps and the rest.
-
-        In the last round some multiprocessors have fewer programs, and these are faster.
-        """
-        tiles = tiles_of(kind, images, pixels, k)
-        rounds, last = divmod(tiles, kind.programs * gpu.multiprocessors)
-        if last:
-            rounds += max(ceil_div(last, gpu.multiprocessors) / kind.programs, kind.alone)
-        return rounds * (steps * kind.step_us * block_k * element_size / 128 + kind.tile_us)
-
-    def suits(kind: Kind) -> bool:
-        wide = kind.block_n >= 2 * k and kind.block_n > min(kind.block_n for kind in kinds)
-        many = tiles_of(kind, images, pixels, k) >= 2 * kind.programs * gpu.multiprocessors
-        stays = steps <= MOST_RESIDENT_STEPS and many
-        fits = shared_memory(kind.config(block_k), element_size, steps, split) <= gpu.shared_memory
-        return fits and not wide and (stays or not kind.resident)
-
-    return [kind.config(block_k) for kind in sorted(filter(suits, kinds), key=microseconds)]
-
-
-def shared_memory(config: MatmulConfig, element_size: int, steps: int, split: bool) -> int:
-    """Bytes that the programs of a multiprocessor take together."""
-    weights = (2 if split else 1) * (steps if config.RESIDENT else config.X_SLOTS) * config.channels
-    lines = config.X_SLOTS * config.BLOCK_M + weights
-    tile = config.BLOCK_M * config.channels
-    return config.PROGRAMS * (element_size * (lines * config.BLOCK_K + tile) + BARRIERS)
 
 
 def _image(x: torch.Tensor, channels_last: bool, flat: bool) -> torch.Tensor:

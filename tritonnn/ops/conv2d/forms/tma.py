@@ -30,7 +30,7 @@ from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
 from ....runtime.memory_format import pixel_stride
-from ..problem import Choice, Problem, Product
+from ..problem import Choice, Problem, Product, leaves_half_empty
 from .form import Config, Form, by_waves
 
 SWAP_AB_TILES = [
@@ -435,7 +435,7 @@ def default_config(
         tiles = [(64, 64, 4, 3)] if k <= 64 else [(64, 128, 4, 3), (64, 64, 4, 4)]
     elif k <= 64 or reduction * element_size < 128:  # memory bounds it: as many pixels as fit
         tiles = [(256, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)] if half else [(128, 64, 4, 4), (64, 64, 4, 4)]
-    elif half and taps > 1 and 0 < k % 128 <= 64:  # half of the last block of 128 channels would be empty
+    elif half and taps > 1 and leaves_half_empty(k):
         tiles = [(256, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)]
     elif half and reduction <= 1152:
         tiles = [(128, 128, 4, 3), (128, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
