@@ -40,7 +40,17 @@ from ....runtime.memory_format import pixel_stride
 from ..problem import Choice, Problem, Product
 from ..prologue import NO_PROLOGUE
 from .form import Form
-from .matmul_tiles import FOR_FEW_ROWS, LEAST_CHANNELS, MatmulConfig, kinds_of, ranked, shared_memory, tiles_of
+from .matmul_tiles import (
+    FOR_FEW_ROWS,
+    LEAST_CHANNELS,
+    ROUNDED,
+    TURNED,
+    MatmulConfig,
+    kinds_of,
+    ranked,
+    shared_memory,
+    tiles_of,
+)
 from .tma_halo.kernel import start_successor_if
 
 OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
@@ -512,8 +522,8 @@ class MatmulForm(Form):
         if not found:
             return None
         few_rows, tile = kinds is FOR_FEW_ROWS, found[0]
-        if x.element_size() == 4 and not few_rows:  # those that TMA would have
-            tile = dataclasses.replace(tile, BLOCK_N=max(tile.BLOCK_N, 64))
+        if kinds in (ROUNDED, TURNED):  # whose kinds range from 64 x 32 to 128 x 128
+            tile = dataclasses.replace(tile, BLOCK_M=64, BLOCK_N=64)
         if (5 if few_rows else 2) * tiles_of(tile, images, pixels, K) < gpu.multiprocessors:
             return None
         return Choice(found[0])

@@ -395,7 +395,7 @@ def _is_better_gathered(product: Product, config: TmaConfig, gpu: Gpu) -> bool:
         return 4 * tiles < gpu.multiprocessors
     if product.input_precision != "tf32" or tuple(product.stride) != (1, 1):
         return False
-    return config.TILE_N >= MANY_IMAGES or (K > 64 and leaves_half_empty(K))
+    return config.TILE_N >= MANY_IMAGES or (config.BLOCK_N == 128 and leaves_half_empty(K))
 
 
 def _fits_by_parity(product: Product) -> bool:
@@ -434,9 +434,9 @@ def best_box(n: int, p: int, q: int, pixels: int, neighbours: int = 1) -> tuple[
 def with_neighbours(config: TmaConfig, n: int, p: int, q: int, k: int, element_size: int, gpu: Gpu) -> TmaConfig:
     """With a box of 8 pixels of an image in place of one of a single pixel of each, if it wastes little.
 
-    In TF32 under several taps and stride 1: 3x3, 192 to 384 channels of 7x7 26 us with boxes of 16x1x8, 46 with 64x1x1, 160 to 320
-    23 and 47, 16 to 64 of 55x55 91 and 239 (H200, 64 images). The first has 128 pixels for 64, 75 programs for 132
-    multiprocessors.
+    In TF32 under several taps and stride 1: 3x3, 192 to 384 channels of 7x7 26 us with boxes of 16x1x8, 46 with 64x1x1,
+    160 to 320 23 and 47, 16 to 64 of 55x55 91 and 239 (H200, 64 images). The first has 128 pixels for 64, 75 programs
+    for 132 multiprocessors.
     """
     if config.TILE_P * config.TILE_Q > 1:
         return config
