@@ -158,10 +158,10 @@ SPLIT = [
 ]
 """Where x is split for strict float32.
 
-The kinds of 16-bit numbers and of strict float32 as a model of the sweep of 142 layers of 64 images, H200 (benchmarks/results): its choices take 2 % longer
-than the best of 22 kinds in bfloat16, 1 % in float32. Those of 16-bit numbers fit a second sweep, too, of 92 kinds and
-107 layers, most of which were slower than PyTorch's: choices take 3 % longer than the best there, and 10 % with the
-kinds and the times of the first sweep.
+The kinds of 16-bit numbers and these as a model of the sweep of 142 layers of 64 images, H200 (benchmarks/results): its
+choices take 2 % longer than the best of 22 kinds in bfloat16, 1 % in float32. Those of 16-bit numbers fit a second
+sweep, too, of 92 kinds and 107 layers, most of which were slower than PyTorch's: choices take 3 % longer than the best
+there, and 10 % with the kinds and the times of the first sweep.
 """
 
 

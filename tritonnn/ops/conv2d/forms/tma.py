@@ -55,8 +55,8 @@ LEAST_CHANNELS = 16
 """A block of the reduction has at least so many; with fewer most of it would be zeros."""
 NEIGHBOURS, MOST_COVERED = 8, 1.15
 """Pixels of an image in a box of TF32, at least, if what it covers is no larger than so many times the output."""
-MANY_IMAGES = 32
-"""With boxes of pixels of so many images the form "pointers" is faster in TF32."""
+MANY_IMAGES, LEAST_PIXELS = 32, 4
+"""With boxes of fewer pixels of so many images each the form "pointers" is faster in TF32."""
 PAIRED = 128, 4, 3
 """BLOCK_N, warps and stages with which two programs fit a multiprocessor: a single one would wait for its loads.
 
@@ -378,24 +378,26 @@ def _is_narrow(product: Product) -> bool:
 def _is_better_gathered(product: Product, config: TmaConfig, gpu: Gpu) -> bool:
     """Whether the form "pointers", whose tile is a run of pixels, is faster with float32.
 
-    Measured on an H200, 64 images, us, in brackets by TMA; x is copied to channels_last by both. Short taps: see
-    `Product.has_short_taps`. In TF32 and stride 1, where a box has a few pixels of each of many images: 1x7, 128 to 128
-    channels of 17x17 36 (49), 3x3, 64 to 96 of 35x35 78 (95), 96 to 208 of 14x14 35 (42). And where half of the last
-    block of 128 channels would be empty: 1x7, 192 to 192 of 17x17 63 (90), 3x3, 128 to 192 of 28x28 123 (140), 80 to
-    192 of 73x73 596 (773). In strict float32 also where products of one tap have so few tiles that most
-    multiprocessors have none, and tiles of fewer pixels help: 120 to 480 features 3.4 (4.7), 240 to 960 5.1 (6.9).
+    Measured on an H200, 64 images, us, in brackets by TMA; both copy x to channels_last. Short taps: see
+    `Product.has_short_taps`. In TF32 and stride 1, where a box has a pixel or two of each of many images: 1x7, 128 to
+    128 channels of 17x17 36 (49); or a few, and not all blocks of 128 channels are full: 3x3, 64 to 96 of 35x35 78
+    (95), 96 to 208 of 14x14 35 (42). And where half of the last one would be empty: 1x7, 192 to 192 of 17x17 63 (90),
+    3x3, 128 to 192 of 28x28 123 (140), 80 to 192 of 73x73 596 (773). In strict float32 also where one tap has so few
+    tiles that most multiprocessors have none, and those of fewer pixels help: 120 to 480 features 3.4 (4.7), 240 to 960
+    5.1 (6.9).
     """
-    (N, K, P, Q), size = product.y.shape, product.x.element_size()
+    (N, K, P, Q), precision = product.y.shape, product.input_precision
     if product.has_short_taps:
         return True
-    if size != 4 or (product.taps == 1 and product.input_precision != "tf32x3"):
+    if product.x.element_size() != 4:
         return False
     if product.taps == 1:
         tiles = ceil_div(N * P * Q, config.TILE_N * config.TILE_P * config.TILE_Q) * ceil_div(K, config.BLOCK_N)
-        return 4 * tiles < gpu.multiprocessors
-    if product.input_precision != "tf32" or tuple(product.stride) != (1, 1):
+        return precision == "tf32x3" and 4 * tiles < gpu.multiprocessors
+    if precision != "tf32" or tuple(product.stride) != (1, 1):
         return False
-    return config.TILE_N >= MANY_IMAGES or (config.BLOCK_N == 128 and leaves_half_empty(K))
+    few_pixels = config.TILE_P * config.TILE_Q < LEAST_PIXELS or K % 128 != 0
+    return (config.TILE_N >= MANY_IMAGES and few_pixels) or (config.BLOCK_N == 128 and leaves_half_empty(K))
 
 
 def _fits_by_parity(product: Product) -> bool:
