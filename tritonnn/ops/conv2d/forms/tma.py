@@ -57,6 +57,8 @@ NEIGHBOURS, MOST_COVERED = 8, 1.15
 """Pixels of an image in a box of TF32, at least, if what it covers is no larger than so many times the output."""
 MANY_IMAGES, LEAST_PIXELS = 32, 4
 """With boxes of fewer pixels of so many images each the form "pointers" is faster in TF32."""
+FEW_ROWS = 64
+"""Rows of a linear layer, or pixels, of which tiles of 16 make more programs than tiles of 64."""
 PAIRED = 128, 4, 3
 """BLOCK_N, warps and stages with which two programs fit a multiprocessor: a single one would wait for its loads.
 
@@ -382,9 +384,9 @@ def _is_better_gathered(product: Product, config: TmaConfig, gpu: Gpu) -> bool:
     `Product.has_short_taps`. In TF32 and stride 1, where a box has a pixel or two of each of many images: 1x7, 128 to
     128 channels of 17x17 36 (49); or a few, and not all blocks of 128 channels are full: 3x3, 64 to 96 of 35x35 78
     (95), 96 to 208 of 14x14 35 (42). And where half of the last one would be empty: 1x7, 192 to 192 of 17x17 63 (90),
-    3x3, 128 to 192 of 28x28 123 (140), 80 to 192 of 73x73 596 (773). In strict float32 also where one tap has so few
-    tiles that most multiprocessors have none, and those of fewer pixels help: 120 to 480 features 3.4 (4.7), 240 to 960
-    5.1 (6.9).
+    3x3, 128 to 192 of 28x28 123 (140), 80 to 192 of 73x73 596 (773). In strict float32 also where few rows have so
+    few tiles that most multiprocessors have none, and smaller ones help: 120 to 480 features 3.4 (4.7), 240 to 960 5.1
+    (6.9).
     """
     (N, K, P, Q), precision = product.y.shape, product.input_precision
     if product.has_short_taps:
@@ -392,8 +394,8 @@ def _is_better_gathered(product: Product, config: TmaConfig, gpu: Gpu) -> bool:
     if product.x.element_size() != 4:
         return False
     if product.taps == 1:
-        tiles = ceil_div(N * P * Q, config.TILE_N * config.TILE_P * config.TILE_Q) * ceil_div(K, config.BLOCK_N)
-        return precision == "tf32x3" and 4 * tiles < gpu.multiprocessors
+        few = N * P * Q <= FEW_ROWS and 4 * ceil_div(K, config.BLOCK_N) < gpu.multiprocessors
+        return precision == "tf32x3" and few
     if precision != "tf32" or tuple(product.stride) != (1, 1):
         return False
     few_pixels = config.TILE_P * config.TILE_Q < LEAST_PIXELS or K % 128 != 0
