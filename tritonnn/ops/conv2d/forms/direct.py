@@ -199,7 +199,7 @@ class DirectForm(Form):
             return None
         gpu, reduction = hardware.gpu(x.device), product.packed[0].numel()
         if groups == 1:
-            few = K <= FEW_FILTERS and K % 8 == 0 and reduction <= FEW_PRODUCTS
+            few = K <= FEW_FILTERS and K % 8 == 0 and 16 < reduction <= FEW_PRODUCTS
             if not few or product.input_precision != "ieee" or x.element_size() != 4:
                 return None
             config = config_of(4, 16 if product.taps > 1 else 8, N, P, Q, K)
