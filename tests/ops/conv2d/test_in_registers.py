@@ -83,8 +83,8 @@ def test_registers(channels, element_size):
     pixels = (2048 // channels) ** 2
     config = default_config(pixels, channels, channels, 9, element_size, H100)
     operands = (16 + config.BLOCK_N) * 9 * channels * element_size
-    assert operands / 4 <= 32 * config.num_warps * config.registers(9 * channels, element_size)
-    assert config.registers(9 * channels, element_size) <= MOST_REGISTERS
+    assert operands / 4 <= 32 * config.num_warps * config.registers([9 * channels], element_size)
+    assert config.registers([9 * channels], element_size) <= MOST_REGISTERS
 
 
 SHAPES = {

@@ -40,6 +40,7 @@ from ..problem import Choice, Problem, Product
 from ..prologue import NO_PROLOGUE
 from .form import Form
 from .matmul_tiles import LEAST_CHANNELS, MatmulConfig, kinds_of, ranked, shared_memory, tiles_of
+from .pointers import one_wave
 from .tma_halo.kernel import start_successor_if
 
 OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
@@ -492,12 +493,12 @@ class MatmulForm(Form):
         return lines and tile and not choice.copies_x and memory <= hardware.gpu(product.x.device).shared_memory
 
     def default(self, product: Product) -> Choice | None:
-        """None where tiles are few: the form TMA, which is not persistent, then starts earlier.
+        """None where tiles are few: the forms TMA and pointers, which are not persistent, then start earlier.
 
         And where pixels have few bytes, in and out, of which TMA brings one pixel after the other: 32 to 16 channels of
         112x112 in bfloat16 21.6 us by pointers, here 38 (H200).
         """
-        if not self.fits(product) or is_narrow(product):
+        if not self.fits(product) or is_narrow(product) or one_wave(product):
             return None
         x, (N, K, P, Q) = product.x, product.y.shape
         last_x, split = pixel_stride(x) is not None, product.input_precision == "tf32x3"

@@ -32,6 +32,7 @@ from ....runtime.launch_plan import launch
 from ....runtime.memory_format import pixel_stride
 from ..problem import Choice, Problem, Product, leaves_half_empty
 from .form import Config, Form, by_waves
+from .pointers import one_wave
 
 SWAP_AB_TILES = [
     (64, 64, 4, 4),
@@ -253,7 +254,7 @@ class TmaForm(Form):
             return None
         rounds = product.round_x and not rounds_on_load()
         copies_x = product.reads_apart or (rounds and product.rounds_often)
-        if not (copies_x or product.is_aligned) or _is_narrow(product):
+        if not (copies_x or product.is_aligned) or _is_narrow(product) or one_wave(product):
             return None
         split = product.input_precision == "tf32x3"
         swap_ab = not split and (copies_x or not rounds)
