@@ -254,7 +254,7 @@ class TmaForm(Form):
             return None
         rounds = product.round_x and not rounds_on_load()
         copies_x = product.reads_apart or (rounds and product.rounds_often)
-        if not (copies_x or product.is_aligned) or _is_narrow(product) or one_wave(product):
+        if not (copies_x or product.is_aligned) or _is_narrow(product) or one_wave(product) or _pads_channels(product):
             return None
         split = product.input_precision == "tf32x3"
         swap_ab = not split and (copies_x or not rounds)
@@ -346,6 +346,16 @@ class TmaForm(Form):
 def _has_one_tap(product: Product) -> bool:
     """Whether a pixel of y sees one pixel of x."""
     return product.taps == 1 and tuple(product.padding) == (0, 0)
+
+
+def _pads_channels(product: Product) -> bool:
+    """Whether under each of several taps at least a fourth of the blocks of channels is zeros, of 16-bit numbers.
+
+    Pointers then are faster: 3x3, 96 channels of 35x35 50 us for 57, 5x5, 48 to 64 45 for 56 (64 images, H200).
+    """
+    C, size = product.x.shape[1], product.x.element_size()
+    blocks = ceil_div(C, block_k_of(C, size)) * block_k_of(C, size)
+    return size == 2 and product.taps > 1 and 4 * (blocks - C) >= blocks
 
 
 def _is_narrow(product: Product) -> bool:
