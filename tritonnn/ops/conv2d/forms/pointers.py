@@ -327,13 +327,14 @@ def one_wave(product: Product) -> PointersConfig | None:
     Then this form is faster than those that load by TMA, as its programs begin to load sooner. One image in bfloat16
     (H200): 1x1, 1,024 channels of 14x14 3.6 us for 4.4 by TMA, 512 to 256 channels of 28x28 2.6 for 3.0; 3x3 in 32
     groups, 512 channels of 14x14 2.3 for 4.1, 1,024 of 7x7 2.6 for 4.2. Not so where much is read: 64 rows of a linear
-    layer, 4,096 to 4,096 features, 46 for 13; nor in groups of 8 channels, half of each block of which would be empty.
+    layer, 4,096 to 4,096 features, 46 for 13; nor in groups of 8 channels, half of each block of which would be empty,
+    and groups of 64 fill the blocks of any form.
     """
     x, k, c = product.x, product.y.shape[1] // product.groups, product.packed.shape[3]
     gpu, tiles = hardware.gpu(x.device), []
     if product.groups == 1 and product.taps == 1 and 64 <= c <= MOST_CHANNELS_OF_ONE_WAVE:
         tiles = ONE_WAVE
-    elif product.groups > 1 and product.taps > 1 and c >= 16:
+    elif product.groups > 1 and product.taps > 1 and 16 <= c <= 32:
         tiles = ONE_WAVE_OF_GROUPS
     if x.element_size() != 2 or x.stride(1) != 1 or product.prologue is not None or not gpu.is_hopper:
         return None
