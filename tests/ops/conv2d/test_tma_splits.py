@@ -9,11 +9,13 @@ from torch.nn import functional as F
 
 from tritonnn.ops.conv2d.dispatch import can_run, run
 from tritonnn.ops.conv2d.epilogue import Epilogue
-from tritonnn.ops.conv2d.forms import BY_NAME
+from tritonnn.ops.conv2d.forms import BY_NAME, tma
 from tritonnn.ops.conv2d.forms.tma import best_box, config_of
 from tritonnn.ops.conv2d.pack import pack_weight
 from tritonnn.ops.conv2d.problem import Choice, Product
 from tritonnn.runtime.semaphores import PER_STREAM, semaphores
+
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
 LIMITS = {"ieee": 2**-8 if DEVICE.type == "cuda" else 2**-20, "tf32": 2**-17, "tf32x3": 2**-20}
 """Of the error of an image, by precision; on a GPU the first is bfloat16."""
@@ -80,6 +82,17 @@ def test_contiguous_outputs(name):
     given, choice, exact = operands(name, channels_last=False)
     run(given, choice)
     assert worst_image(given.y, exact) < LIMITS[given.input_precision]
+
+
+@in_the_interpreter
+def test_semaphores_are_zero_for_the_next_launch(monkeypatch):
+    counts = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(tma, "launch_semaphores", lambda *_: counts)
+    given, choice, exact = operands("4, of nine steps", channels_last=True)
+    for _ in range(2):
+        given.y.fill_(float("nan"))
+        run(given, choice)
+        assert worst_image(given.y, exact) < LIMITS[given.input_precision] and not counts.any()
 
 
 @pytest.mark.gpu

@@ -56,7 +56,7 @@ SLICES = [(4, 4, 4), (8, 8, 3), (8, 8, 5), (4, 4, 6)]
 class SlicedKConfig(Config):
     """A tile of BLOCK_M x BLOCK_N outputs, of SPLITS programs that each reduce SLICES blocks of BLOCK_K at a time.
 
-    SPLITS and SLICES are powers of 2.
+    SLICES is a power of 2.
     """
 
     form: ClassVar[str] = "sliced_k"
