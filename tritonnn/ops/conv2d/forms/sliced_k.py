@@ -31,6 +31,7 @@ from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
 from ....device.layouts import renamed
 from ....device.pixels import MOST_PIXELS, quotient
+from ....device.split_k import leave_part, parts_of, sum_of_parts
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div
 from ....runtime.dependent_launch import dependent_launch
@@ -39,7 +40,7 @@ from ....runtime.launch_plan import launch, launch_semaphores
 from ....runtime.memory_format import pixel_strides
 from ..pack import lost_in_registers
 from ..problem import Choice, Problem, Product, shortcut_flags
-from .form import Config, Form, by_waves
+from .form import Config, Form, by_waves, splits_of
 
 OUTPUTS_OF_A_MULTIPROCESSOR = 1000
 """With fewer outputs a multiprocessor than this, larger tiles would leave some multiprocessors idle."""
@@ -57,7 +58,7 @@ SLICES = [(4, 4, 4), (8, 8, 3), (8, 8, 5), (4, 4, 6)]
 class SlicedKConfig(Config):
     """A tile of BLOCK_M x BLOCK_N outputs, of SPLITS programs that each reduce SLICES blocks of BLOCK_K at a time.
 
-    SPLITS and SLICES are powers of 2.
+    SLICES is a power of 2.
     """
 
     form: ClassVar[str] = "sliced_k"
@@ -348,17 +349,11 @@ def conv2d_sliced_k_forward_kernel(
     total += shortcut
     last = True
     if SPLITS > 1:
-        offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        parts = partial_ptr + tile * (SPLITS * BLOCK_M * BLOCK_N) + offs
-        tl.store(parts + split * (BLOCK_M * BLOCK_N), total)
-        tl.debug_barrier()  # all threads have stored before one of them tells
-        last = tl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+        parts = parts_of(partial_ptr, tile, SPLITS, BLOCK_M, BLOCK_N)
+        last = leave_part(total, parts, split, semaphores_ptr + tile, SPLITS)
     if last:
         if SPLITS > 1:
-            total = tl.load(parts, cache_modifier=".cg")
-            for other in tl.static_range(1, SPLITS):
-                total += tl.load(parts + other * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
-            tl.store(semaphores_ptr + tile, 0)
+            total = sum_of_parts(parts, semaphores_ptr + tile, SPLITS)
         if HAS_BIAS:
             total += bias.to(ACC)[None, :]
         if HAS_SHORTCUT_BIAS:
@@ -528,14 +523,6 @@ def _stages(slices: int, line: int, blocks_k: int, gpu: Gpu) -> int:
     """
     memory = 1 << (gpu.shared_memory.bit_length() - 1)
     return min(ceil_div(blocks_k, slices) + 1, memory // (slices * line), 6)
-
-
-def splits_of(tiles: int, blocks_k: int, slices: int, programs: int) -> int:
-    """The power of 2 into which a reduction of blocks_k is split so that there are about so many programs."""
-    splits = 1
-    while 2 * splits * tiles <= programs and 2 * splits * slices <= blocks_k:
-        splits *= 2
-    return splits
 
 
 def _extent(t: torch.Tensor) -> int:
