@@ -115,6 +115,29 @@ class Product(NamedTuple):
         many = self.y.shape[1] * self.taps >= 1152 * self.stride[0] * self.stride[1]
         return self.gathers and self.round_x and many
 
+    @property
+    def is_read_often(self) -> bool:
+        """Whether under a filter of one tap so many channels of y read an image in NCHW that a copy of it pays.
+
+        Each block of channels reads x again, rounds it and turns it round. Measured on an H200, 64 images in TF32, us,
+        in brackets without a copy: 1024 to 2048 channels of 7x7 74 (97), of 14x14 with stride 2 92 (157), 512 to 1024
+        of 28x28 with stride 2 129 (160), 2048 to 512 of 7x7 50 (60). With stride 2 four times the pixels are copied.
+        """
+        C, K, (stride_h, stride_w) = self.x.shape[1], self.y.shape[1], self.stride
+        apart = self.taps == 1 and self.groups == 1 and self.x.stride(1) != 1 and not triton.knobs.runtime.interpret
+        return apart and self.round_x and C >= 512 and K >= 512 and K >= 256 * stride_h * stride_w
+
+    @property
+    def has_short_taps(self) -> bool:
+        """Whether a tap of float32 has one block of 32 channels at most, which pointers fill faster than TMA.
+
+        Measured on an H200, 64 images, 3x3, us, in brackets by TMA, with a halo where it says so: TF32, channels_last,
+        24 to 24 channels of 112x112 175 (halo 350), NCHW, 32 to 64 of 147x147 438 (halo 769); strict float32, NCHW, 16
+        to 64 of 55x55 86 (239), 32 to 128 of 27x27 58 (122), 24 to 24 of 112x112 327 (572), 32 to 96 of 28x28 57 (56).
+        """
+        few = self.x.shape[1] <= 32 and self.x.element_size() == 4 and self.groups == 1
+        return few and self.gathers and tuple(self.stride) == (1, 1)
+
 
 def on_tensor_cores(x: torch.Tensor, input_precision: str) -> bool:
     """Whether products of x run on the tensor cores."""

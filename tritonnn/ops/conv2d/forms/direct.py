@@ -35,6 +35,8 @@ MOST_PRODUCTS = 288
 """Products of a sum, at most, with which tuning tries this form."""
 LONGEST_OF_GROUPS = 80
 """Up to so many products of a sum this form is the default: with 16 channels a group others are faster."""
+FEW_FILTERS, FEW_PRODUCTS = 32, 48
+"""Up to so many filters, and products of a sum, this form is the default without groups."""
 STRIPS = [(7, 8), (4, 8), (4, 16), (4, 4), (2, 8)]
 """STRIP, and the most for BLOCK_N, that tuning tries."""
 
@@ -184,20 +186,28 @@ class DirectForm(Form):
         return group_k % config.BLOCK_N == 0 and config.STRIP * config.BLOCK_N <= MOST_SUMS and not choice.copies_x
 
     def default(self, product: Product) -> Choice | None:
-        """For images in NCHW of a few channels a group, unless they are rounded to TF32.
+        """For images in NCHW of a few channels, or a few a group, unless they are rounded to TF32.
 
         Measured on an H200, 64 images, float32: 8 channels a group, 3x3, 256 of 28x28 88 us (pointers 238, cuDNN on an
-        H100 151), stride 2 101 (247, 277); 4 a group, 128 of 56x56 112 (1,118, 301).
+        H100 151), stride 2 101 (247, 277); 4 a group, 128 of 56x56 112 (1,118, 301). Without groups, in brackets by
+        pointers and cuDNN's: 3 to 24 channels of 224x224, 3x3, stride 2 62 (158, 112), to 32 72 (160, 112), of 299x299
+        128 (283, 198); one tap, 48 to 24 of 56x56 55 (78, 22), 32 to 16 of 112x112 75 (78, 60).
         """
         x, (N, K, P, Q), groups = product.x, product.y.shape, product.groups
         nchw = x.stride(3) == 1 and x.stride(1) != 1 and not product.channels_last_y
-        if groups == 1 or not nchw or triton.knobs.runtime.interpret:
+        if not nchw or triton.knobs.runtime.interpret or not self.fits(product):
             return None
-        if not self.fits(product) or product.input_precision == "tf32":
+        gpu, reduction = hardware.gpu(x.device), product.packed[0].numel()
+        if groups == 1:
+            few = K <= FEW_FILTERS and K % 8 == 0 and reduction <= FEW_PRODUCTS
+            if not few or product.input_precision != "ieee" or x.element_size() != 4:
+                return None
+            config = config_of(4, 16 if product.taps > 1 else 8, N, P, Q, K)
+            programs = ceil_div(N * ceil_div(P, config.STRIP) * Q, config.BLOCK_M) * K // config.BLOCK_N
+            return Choice(config) if programs >= 2 * gpu.multiprocessors else None
+        if product.input_precision == "tf32" or reduction > LONGEST_OF_GROUPS:
             return None
-        if product.packed[0].numel() > LONGEST_OF_GROUPS:
-            return None
-        return Choice(default_config(N, P, Q, groups, K // groups, product.stride[0], hardware.gpu(x.device)))
+        return Choice(default_config(N, P, Q, groups, K // groups, product.stride[0], gpu))
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
         """Where lanes read neighbouring columns, and sums are short."""

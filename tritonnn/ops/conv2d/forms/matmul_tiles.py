@@ -117,7 +117,45 @@ FROM_REGISTERS = [
     Kind(128, 128, 3, False, 8, 1, 0.76, 0.7),
     Kind(128, 32, 3, False, 4, 3, 0.8, 0.7),
 ]
-"""Where x is rounded, or turned round, in registers."""
+"""Where x, of 16-bit numbers, is turned round or otherwise computed in registers."""
+ROUNDED = [
+    Kind(64, 128, 3, False, 4, 2, 0.625, 1.54, 0.6),
+    Kind(64, 64, 3, False, 4, 3, 0.603, 0.81, 0.55),
+    Kind(128, 128, 3, False, 8, 1, 0.495, 2.77),
+    Kind(128, 64, 3, False, 4, 2, 0.902, 0.43, 0.7),
+    Kind(128, 64, 6, False, 4, 1, 0.369, 1.23),
+    Kind(128, 32, 4, False, 4, 2, 0.452, 1.32, 0.65),
+    Kind(64, 32, 4, False, 4, 3, 0.425, 1.11, 0.45),
+]
+"""Where x, in channels_last, is rounded to TF32 in registers.
+
+As a model of a sweep of 29 layers of 64 images, most of which were slower than PyTorch's, and 15 kinds (H200): its
+choices take 3 % longer than the best, those of four kinds and an earlier model 7 %.
+"""
+TURNED = [
+    Kind(64, 128, 3, False, 4, 2, 0.788, 1.37, 0.6),
+    Kind(64, 64, 3, False, 4, 3, 0.668, 2.27, 0.55),
+    Kind(128, 128, 3, False, 8, 1, 0.823, 0.87),
+    Kind(128, 64, 3, False, 4, 2, 0.945, 0.64, 0.7),
+    Kind(128, 64, 6, False, 4, 1, 0.426, 1.21),
+    Kind(128, 32, 4, False, 4, 2, 0.75, 0.36, 0.65),
+    Kind(64, 32, 4, False, 4, 3, 0.672, 1.24, 0.45),
+]
+"""Where x, in NCHW, is turned round and rounded to TF32 in registers.
+
+As a model of 18 layers of such a sweep: its choices take as long as the best, those of the earlier model 22 % longer;
+in us, in brackets those, 528 to 160 channels of 14x14 28 (35), 960 to 160 45 (57), 200 to 80 7.8 (10.4).
+"""
+FEW_ROWS = 64
+FOR_FEW_ROWS = [
+    Kind(64, 32, 8, False, 4, 1, 0.36, 1.8),
+    Kind(64, 32, 4, False, 4, 3, 1.08, 0.3, 0.4),
+]
+"""As SPLIT, for at most FEW_ROWS pixels or rows of a linear layer, where the weight is most of what is read.
+
+On an H200, 64 rows, in brackets by TMA, us: 25,088 to 4,096 features 274 (454), 4,096 to 4,096 50 (78), 440 to 1,000
+7.1 (10.4).
+"""
 SPLIT = [
     Kind(64, 128, 2, False, 4, 2, 1.16, 0.7),
     Kind(64, 64, 2, False, 4, 3, 1.01, 0.7),
@@ -126,18 +164,20 @@ SPLIT = [
 ]
 """Where x is split for strict float32.
 
-All as a model of the sweep of 142 layers of 64 images, H200 (benchmarks/results): its choices take 2 % longer than the
-best of 22 kinds in bfloat16, 1 % in float32. Those of 16-bit numbers fit a second sweep, too, of 92 kinds and 107
-layers, most of which were slower than PyTorch's: choices take 3 % longer than the best there, and 10 % with the kinds
-and the times of the first sweep.
+The kinds of 16-bit numbers and these as a model of the sweep of 142 layers of 64 images, H200 (benchmarks/results): its
+choices take 2 % longer than the best of 22 kinds in bfloat16, 1 % in float32. Those of 16-bit numbers fit a second
+sweep, too, of 92 kinds and 107 layers, most of which were slower than PyTorch's: choices take 3 % longer than the best
+there, and 10 % with the kinds and the times of the first sweep.
 """
 
 
-def kinds_of(element_size: int, in_registers: bool, split: bool) -> list[Kind]:
-    """`in_registers`: x is turned round, rounded or otherwise computed there."""
+def kinds_of(element_size: int, in_registers: bool, split: bool, turned: bool, rows: int) -> list[Kind]:
+    """`in_registers`: x is `turned` round, rounded or otherwise computed there; rows: pixels of all images."""
     if split:
-        return SPLIT
-    return FROM_REGISTERS if in_registers else FROM_SHARED_MEMORY[element_size]
+        return FOR_FEW_ROWS if rows <= FEW_ROWS and not turned else SPLIT
+    if not in_registers:
+        return FROM_SHARED_MEMORY[element_size]
+    return FROM_REGISTERS if element_size == 2 else TURNED if turned else ROUNDED
 
 
 def tiles_of(tile: Kind | MatmulConfig, images: int, pixels: int, k: int) -> int:

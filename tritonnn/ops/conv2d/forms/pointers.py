@@ -27,7 +27,7 @@ from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
 from ....runtime.launch_plan import launch
 from ....runtime.memory_format import pixel_strides, stride_unit
-from ..problem import Choice, Problem, Product, spans_taps
+from ..problem import Choice, Problem, Product, leaves_half_empty, spans_taps
 from .form import Config, Form, by_waves
 
 TILES = [
@@ -46,6 +46,8 @@ ONE_WAVE = [(64, 64, 3), (64, 32, 4)]
 ONE_WAVE_OF_GROUPS = [(64, 32, 4), (32, 32, 4), (16, 32, 3)]
 """The same for groups."""
 MOST_CHANNELS_OF_ONE_WAVE = 1024
+LONG_REDUCTION = 640
+"""Products of a sum, from which on a tile of TF32 may have more pixels than channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,19 +241,24 @@ class PointersForm(Form):
         return True
 
     def default(self, product: Product) -> Choice:
+        """In TF32 x is rounded in a copy where blocks of 128 channels would be half empty, and TMA does not take it.
+
+        48 to 192 channels of 56x56 in channels_last, 3x3, 261 us for 302 (H200, 64 images).
+        """
         x, K, C = product.x, product.y.shape[1] // product.groups, product.packed.shape[3]
-        gpu = hardware.gpu(x.device)
+        gpu, size, groups = hardware.gpu(x.device), x.element_size(), product.groups
         config = one_wave(product) or default_config(
-            product.pixels, K, C, product.taps, x.element_size(), product.input_precision, gpu
+            product.pixels, K, C, product.taps, size, product.input_precision, groups, gpu
         )
-        return Choice(config, copies_x=product.reads_apart)
+        rounds = gpu.has_tma and product.rounds_often and K > 64 and leaves_half_empty(K)
+        return Choice(config, copies_x=product.reads_apart or product.is_read_often or rounds)
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
         c, k, taps = problem.c // problem.groups, problem.k // problem.groups, problem.r * problem.s
         if c == 1 and problem.groups > 1:
             return
         size = problem.dtype.itemsize
-        usual = default_config(problem.pixels, k, c, taps, size, problem.input_precision, gpu)
+        usual = default_config(problem.pixels, k, c, taps, size, problem.input_precision, problem.groups, gpu)
         copies_x = default.copies_x or not (problem.channels_last_x or spans_taps(c, taps) or taps == 1)
         yield Choice(usual, copies_x)
         tiles = [(*tile[:1], 1, *tile[2:]) for tile in TILES] if usual.BLOCK_N == 1 else TILES
@@ -349,16 +356,24 @@ def one_wave(product: Product) -> PointersConfig | None:
 
 
 def default_config(
-    m: int, n: int, c: int, taps: int, element_size: int, input_precision: str, gpu: Gpu
+    m: int, n: int, c: int, taps: int, element_size: int, input_precision: str, groups: int, gpu: Gpu
 ) -> PointersConfig:
-    """For m pixels, and n output and c input channels of a group.
+    """For m pixels, and n output and c input channels of each of so many groups.
 
     In bfloat16 ResNet18's convolution of 128 channels takes 149 us with 4 warps, 158 with 8 (H200, 1,024 images). Tiles
     of float32 are small, as registers have their operands twice, as loaded and as rounded or split. Without tensor
     cores ("ieee") they hold it once: the first layer takes 235 us for 354 with 64 pixels (H100, 1,024 images). A single
-    filter in float32 is summed up as precisely as by cuDNN: 16 products at a time, not by one thread each.
+    filter in float32 is summed up as precisely as by cuDNN: 16 products at a time, not by one thread each. Groups count
+    among the programs: 440 channels in 55 groups at 7x7, strict float32, 29 us with 64 pixels, 72 with 16 (H200, 64
+    images).
+
+    Two kinds of TF32 have more pixels (H200, 64 images, us, in brackets tiles of 64 pixels). Long sums of channels of
+    which the last block of 128 would not be full: 160 to 320 of 7x7 22 (30), 96 to 208 of 14x14 35 (41), 128 to 192 of
+    28x28 123 (138), 48 to 64 of 35x35 under 5x5 99 (111); but not a single block, 96 to 96 of 35x35 116 (108). And up
+    to 32 filters of an image's few channels: 3 to 24 of 224x224, stride 2, 50 (64), to 32 54 (63).
     """
-    run = taps * c if spans_taps(c, taps) else c  # over which a block of the reduction is contiguous
+    spans = spans_taps(c, taps)
+    run = taps * c if spans else c  # over which a block of the reduction is contiguous
     if triton.knobs.runtime.interpret:
         block_n, block_k = power_of_2(n, 1, 1024), power_of_2(run, 1, 1024)
         block_m, num_warps, num_stages = power_of_2(m, 1, INTERPRETER_TILE // max(block_n, block_k)), 4, 1
@@ -373,7 +388,18 @@ def default_config(
             if n == 1 and element_size == 4 and input_precision == "ieee":
                 block_n, block_k = 1, 16
             num_warps, num_stages = 4, 3
-            while block_m > 16 and ceil_div(m, block_m) * ceil_div(n, block_n) < gpu.enough_programs:
+
+            def programs(block_m: int, block_n: int) -> int:
+                return ceil_div(m, block_m) * ceil_div(n, block_n) * groups
+
+            if element_size == 4 and input_precision == "tf32" and gpu.has_tma:
+                partial = n > 32 and n % 128 != 0 and not 64 < n < 128
+                long = partial and taps > 1 and taps * c >= LONG_REDUCTION
+                if long and programs(128, 64) >= gpu.enough_programs:
+                    block_m, block_n = 128, 64
+                elif spans and n <= 32 and programs(128, block_n) >= gpu.enough_programs:
+                    block_m, num_stages = 128, 4
+            while block_m > 16 and programs(block_m, block_n) < gpu.enough_programs:
                 block_m //= 2
         rows = block_m + block_n * (2 if input_precision == "tf32x3" else 1)
         while num_stages > 1 and num_stages * rows * block_k * element_size > gpu.shared_memory:

@@ -12,6 +12,7 @@ Where tiles are few and the reduction is long, SPLITS programs share a tile (spl
 channels, and the last one to finish adds up their parts.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -58,6 +59,10 @@ NATURAL_TILES = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4
 """As SWAP_AB_TILES, with operands in their natural order."""
 LEAST_CHANNELS = 16
 """A block of the reduction has at least so many; with fewer most of it would be zeros."""
+NEIGHBOURS, MOST_COVERED = 8, 1.15
+"""Pixels of an image in a box of TF32, at least, if what it covers is no larger than so many times the output."""
+MANY_IMAGES, LEAST_PIXELS = 32, 4
+"""With boxes of fewer pixels of so many images each the form "pointers" is faster in TF32."""
 PAIRED = 128, 4, 3
 """BLOCK_N, warps and stages with which two programs fit a multiprocessor: a single one would wait for its loads.
 
@@ -294,10 +299,17 @@ class TmaForm(Form):
         return fits and (choice.copies_x or product.is_aligned)
 
     def default(self, product: Product) -> Choice | None:
-        if not self.fits(product) or not (product.x.stride(1) == 1 or product.taps > 1):
+        """None also where pointers are faster.
+
+        An image of NCHW under a filter of one tap is copied for twice as many channels as y has: TF32, 2048 to 1024 of
+        7x7 69 us, by pointers 84, to 512 44 for 49 (H200, 64 images); 1024 to 2048 83 for 74.
+        """
+        shrinks = product.is_read_often and tuple(product.stride) == (1, 1)
+        shrinks = shrinks and product.x.shape[1] >= 2 * product.y.shape[1]
+        if not self.fits(product) or not (product.x.stride(1) == 1 or product.taps > 1 or shrinks):
             return None
         rounds = product.round_x and not rounds_on_load()
-        copies_x = product.reads_apart or (rounds and product.rounds_often)
+        copies_x = product.reads_apart or shrinks or (rounds and product.rounds_often)
         if not (copies_x or product.is_aligned) or _is_narrow(product) or one_wave(product) or _pads_channels(product):
             return None
         split = product.input_precision == "tf32x3"
@@ -306,7 +318,12 @@ class TmaForm(Form):
         reduction, gpu = product.packed[0].numel(), hardware.gpu(product.x.device)
         C, size = product.x.shape[1], product.x.element_size()
         config = default_config(N, P, Q, C, K, reduction // C, size, swap_ab, split, gpu)
-        return config and Choice(config, copies_x)
+        plain = product.input_precision == "tf32" and product.taps > 1 and tuple(product.stride) == (1, 1)
+        if config is not None and plain:
+            config = with_neighbours(config, N, P, Q, K, size, gpu)
+        if config is None or _is_better_gathered(product, config, gpu):
+            return None
+        return Choice(config, copies_x)
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
         """Both orders of the operands; TF32's x is rounded as it is loaded, on the way to the product, or by a copy."""
@@ -440,6 +457,31 @@ def _is_narrow(product: Product) -> bool:
     return not lines and (K < 64 if _has_one_tap(product) else K <= 32 and size == 2)
 
 
+def _is_better_gathered(product: Product, config: TmaConfig, gpu: Gpu) -> bool:
+    """Whether the form "pointers", whose tile is a run of pixels, is faster with float32.
+
+    Measured on an H200, 64 images, us, in brackets by TMA; both copy x to channels_last. Short taps: see
+    `Product.has_short_taps`. In TF32 and stride 1, where a box has a pixel or two of each of many images: 1x7, 128 to
+    128 channels of 17x17 36 (49); or a few, and not all blocks of 128 channels are full: 3x3, 64 to 96 of 35x35 78
+    (95), 96 to 208 of 14x14 35 (42). And where half of the last one would be empty: 1x7, 192 to 192 of 17x17 63 (90),
+    3x3, 128 to 192 of 28x28 123 (140), 80 to 192 of 73x73 596 (773). In strict float32 also where one tap has so few
+    tiles that most multiprocessors have none, and those of fewer pixels help: 120 to 480 features 3.4 (4.7), 240 to 960
+    5.1 (6.9).
+    """
+    (N, K, P, Q), precision = product.y.shape, product.input_precision
+    if product.has_short_taps:
+        return True
+    if product.x.element_size() != 4:
+        return False
+    if product.taps == 1:
+        tiles = ceil_div(N * P * Q, config.TILE_N * config.TILE_P * config.TILE_Q) * ceil_div(K, config.BLOCK_N)
+        return precision == "tf32x3" and 4 * tiles < gpu.multiprocessors
+    if precision != "tf32" or tuple(product.stride) != (1, 1):
+        return False
+    few_pixels = config.TILE_P * config.TILE_Q < LEAST_PIXELS or K % 128 != 0
+    return (config.TILE_N >= MANY_IMAGES and few_pixels) or (config.BLOCK_N == 128 and leaves_half_empty(K))
+
+
 def _fits_by_parity(product: Product) -> bool:
     """Whether a stride of 2 can be seen as the choice of a parity: of even sides and whole lines of 128 bytes."""
     _, C, H, W = product.x.shape
@@ -459,15 +501,39 @@ def _pixels(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache
-def best_box(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
-    """The box of `pixels` (images, rows, columns), powers of 2, that wastes least of an output of n images of p x q."""
+def best_box(n: int, p: int, q: int, pixels: int, neighbours: int = 1) -> tuple[int, int, int]:
+    """The box of `pixels` (images, rows, columns), powers of 2, that wastes least of an output of n images of p x q.
+
+    It has at least `neighbours` of an image.
+    """
 
     def waste(box: tuple[int, int, int]) -> tuple[int, int, int]:
         covered = math.prod(ceil_div(size, tile) * tile for size, tile in zip((n, p, q), box))
         return covered, -box[2], -box[1]
 
     powers = [1 << i for i in range(pixels.bit_length())]
-    return min(((pixels // a // b, a, b) for a in powers for b in powers if a * b <= pixels), key=waste)
+    return min(((pixels // a // b, a, b) for a in powers for b in powers if neighbours <= a * b <= pixels), key=waste)
+
+
+def with_neighbours(config: TmaConfig, n: int, p: int, q: int, k: int, element_size: int, gpu: Gpu) -> TmaConfig:
+    """With a box of 8 pixels of an image in place of one of a single pixel of each, if it wastes little.
+
+    In TF32 under several taps and stride 1: 3x3, 192 to 384 channels of 7x7 26 us with boxes of 16x1x8, 46 with 64x1x1,
+    160 to 320 23 and 47, 16 to 64 of 55x55 91 and 239 (H200, 64 images). The first has 128 pixels for 64, 75 programs
+    for 132 multiprocessors.
+    """
+    if config.TILE_P * config.TILE_Q > 1:
+        return config
+    pixels = config.TILE_N
+    if (pixels, config.BLOCK_N) == (64, 128) and config.SWAP_AB:
+        programs = ceil_div(n * p * q, 128) * ceil_div(k, 128)
+        fits = shared_memory(128, 128, config.BLOCK_K, config.num_stages, element_size, False) <= gpu.shared_memory
+        pixels = 128 if fits and 2 * programs >= gpu.multiprocessors else 64
+    box = best_box(n, p, q, pixels, NEIGHBOURS)
+    covered = math.prod(ceil_div(size, tile) * tile for size, tile in zip((n, p, q), box))
+    if covered > MOST_COVERED * n * p * q:
+        return config
+    return dataclasses.replace(config, TILE_N=box[0], TILE_P=box[1], TILE_Q=box[2])
 
 
 def config_of(

@@ -100,7 +100,7 @@ class TmaHaloForm(Form):
         (N, K, P, Q), C, aligned = product.y.shape, product.x.shape[1], product.is_aligned
         stride, size = product.stride[0], product.x.element_size()
         worth_a_copy = product.groups > 1 or product.reads_apart or product.rounds_often
-        if not self.fits(product) or not (aligned or worth_a_copy):
+        if not self.fits(product) or not (aligned or worth_a_copy) or product.has_short_taps:
             return None
         if product.groups > 1:
             if one_wave(product):

@@ -169,12 +169,17 @@ def config_by_rule(
     64 channels also where half of the last one of 128 would be empty: to 192, 64 at 56x56 82 (131), 128 at 28x28 39
     (65), 80 at 71x71 221 (449). Not where both channels are few, which the form "pointers" does not fill up with zeros:
     32 to 32 at 147x147 165 and more (138).
+
+    In TF32, too, blocks of 64 channels where half of the last one of 128 would be empty, if most of the tiles lies
+    inside: 48 to 192 at 56x56 185 (240), but 160 to 320 at 14x14 72 (65), 80 to 192 at 71x71 643 (596).
     """
     few = element_size == 2 and max(c, k) <= 32
     if c * element_size < 64 or few or _fits_boxes_of_4(n, p, q, c, k, stride, element_size):
         return None
     in_64 = k <= 64 or (element_size == 2 and leaves_half_empty(k))
     block_n, most = (64, 0.5) if in_64 else (128, LEAST_INSIDE)
+    if element_size == 4 and k > 64 and stride == 1 and leaves_half_empty(k):
+        block_n, most = 64, LEAST_INSIDE_64
 
     def covered(config: TmaHaloConfig) -> int:
         return config.tiles(n, p, q) * config.pixels
@@ -232,10 +237,10 @@ def grouped_config(p: int, q: int, stride: int, element_size: int) -> TmaHaloCon
     return tile(pixels, 64, 2, slots=slots, store="slot", num_warps=4, programs=programs)
 
 
-LEAST_BUSY_64, LEAST_BUSY_128, LEAST_INSIDE = 0.12, 0.72, 0.6
+LEAST_BUSY_64, LEAST_BUSY_128, LEAST_INSIDE, LEAST_INSIDE_64 = 0.12, 0.72, 0.6, 0.85
 """From there on `config_by_rule` has a tile of 64, and of 128 channels: other forms waste more on the first.
 
-And the part of a tile of 128 channels that is to lie inside the images.
+And the part of a tile of 128 channels that is to lie inside the images, and of one of 64 of more channels in TF32.
 """
 CANDIDATES = {
     (2, 1): [
