@@ -278,6 +278,13 @@ def test_lanes_load_pixels_where_channels_are_apart(name, code):
     assert sizes[pixels] == KERNELS[name][3]["BLOCK_M"] and lanes[pixels] >= 16
 
 
+@pytest.mark.parametrize("name", [name for name in KERNELS if "sliced-K" in name])
+def test_rows_of_a_slice_lie_in_different_banks(name, code):
+    """Tensor cores read eight at once. With Triton 3.7 to 3.9 the slices of a row lay between them, and all waited."""
+    orders = code[name]["orders"]
+    assert orders and all(order[-1] == 0 for order in orders)
+
+
 @pytest.mark.parametrize("name", RESIDENT_KERNELS)
 def test_all_is_loaded_before_the_first_product(name, ptx, tmp_path):
     """16 bytes at a time, as operands of the tensor cores, and behind the wait; nothing of it leaves the registers."""

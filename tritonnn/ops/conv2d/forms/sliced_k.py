@@ -29,7 +29,7 @@ from ....device.arithmetic import (
 )
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
-from ....device.layouts import renamed
+from ....device.layouts import load_first_operand, renamed
 from ....device.pixels import MOST_PIXELS, quotient
 from ....device.split_k import leave_part, parts_of, sum_of_parts
 from ....runtime import hardware
@@ -139,7 +139,7 @@ def sliced_product(
             mask_x = mask_x & (block < end)
             mask_weight = mask_weight & (block < end)
         shift = r.to(OFFSET) * stride_h + s.to(OFFSET) * stride_w + c.to(OFFSET) * stride_c
-        x = tl.load(x_ptr + (offs_x + shift), mask=mask_x, other=0.0)  # [SLICES, BLOCK_M, BLOCK_K]
+        x = load_first_operand(x_ptr + (offs_x + shift), mask_x)  # [SLICES, BLOCK_M, BLOCK_K]
         weight = tl.load(weight_ptrs + block * BLOCK_K, mask=mask_weight, other=0.0)  # [SLICES, BLOCK_N, BLOCK_K]
         weight = tl.permute(weight, (0, 2, 1))
         if INPUT_PRECISION == "tf32x3":
