@@ -1,14 +1,15 @@
 """ResNet18's times with several versions of Triton, in turns, on one GPU, which does nothing else meanwhile.
 
-    python benchmarks/versions.py 3.6.0 3.9.0=/path/of/a/folder/with/triton --output times.json
+    python benchmarks/versions.py 3.6.0 again= 3.9.0=/path/of/a/folder/with/triton --output times.json
     python docs/versions.py --times times.json
 
-The first version is that of this Python; of the others a folder is given that holds the package `triton`. Kernels in
+The first version is that of this Python; of the others a folder is given that holds the package `triton`. Without a
+folder, a name is that of a second process of the first version: what differs between those two is noise. Kernels in
 Gluon run with all of them. Each version has a process, whose children first compile each kernel once, beside each other
 (`--compile` ends there, `--compiled` begins after that: Triton keeps kernels on disk). Then it forks a child for each
 case. Those of a type of numbers capture their graphs beside each other, and are timed one at a time, the versions in
-turns; where two versions differ by more than 2 %, twice as often. From Triton 3.7 on TF32 is also timed with x rounded
-by the descriptors that load it, and its convolutions alone beside PyTorch's.
+turns, of which the median counts; where two versions differ by more than 2 %, twice as often. From Triton 3.7 on TF32
+is also timed with x rounded by the descriptors that load it, and its convolutions alone beside PyTorch's.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import datetime
 import functools
 import importlib
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -25,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -141,7 +143,7 @@ def prepare(dtype: str, n: int, what: str) -> dict[str, Callable[[], object]]:
 
 
 def clock(call: Callable[[], object]) -> float:
-    """Microseconds of a call, the median of five samples of 25 ms."""
+    """Microseconds of a call, by the GPU's clock."""
     import torch
 
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -154,9 +156,17 @@ def clock(call: Callable[[], object]) -> float:
         end.synchronize()
         return start.elapsed_time(end) / times
 
-    sample(3)
-    times = max(3, int(25 / sample(3)))
-    return round(1e3 * statistics.median(sample(times) for _ in range(5)), 2)
+    return round(1e3 * settled(sample), 2)
+
+
+def settled(sample: Callable[[int], float]) -> float:
+    """The median of five samples of 25 ms, after 150 ms of the same calls; `sample(times)`: ms of each of so many.
+
+    After a pause a GPU runs faster for its first 100 ms: samples of one graph took 1,836, 1,937, 1,928 us (H200).
+    """
+    first = sample(3)
+    times = max(3, int(25 / sample(max(3, math.ceil(150 / first)))))
+    return statistics.median(sample(times) for _ in range(5))
 
 
 def follow_parent() -> None:
@@ -279,37 +289,39 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=12, help="that compile, of each version")
     parser.add_argument("--output", type=Path, default=Path("times.json"))
     options = parser.parse_args()
-    servers = {}
+    servers, by_folder = {}, {}
     for version in options.versions:
         name, _, folder = version.partition("=")
+        by_folder.setdefault(folder, name)
         path = os.pathsep.join(filter(None, [str(ROOT), folder, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-c", "from benchmarks.versions import serve; serve()"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         servers[name] = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, **pipes)
 
-    def ask_all(**order: object) -> dict:
+    def ask_all(names: Iterable[str], **order: object) -> dict:
         with ThreadPoolExecutor() as pool:
-            return dict(zip(servers, pool.map(functools.partial(ask, **order), servers.values())))
+            return dict(zip(names, pool.map(lambda name: ask(servers[name], **order), names)))
 
     chosen = [case for case in NETWORKS + CONVOLUTIONS + LOADS if case[0] in options.types]
     if options.networks:
         chosen = [case for case in chosen if "alone" not in case[2]]
     if not options.compiled:
         ours = [case for case in chosen if "PyTorch's" not in case[2]]
-        for name, compiled in ask_all(compile=ours, processes=options.processes).items():
+        for name, compiled in ask_all(by_folder.values(), compile=ours, processes=options.processes).items():
             print(name, compiled, flush=True)
     us: dict[str, dict[str, float]] = {}
     for dtype in () if options.compile else options.types:
         cases = [case for case in chosen if case[0] == dtype]
         ready: dict[Case, list[str]] = {case: [] for case in cases}
         told: dict = {}
-        for name, answers in ask_all(prepare=cases).items():
+        for name, answers in ask_all(servers, prepare=cases).items():
             for case, answer in answers:
                 told |= answer
                 if "failed" in answer:
                     print(name, *case, answer["failed"], flush=True)
                 else:
                     ready[tuple(case)].append(name)
+        samples: dict[str, dict[str, list[float]]] = {}
         for turn in range(4):
             for case in cases:
                 key = " ".join(map(str, case))
@@ -317,8 +329,8 @@ def main() -> None:
                     continue
                 for name in ready[case][:: -1 if turn % 2 else 1]:
                     for part, sample in ask(servers[name], time=case).get("us", {}).items():
-                        found = us.setdefault(key + part, {})
-                        found[name] = min(sample, found.get(name, sample))
+                        samples.setdefault(key + part, {}).setdefault(name, []).append(sample)
+            us |= {key: medians(of) for key, of in samples.items()}
         for case, found in us.items():
             if case.startswith(dtype):
                 print(case, found, flush=True)
@@ -328,6 +340,10 @@ def main() -> None:
     for server in servers.values():
         server.stdin.close()
         server.wait()
+
+
+def medians(samples: dict[str, list[float]]) -> dict[str, float]:
+    return {name: round(statistics.median(taken), 2) for name, taken in samples.items()}
 
 
 def differ(us: dict[str, float]) -> bool:

@@ -85,11 +85,18 @@ def versions(known: dict) -> list[str]:
     return table(["Triton", "in its interpreter, on a CPU", "on a GPU", "kernels in Gluon"], rows)
 
 
+def column(name: str) -> str:
+    """Of a version, or of a second process of the first one, which has a name that is no number."""
+    return f"Triton {name}" if name[0].isdigit() else name
+
+
 def times(known: dict) -> list[str]:
     lines = []
     for run in known["times"]:
         note = f"; {run['note']}" if "note" in run else ""
-        names = sorted({name for us in run["us"].values() for name in us}, key=by_version)
+        names = list(dict.fromkeys(name for us in run["us"].values() for name in us))
+        if again := [name for name in names if not name[0].isdigit()]:
+            note = f"; {listed(again)}: another process of {names[0]}{note}"
         rows = []
         for case, us in run["us"].items():
             dtype, n, what = case.split(" ", 2)
@@ -103,7 +110,7 @@ def times(known: dict) -> list[str]:
             f"ResNet18 at 32x32 in channels_last and CUDA graphs on an {run['gpu']}, torch {run['torch']},",
             f"microseconds a batch, the versions in turns ({run['date']}, `{run['command']}`{note}):",
             "",
-            *table(["images, type, network", *(f"Triton {name}" for name in names), f"times that of {names[0]}"], rows),
+            *table(["images, type, network", *map(column, names), f"times that of {names[0]}"], rows),
         ]
     return lines
 

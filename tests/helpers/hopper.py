@@ -29,7 +29,7 @@ def run(file: str, *arguments: str) -> dict:
 
 
 def compiled(path: str, dtype: str, memory_format: str, constants: dict) -> dict[str, object]:
-    """The PTX of a kernel, its loads in TTGIR, and the vectors of integers that LLVM makes.
+    """The PTX of a kernel, its loads in TTGIR, orders of its swizzled tiles, and the vectors of integers of LLVM.
 
     For tensors of `dtype`, sizes and strides multiples of 16 but for the stride 1, and `odd`. Triton finds that out for
     itself when it launches, unless an argument's type is annotated.
@@ -75,7 +75,13 @@ def compiled(path: str, dtype: str, memory_format: str, constants: dict) -> dict
     source = source(kernel, signature, constexprs=values, attrs=attributes)
     asm = compile(source, target=HOPPER, options=options).asm
     vectors = sorted(set(re.findall(r"<\d+ x i32>", asm["llir"])))
-    return {"ptx": asm["ptx"], "loads": loads_of(asm["ttgir"]), "vectors": vectors}
+    return {"ptx": asm["ptx"], "loads": loads_of(asm["ttgir"]), "orders": orders_of(asm["ttgir"]), "vectors": vectors}
+
+
+def orders_of(ttgir: str) -> list[list[int]]:
+    """Of each layout of tiles in shared memory that spreads lines over its banks, the dimensions, the fastest first."""
+    found = re.findall(r"swizzled_shared<\{vec = \d+, perPhase = \d+, maxPhase = (\d+), order = \[([\d, ]+)\]", ttgir)
+    return [[int(dimension) for dimension in order.split(",")] for phases, order in found if int(phases) > 1]
 
 
 def loads_of(ttgir: str) -> list[tuple[list[int], list[int]]]:

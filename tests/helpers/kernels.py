@@ -9,7 +9,7 @@ import sys
 from triton.runtime import driver
 
 from benchmarks.pose import Pose
-from helpers.hopper import compiled
+from helpers.hopper import boxes_of, compiled
 from tritonnn.device.layouts import LANES_ALONG_LAST
 
 FILTER = dict(R=3, S=3, STRIDE_H=1, STRIDE_W=1, PADDING_H=1, PADDING_W=1, DILATION_H=1, DILATION_W=1)
@@ -35,10 +35,12 @@ RESIDENT = FILTER | EPILOGUE | dict(C=128, K=128, INPUT_PRECISION="ieee", ROUND_
 RESIDENT |= SHORTCUT | dict(LOST=0.0, Y_STEP=128, BLOCK_N=16, BLOCK_K=64, num_warps=8)
 RESIDENT_1X1 = dict(C=64, R=1, S=1, PADDING_H=0, PADDING_W=0, HAS_SHORTCUT=False, num_warps=4)
 RESIDENT_TF32X3 = dict(INPUT_PRECISION="tf32x3", SHORTCUT_PRECISION="tf32x3", BLOCK_K=32)
-TMA = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_AB=True, FLUSH=8)
+TMA = FILTER | EPILOGUE | dict(C=128, K=128, STRIDE=1, CHANNELS_LAST=True, SWAP_AB=True, FLUSH=8, SPLITS=1)
 TMA |= dict(
     HAS_RESIDUAL=True, ROUND_X=False, TILE_N=1, TILE_P=4, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, INPUT_PRECISION="ieee"
 )
+
+SPLIT_K = TMA | dict(SPLITS=4, C=512, K=512, BLOCK_N=64, num_stages=4)
 
 
 def taps_of(constants: dict) -> dict:
@@ -214,6 +216,44 @@ KERNELS = {
         "fp32",
         LAST,
         TMA | dict(INPUT_PRECISION="tf32x3", BLOCK_K=32, SWAP_AB=False),
+    ),
+    "conv2d, split-K by boxes": (KERNEL_OF["tma"], "bf16", LAST, SPLIT_K),
+    "conv2d, split-K by boxes, eight": (KERNEL_OF["tma"], "bf16", LAST, SPLIT_K | dict(SPLITS=8)),
+    "conv2d, split-K by boxes, 128 channels": (
+        KERNEL_OF["tma"],
+        "bf16",
+        LAST,
+        SPLIT_K | dict(TILE_P=8, BLOCK_N=128, num_warps=8),
+    ),
+    "conv2d, split-K by boxes, 256 pixels": (
+        KERNEL_OF["tma"],
+        "bf16",
+        LAST,
+        SPLIT_K | dict(TILE_P=16, BLOCK_N=128, num_warps=8, num_stages=3),
+    ),
+    "conv2d, split-K by boxes, NCHW": (
+        KERNEL_OF["tma"],
+        "bf16",
+        LAST,
+        SPLIT_K | dict(CHANNELS_LAST=False, HAS_RESIDUAL=False, descriptors=boxes_of(SPLIT_K) | {"y_desc": None}),
+    ),
+    "conv2d, split-K by boxes, TF32": (
+        KERNEL_OF["tma"],
+        "fp32",
+        LAST,
+        SPLIT_K | dict(INPUT_PRECISION="tf32", BLOCK_K=32),
+    ),
+    "conv2d, split-K by boxes, TF32, rounded": (
+        KERNEL_OF["tma"],
+        "fp32",
+        LAST,
+        SPLIT_K | dict(INPUT_PRECISION="tf32", BLOCK_K=32, SWAP_AB=False),
+    ),
+    "conv2d, split-K by boxes, float32": (
+        KERNEL_OF["tma"],
+        "fp32",
+        LAST,
+        SPLIT_K | dict(INPUT_PRECISION="tf32x3", BLOCK_K=32, SWAP_AB=False, BLOCK_N=128, num_stages=3),
     ),
     "conv2d, halo": (KERNEL_OF["tma_halo"], "bf16", LAST, HALO_64),
     "conv2d, halo, TF32": (KERNEL_OF["tma_halo"], "fp32", LAST, HALO_128),

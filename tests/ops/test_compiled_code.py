@@ -34,6 +34,7 @@ COMPUTED_OPERANDS += ["conv2d, matrix product, float32", "conv2d, matrix product
 COMPUTED_OPERANDS += ["conv2d, matrix product, gates", "conv2d, matrix product, batch norm before"]
 COMPUTED_OPERANDS += ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
 COMPUTED_OPERANDS += ["gradient of the weight, float32"]
+COMPUTED_OPERANDS += ["conv2d, split-K by boxes, TF32, rounded", "conv2d, split-K by boxes, float32"]
 """Kernels that compute or transpose x in registers, from which, or from one place of shared memory, tensor cores read
 it."""
 WITH_HALO = [name for name in KERNELS if "halo" in name and "gradient" not in name]
@@ -43,6 +44,7 @@ RESIDENT_KERNELS = [name for name in KERNELS if "in registers" in name]
 GRADIENTS_BY_TMA = [name for name in KERNELS if "gradient" in name and "TMA" in name]
 GRADIENTS_WITH_HALO = ["gradient of the weight, halo", "gradient of the weight, halo, strided"]
 BY_TMA = BY_TAPS + WITH_HALO + PRODUCTS + GRADIENTS_BY_TMA + GRADIENTS_WITH_HALO
+SPLIT_K = [name for name in KERNELS if "split-K by boxes" in name]
 FEW_PIXELS = ["conv2d, sliced-K", "conv2d, sliced-K, float32", *RESIDENT_KERNELS]
 ROUNDS = [
     *[name for name in WITH_HALO if "rounded" in name],
@@ -106,7 +108,7 @@ def test_stores_take_16_bytes(name, ptx):
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name not in GATHERS + BY_TMA])
 def test_loads_take_16_bytes(name, ptx):
-    assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
+    assert re.search(r"ld\.global(\.cg)?\.v4\.b32|cp\.async\.cg\.shared\.global", ptx[name])
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
@@ -189,6 +191,18 @@ def test_tma_brings_the_tiles(name, ptx):
     assert (f"cp.async.bulk.tensor.{dimensions}d.global" in ptx[name]) == staged
 
 
+@pytest.mark.parametrize("name", SPLIT_K)
+def test_parts_of_a_tile_take_16_bytes_and_fit_the_registers(name, ptx, tmp_path):
+    """They are stored behind the products, before the semaphore, and come back from L2, behind it."""
+    products, _, after = ptx[name].rpartition("wgmma.mma_async")
+    before, semaphore, behind = after.partition("atom.global.gpu.acq_rel.add")
+    assert semaphore and "st.global" not in products and "bar.sync" in before.rpartition("st.global")[2]
+    assert set(re.findall(r"(?:st|ld)\.global[\w.]*", before)) == {"st.global.v4.b32"}
+    assert set(re.findall(r"ld\.global[\w.]*", behind)) == {"ld.global.cg.v4.b32"}
+    said = assembled(ptx[name], tmp_path)
+    assert "0 bytes spill stores" in said and "serializ" not in said
+
+
 @pytest.mark.parametrize("name", COMPUTED_OPERANDS)
 def test_a_product_of_computed_operands_is_awaited(name, ptx):
     """Otherwise the next step overwrites the registers that the tensor core still reads, as it did on an H200."""
@@ -207,7 +221,7 @@ def test_operands_are_split_where_products_read_them(name, ptx):
     assert "gradient" in name or "st.shared" not in "".join(products)
 
 
-@pytest.mark.parametrize("name", ON_TENSOR_CORES + BY_TMA)
+@pytest.mark.parametrize("name", ON_TENSOR_CORES + SPLIT_K + BY_TMA)
 def test_products_run_on_the_tensor_cores(name, ptx):
     assert "wgmma.mma_async" in ptx[name]
 
@@ -262,6 +276,13 @@ def test_lanes_load_pixels_where_channels_are_apart(name, code):
     sizes, lanes = code[name]["loads"][0]
     pixels = -1 if LANES_ALONG_LAST.value else 0
     assert sizes[pixels] == KERNELS[name][3]["BLOCK_M"] and lanes[pixels] >= 16
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if "sliced-K" in name])
+def test_rows_of_a_slice_lie_in_different_banks(name, code):
+    """Tensor cores read eight at once. With Triton 3.7 to 3.9 the slices of a row lay between them, and all waited."""
+    orders = code[name]["orders"]
+    assert orders and all(order[-1] == 0 for order in orders)
 
 
 @pytest.mark.parametrize("name", RESIDENT_KERNELS)

@@ -53,3 +53,18 @@ def load_along_first(ptr, offs_0, offs_1, mask_0, mask_1):
         return tl.trans(tl.reshape(turned, (offs_1.shape[0], offs_0.shape[0])))
     else:
         return tl.load(ptr + offs_0[:, None] + offs_1[None, :], mask=mask_0[:, None] & mask_1[None, :])
+
+
+@triton.jit
+def load_first_operand(ptrs, mask):
+    """Blocks [B, M, K] at ptrs, the first operand of a batched product; 0 where the mask is not set.
+
+    Shared memory has the dimensions in the order in which a thread goes through its elements. Where lanes load along M
+    that would be K, B, M: rows of M, of which the tensor cores read eight at once, would all lie in the same banks. Of
+    what is transposed after the load, the order is that of the product: K, M, B.
+    """
+    if LANES_ALONG_LAST:
+        mask = tl.permute(tl.broadcast_to(mask, ptrs.shape), (0, 2, 1))
+        return tl.permute(tl.load(tl.permute(ptrs, (0, 2, 1)), mask=mask, other=0.0), (0, 2, 1))
+    else:
+        return tl.load(ptrs, mask=mask, other=0.0)

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from ..layers.fused.channel_shuffle import FusedChannelShuffle
 from ..layers.layer import pair
 from ..runtime.memory_format import is_channels_last
 from ..swap import kind_of
@@ -55,6 +56,11 @@ class Format:
     single: bool | None = None
     part: bool = False
     odd: bool = False
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether it is so in any case."""
+        return not self.sources and not self.always and not self.odd
 
     @property
     def channels_last(self) -> tuple[frozenset[fx.Node], bool]:
@@ -204,6 +210,8 @@ class _Formats:
         for x in node.all_input_nodes:
             if self.values[x].like is not None:
                 node.replace_input_with(x, self._exact(x))
+        if isinstance(module, FusedChannelShuffle):
+            return _Value(False, Format())
         inputs = [self.values[x] for x in node.all_input_nodes]
         first = inputs[0]
         if all(x.exact for x in inputs):
@@ -290,6 +298,8 @@ class _Formats:
 
     def _concatenated(self, operands: list[fx.Node]) -> _Value | None:
         formats = [self.values[x].format for x in operands]
+        if None not in formats and any(format.contiguous for format in formats):  # one is enough
+            return _Value(False, Format())
         if None in formats or len({(format.channels_last, format.pixel) for format in formats}) > 1:
             return None
         if any(format.settled for format in formats) and any(format.single is not False for format in formats):

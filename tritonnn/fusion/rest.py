@@ -70,8 +70,14 @@ def _call(node: fx.Node, kind: str, target: str | Callable, **arguments: object)
 
 
 def add_beside(x: object, other: object, alpha: float = 1) -> object:
-    """What x += alpha * other makes of a tensor x, in its type, without overwriting it."""
-    return x.clone().add_(other, alpha=alpha) if isinstance(x, torch.Tensor) else x + other
+    """What x += alpha * other makes of a tensor x, in its type and layout, without overwriting it."""
+    if not isinstance(x, torch.Tensor):
+        return x + other
+    if isinstance(other, torch.Tensor) and all(
+        getattr(x, name)() == getattr(other, name)() for name in ("type", "size", "stride")
+    ):
+        return torch.add(x, other, alpha=alpha)  # in one pass over both
+    return x.clone().add_(other, alpha=alpha)
 
 
 def drop_signs_of_zeros(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

@@ -10,11 +10,13 @@ from torch import fx, nn
 
 from ..layers.fused.activation import NO_ACTIVATION
 from ..layers.fused.base import batch_norm_as_affine
+from ..layers.fused.channel_shuffle import FusedChannelShuffle
 from ..layers.fused.conv2d import FusedConv2d, FusedSum
 from ..layers.fused.linear import FusedLinear, FusedLinearOfImages, FusedPooledLinear
 from ..layers.layer import FLOATING_POINT, pair
 from ..swap import kind_of, swap
 from .as_convolutions import is_of_linear
+from .channel_shuffles import find_channel_shuffles
 from .concatenations import fuse_concatenations
 from .formats import as_overwritten, as_pytorch_puts_it, is_in_channels_last, keep_formats
 from .functionalize import FunctionalGraph
@@ -68,6 +70,7 @@ class _Chain:
 def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: FusionReport) -> FusedGraph:
     """The traced module `root`, called `name`, with everything fused that can be; tells `report`."""
     graph = traced.graph
+    find_channel_shuffles(traced)
     keep_formats(traced)
     chains = _chains(traced)
     _report_apart(traced, chains, name, report)
@@ -104,6 +107,9 @@ def fuse_graph(root: nn.Module, traced: FunctionalGraph, name: str, report: Fusi
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _function_name(node) not in NO_COMPUTATION:
             report.stayed[join(name, node.name)] = f"no Triton layer for the function {_function_name(node)}"
+        elif isinstance(modules.get(node.target), FusedChannelShuffle):
+            report.fused[join(name, node.target)] = "channel_shuffle"
+            report.modules[join(name, node.target)] = modules[node.target]
         elif _makes_channels_last(modules.get(node.target)):
             modules[node.target].to(memory_format=torch.channels_last)
         elif node.op == "get_attr":

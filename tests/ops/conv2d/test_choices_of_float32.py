@@ -30,7 +30,7 @@ CHOICES = {
     "few channels, strict": (problem(64, 16, 55, 64, **STRICT, **NCHW), "pointers 64x64x16", True),
     "few filters of 3 channels": (problem(64, 3, 224, 24, stride=(2, 2), **TF32), "pointers 128x32x32", False),
     "they, in NCHW": (problem(64, 3, 224, 32, stride=(2, 2), **NCHW), "direct 4x128x16", False),
-    "they, of one image": (problem(1, 3, 112, 32, stride=(2, 2), **NCHW), "pointers 16x32x32", False),
+    "they, of one image": (problem(1, 3, 112, 32, stride=(2, 2), **NCHW), "pointers 32x32x32", False),
     "few filters, one tap": (problem(64, 48, 56, 24, 1, **NCHW), "direct 4x128x8", False),
     "one tap, few filters in TF32": (problem(64, 480, 14, 16, 1, **TF32, **NCHW), "matmul 128x32x32", False),
     "one tap, x read often": (problem(64, 1024, 7, 2048, 1, **TF32, **NCHW), "pointers 64x128x32", True),

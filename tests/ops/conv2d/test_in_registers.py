@@ -83,8 +83,8 @@ def test_registers(channels, element_size):
     pixels = (2048 // channels) ** 2
     config = default_config(pixels, channels, channels, 9, element_size, H100)
     operands = (16 + config.BLOCK_N) * 9 * channels * element_size
-    assert operands / 4 <= 32 * config.num_warps * config.registers(9 * channels, element_size)
-    assert config.registers(9 * channels, element_size) <= MOST_REGISTERS
+    assert operands / 4 <= 32 * config.num_warps * config.registers([9 * channels], element_size)
+    assert config.registers([9 * channels], element_size) <= MOST_REGISTERS
 
 
 SHAPES = {
@@ -235,3 +235,17 @@ class TestOnAGpu:
                 run(convolution.product(x, weight, y), choice)
 
         assert_graph_repeats(chain, images, lambda: torch.randn_like(convolution.x))
+
+
+class TestWholeReductions:
+    def test_a_single_row_of_tiles_may_be_narrow(self):
+        """Its weight is read once, however narrow tiles are; of more rows the weight would be read often."""
+        assert default_config(1, 4096, 4096, 1, 2, H100).BLOCK_N == 8
+        assert default_config(17, 4096, 4096, 1, 2, H100) is None
+
+    def test_those_of_a_shortcut_are_in_registers_too(self):
+        alone = default_config(49, 2048, 1024, 1, 2, H100)
+        beside = default_config(49, 2048, 1024, 1, 2, H100, shortcut_c=1024)
+        assert alone.num_warps == 4 and beside.num_warps == 8
+        assert beside.registers([1024, 1024], 2) <= MOST_REGISTERS < alone.registers([1024, 1024], 2)
+        assert default_config(49, 2048, 1024, 1, 2, H100, shortcut_c=2048) is None

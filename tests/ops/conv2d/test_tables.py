@@ -29,6 +29,7 @@ in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="needs
 FEW_CHANNELS = FewChannelsConfig(BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=3)
 IN_REGISTERS = InRegistersConfig(BLOCK_N=16, BLOCK_K=64, num_warps=8)
 TMA = config_of((1, 8, 16), 128, 64, swap_ab=True, num_warps=4, num_stages=4)
+SPLIT_TMA = dataclasses.replace(TMA, SPLITS=3)
 
 
 def test_a_choice_in_words():
@@ -37,6 +38,7 @@ def test_a_choice_in_words():
     assert str(SLICED) == "sliced_k 1x4x16x16x32, 4 warps, 1 stages"
     assert str(Choice(FEW_CHANNELS)) == "few_channels 128x64, 4 warps, 3 stages"
     assert str(Choice(TMA)) == "tma 1x8x16x128x64, 4 warps, 4 stages, operands swapped"
+    assert str(Choice(SPLIT_TMA)) == "tma 1x8x16x128x64, 4 warps, 4 stages, operands swapped, 3 splits"
 
 
 SHIPPED = Path(tritonnn.__file__).parent / "tables"
@@ -56,7 +58,15 @@ OTHER = problem(**HALF, n=4, epilogue=("bias", "relu"))
 class TestTables:
     def test_round_trip(self, tmp_path):
         path = tmp_path / "new folder" / "table.json"
-        choices = [SLICED, COPIED, Choice(TMA), Choice(HALF_64, True), Choice(FEW_CHANNELS), Choice(IN_REGISTERS)]
+        choices = [
+            SLICED,
+            COPIED,
+            Choice(TMA),
+            Choice(SPLIT_TMA),
+            Choice(HALF_64, True),
+            Choice(FEW_CHANNELS),
+            Choice(IN_REGISTERS),
+        ]
         entries = {problem(n=n): Entry(choice, 1.0, 2.0) for n, choice in enumerate(choices)}
         tables.add(path, entries)
         assert tables.read(path) == entries

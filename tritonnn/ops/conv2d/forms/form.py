@@ -16,7 +16,7 @@ from ..problem import Choice, Problem, Product
 
 MOST = {"num_warps": 16, "num_stages": 8, "STRIP": 8, "X_SLOTS": 8, "W_SLOTS": 36, "PROGRAMS": 4}
 MAY_BE_0 = {"REST_N"}
-ANY_NUMBER = {"num_stages", "STRIP", "X_SLOTS", "W_SLOTS", "PROGRAMS"}
+ANY_NUMBER = {"num_stages", "SPLITS", "STRIP", "X_SLOTS", "W_SLOTS", "PROGRAMS"}
 """Sizes that need not be powers of 2."""
 
 T = TypeVar("T", bound=Sequence[int])
@@ -28,6 +28,8 @@ class Config:
 
     form: ClassVar[str]
     """The name of the form, in tables and reports."""
+    shown: ClassVar[tuple[str, ...]] = ("SPLITS", "SLICES", "STRIP", "TILE", "BLOCK")
+    """What the names of the sizes start with that a report says after the form's."""
 
     @property
     def constants(self) -> dict[str, int | bool]:
@@ -41,7 +43,7 @@ class Config:
         return notes
 
     def __str__(self) -> str:
-        sizes = [n for name, n in vars(self).items() if name.startswith(("SPLITS", "SLICES", "STRIP", "TILE", "BLOCK"))]
+        sizes = [n for name, n in vars(self).items() if name.startswith(self.shown)]
         return ", ".join([f"{self.form} {'x'.join(map(str, sizes))}", *self.notes])
 
     def is_usable(self) -> bool:
@@ -124,3 +126,14 @@ def by_waves(problem: Problem, tiles: Sequence[T], gpu: Gpu) -> list[T]:
         and (tile[:2] == (least_m, least_n) or waves(tile) >= 0.5)
     ]
     return sorted(fitting, key=lambda tile: abs(math.log2(waves(tile) / 2)))
+
+
+def splits_of(tiles: int, steps: int, least_steps: int, programs: int) -> int:
+    """The power of 2 into which a reduction is split so that there are at most so many programs.
+
+    A part keeps at least `least_steps` of the `steps`, of about the same length.
+    """
+    splits = 1
+    while 2 * splits * tiles <= programs and 2 * splits * least_steps <= steps:
+        splits *= 2
+    return splits

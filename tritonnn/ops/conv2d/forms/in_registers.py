@@ -12,7 +12,7 @@ loads it, and the number of registers that this takes decide which products fit 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -59,9 +59,9 @@ class InRegistersConfig(Config):
     BLOCK_K: int
     num_warps: int
 
-    def registers(self, reduction: int, element_size: int) -> int:
-        """Registers of a thread for its parts of x and the weight."""
-        steps = ceil_div(reduction // self.BLOCK_K, self.num_warps)
+    def registers(self, reductions: Iterable[int], element_size: int) -> int:
+        """Registers of a thread for its parts of x and the weight, and of a shortcut's, whose reduction is another."""
+        steps = sum(ceil_div(reduction // self.BLOCK_K, self.num_warps) for reduction in reductions)
         return steps * self.BLOCK_K * (BLOCK_M + self.BLOCK_N) * element_size // (32 * 4)
 
 
@@ -426,9 +426,9 @@ class InRegistersForm(Form):
 
     def takes(self, product: Product, choice: Choice) -> bool:
         config, size = choice.config, product.x.element_size()
-        channels = [product.x.shape[1]] + ([product.shortcut.x.shape[1]] if product.shortcut else [])
-        divided = all(c % config.BLOCK_K == 0 for c in channels) and product.y.shape[1] % config.BLOCK_N == 0
-        fits = config.registers(product.taps * channels[0], size) <= MOST_REGISTERS
+        reductions = _reductions(product)
+        divided = all(c % config.BLOCK_K == 0 for c in reductions) and product.y.shape[1] % config.BLOCK_N == 0
+        fits = config.registers(reductions, size) <= MOST_REGISTERS
         return divided and fits and config.BLOCK_K * size in (64, 128)
 
     def default(self, product: Product) -> Choice | None:
@@ -436,7 +436,8 @@ class InRegistersForm(Form):
             return None
         x, K = product.x, product.y.shape[1]
         gpu = hardware.gpu(x.device)
-        config = default_config(product.pixels, K, x.shape[1], product.taps, x.element_size(), gpu)
+        shortcut_c = product.shortcut.x.shape[1] if product.shortcut else 0
+        config = default_config(product.pixels, K, x.shape[1], product.taps, x.element_size(), gpu, shortcut_c)
         if config is None or not self.fits(product):
             return None
         choice = Choice(config)
@@ -451,7 +452,7 @@ class InRegistersForm(Form):
             for num_warps in WARPS:
                 config = InRegistersConfig(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
                 fits = num_warps * BLOCK_M * block_n * 4 <= gpu.shared_memory
-                fits = fits and config.registers(problem.reduction, size) <= MOST_REGISTERS
+                fits = fits and config.registers([problem.reduction], size) <= MOST_REGISTERS
                 if fits and problem.k % block_n == 0:
                     yield Choice(config)
 
@@ -497,7 +498,9 @@ class InRegistersForm(Form):
         )
 
 
-def default_config(m: int, n: int, c: int, taps: int, element_size: int, gpu: Gpu) -> InRegistersConfig | None:
+def default_config(
+    m: int, n: int, c: int, taps: int, element_size: int, gpu: Gpu, shortcut_c: int = 0
+) -> InRegistersConfig | None:
     """For so few pixels that a program's whole reduction fits its registers; None where it does not.
 
     Measured on an H200 on ResNet18's layers of one image (`benchmarks/results`): that a thread loads 16 bytes at a time
@@ -506,19 +509,38 @@ def default_config(m: int, n: int, c: int, taps: int, element_size: int, gpu: Gp
     bfloat16 1.3 us for 2.0 by pointers, strict float32 1.7 for 3.0, eight images 2.8 for 3.4 (H100). So does one tap of
     16-bit numbers where multiprocessors have several programs: 64 rows of a linear layer, 960 to 1,280 features 4.0 us
     for 5.1, 768 to 1,000 3.1 for 3.6, 2,048 to 1,000 6.0 for 6.4 (H200).
+
+    A single row of tiles reads the weight once, however narrow they are, and takes the widest that fit: 4,096 to 4,096
+    features of one row 9.6 us for 11.2 by slices (H200). With the `shortcut_c` channels of a shortcut of one tap, all
+    of both products is in registers: 1,024 and 1,024 to 2,048 channels of 7x7, of which one alone fits those of four
+    warps, took 115 us there.
     """
     block_k, short = math.gcd(c, 128 // element_size), taps * c < 256
     most = OUTPUTS_OF_A_MULTIPROCESSOR * gpu.multiprocessors * (2 if short else 1)
     if block_k * element_size < 64 or m * n > most or n % 8 != 0:
         return None
-    for block_n in (32, 16, 8):
-        if n % block_n == 0 and ceil_div(m, BLOCK_M) * (n // block_n) >= gpu.enough_programs:
-            break
-    several = taps == 1 and element_size == 2 and ceil_div(m, BLOCK_M) * (n // block_n) > gpu.multiprocessors
-    configs = [InRegistersConfig(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps) for num_warps in (4, 8)]
-    fitting = [config.registers(taps * c, element_size) <= MOST_REGISTERS for config in configs]
-    number = 0 if short or (several and fitting[0]) else 1
-    return configs[number] if fitting[number] else None
+    reductions = [taps * c, shortcut_c]
+
+    def config(block_n: int, num_warps: int) -> InRegistersConfig | None:
+        found = InRegistersConfig(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
+        return found if found.registers(reductions, element_size) <= MOST_REGISTERS else None
+
+    rows = ceil_div(m, BLOCK_M)
+    widths = [block_n for block_n in (32, 16, 8) if n % block_n == 0]
+    busy = [block_n for block_n in widths if rows * (n // block_n) >= gpu.enough_programs] or widths[-1:]
+    for block_n in busy if rows == 1 else busy[:1]:
+        several = taps == 1 and element_size == 2 and rows * (n // block_n) > gpu.multiprocessors
+        found = config(block_n, 4) if short or several else None
+        found = found or (None if short else config(block_n, 8))
+        if found:
+            return found
+    return None
+
+
+def _reductions(product: Product) -> list[int]:
+    """Of the product, and of its shortcut."""
+    shortcut = [product.shortcut.x.shape[1]] if product.shortcut else []
+    return [product.taps * product.x.shape[1], *shortcut]
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:

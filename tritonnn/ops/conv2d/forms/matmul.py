@@ -51,6 +51,7 @@ from .matmul_tiles import (
     shared_memory,
     tiles_of,
 )
+from .pointers import one_wave
 from .tma_halo.kernel import start_successor_if
 
 OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
@@ -503,14 +504,14 @@ class MatmulForm(Form):
         return lines and tile and not choice.copies_x and memory <= hardware.gpu(product.x.device).shared_memory
 
     def default(self, product: Product) -> Choice | None:
-        """None where tiles are few: the form TMA, which is not persistent, then starts earlier.
+        """None where tiles are few: the forms TMA and pointers, which are not persistent, then start earlier.
 
         In strict float32 of few rows that has half as many tiles: 440 to 1,000 features, 32 tiles, 7.1 us for 10.4.
 
         And where pixels have few bytes, in and out, of which TMA brings one pixel after the other: 32 to 16 channels of
         112x112 in bfloat16 21.6 us by pointers, here 38 (H200).
         """
-        if not self.fits(product) or is_narrow(product):
+        if not self.fits(product) or is_narrow(product) or one_wave(product):
             return None
         x, (N, K, P, Q) = product.x, product.y.shape
         last_x, split = pixel_stride(x) is not None, product.input_precision == "tf32x3"

@@ -29,8 +29,9 @@ from ....device.arithmetic import (
 )
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
-from ....device.layouts import renamed
+from ....device.layouts import load_first_operand, renamed
 from ....device.pixels import MOST_PIXELS, quotient
+from ....device.split_k import leave_part, parts_of, sum_of_parts
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div
 from ....runtime.dependent_launch import dependent_launch
@@ -39,12 +40,14 @@ from ....runtime.launch_plan import launch, launch_semaphores
 from ....runtime.memory_format import pixel_strides
 from ..pack import lost_in_registers
 from ..problem import Choice, Problem, Product, shortcut_flags
-from .form import Config, Form, by_waves
+from .form import Config, Form, by_waves, splits_of
 
 OUTPUTS_OF_A_MULTIPROCESSOR = 1000
 """With fewer outputs a multiprocessor than this, larger tiles would leave some multiprocessors idle."""
 MOST_TRIED_OUTPUTS = 2**19
 """Tuning tries this form for at most so many outputs."""
+READ_WHILE_WAITING = 12 * 2**20
+"""Bytes that come out of L2 in the 2 us for which programs of a tile wait for each other."""
 TILES = [(16, 8), (16, 16), (16, 32), (32, 32)]
 """BLOCK_M, BLOCK_N that tuning tries."""
 SLICES = [(4, 4, 4), (8, 8, 3), (8, 8, 5), (4, 4, 6)]
@@ -55,7 +58,7 @@ SLICES = [(4, 4, 4), (8, 8, 3), (8, 8, 5), (4, 4, 6)]
 class SlicedKConfig(Config):
     """A tile of BLOCK_M x BLOCK_N outputs, of SPLITS programs that each reduce SLICES blocks of BLOCK_K at a time.
 
-    SPLITS and SLICES are powers of 2.
+    SLICES is a power of 2.
     """
 
     form: ClassVar[str] = "sliced_k"
@@ -136,7 +139,7 @@ def sliced_product(
             mask_x = mask_x & (block < end)
             mask_weight = mask_weight & (block < end)
         shift = r.to(OFFSET) * stride_h + s.to(OFFSET) * stride_w + c.to(OFFSET) * stride_c
-        x = tl.load(x_ptr + (offs_x + shift), mask=mask_x, other=0.0)  # [SLICES, BLOCK_M, BLOCK_K]
+        x = load_first_operand(x_ptr + (offs_x + shift), mask_x)  # [SLICES, BLOCK_M, BLOCK_K]
         weight = tl.load(weight_ptrs + block * BLOCK_K, mask=mask_weight, other=0.0)  # [SLICES, BLOCK_N, BLOCK_K]
         weight = tl.permute(weight, (0, 2, 1))
         if INPUT_PRECISION == "tf32x3":
@@ -346,17 +349,11 @@ def conv2d_sliced_k_forward_kernel(
     total += shortcut
     last = True
     if SPLITS > 1:
-        offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        parts = partial_ptr + tile * (SPLITS * BLOCK_M * BLOCK_N) + offs
-        tl.store(parts + split * (BLOCK_M * BLOCK_N), total)
-        tl.debug_barrier()  # all threads have stored before one of them tells
-        last = tl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+        parts = parts_of(partial_ptr, tile, SPLITS, BLOCK_M, BLOCK_N)
+        last = leave_part(total, parts, split, semaphores_ptr + tile, SPLITS)
     if last:
         if SPLITS > 1:
-            total = tl.load(parts, cache_modifier=".cg")
-            for other in tl.static_range(1, SPLITS):
-                total += tl.load(parts + other * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
-            tl.store(semaphores_ptr + tile, 0)
+            total = sum_of_parts(parts, semaphores_ptr + tile, SPLITS)
         if HAS_BIAS:
             total += bias.to(ACC)[None, :]
         if HAS_SHORTCUT_BIAS:
@@ -467,6 +464,12 @@ class SlicedKForm(Form):
 def default_config(m: int, n: int, c: int, taps: int, element_size: int, gpu: Gpu) -> SlicedKConfig | None:
     """None where there are so many outputs that larger tiles keep the multiprocessors busy.
 
+    What bounds it is how fast operands come out of L2, each as often as there are tiles beside each other: of pixels
+    for the weight, of channels for x. So tiles are 32 x 32 where these are enough, if need be with two programs each:
+    3x3, one image, bfloat16, 512 channels of 14x14 10.0 us for 14.2 in tiles of 16 x 32, 1,024 of 7x7 11.5 for 18.1
+    (H200). A single row of tiles reads the weight once; 8 warps then ask for more of it at a time: 25,088 to 4,096
+    features of one row 59.8 us for 121.7 by 4 warps in tiles of 16 x 32.
+
     Measured on an H200 in ResNet18 on one image (`benchmarks/results`): to wait for other programs costs 2 us, which is
     less than what it saves only where even the least tiles are few, on 512 channels. From 512 features to 10 classes
     two tiles of 8 take 2.0 us, one of 16 takes 2.7 (H100, bfloat16, one image; in float32 they are alike).
@@ -477,16 +480,30 @@ def default_config(m: int, n: int, c: int, taps: int, element_size: int, gpu: Gp
     if m * n > OUTPUTS_OF_A_MULTIPROCESSOR * gpu.multiprocessors:
         return None
     blocks_k, splits, slices = taps * c // block_k, 1, 4
+
+    def tiles(block_m: int, block_n: int) -> int:
+        return ceil_div(m, block_m) * ceil_div(n, block_n)
+
+    def read(block_m: int, block_n: int) -> int:
+        """Bytes that come out of L2."""
+        return tiles(block_m, block_n) * (block_m + block_n) * taps * c * element_size
+
     if taps * c <= 512:  # a step or two
         block_m, block_n, slices = 16, 8 if n <= 16 and element_size == 2 else 16, 8
+    elif m <= 16 and ceil_div(n, 16) >= gpu.multiprocessors:
+        block_m, block_n, slices = 16, 16, 8
+    elif m > 16 and tiles(32, 32) >= gpu.enough_programs:
+        block_m, block_n = 32, 32
+    elif m > 16 and 2 * tiles(32, 32) >= gpu.enough_programs and read(16, 32) - read(32, 32) > READ_WHILE_WAITING:
+        block_m, block_n, splits = 32, 32, 2
     else:
         for block_m, block_n in ((16, 32), (16, 16), (16, 8)):
-            if ceil_div(m, block_m) * ceil_div(n, block_n) >= gpu.enough_programs:
+            if tiles(block_m, block_n) >= gpu.enough_programs:
                 break
         else:
             block_m, block_n = 16, 16
             programs = gpu.multiprocessors * (2 if element_size == 4 else 1)
-            splits = splits_of(ceil_div(m, block_m) * ceil_div(n, block_n), blocks_k, slices, programs)
+            splits = splits_of(tiles(block_m, block_n), blocks_k, slices, programs)
     line = (block_m + block_n) * block_k * element_size
     return SlicedKConfig(
         SPLITS=splits,
@@ -506,14 +523,6 @@ def _stages(slices: int, line: int, blocks_k: int, gpu: Gpu) -> int:
     """
     memory = 1 << (gpu.shared_memory.bit_length() - 1)
     return min(ceil_div(blocks_k, slices) + 1, memory // (slices * line), 6)
-
-
-def splits_of(tiles: int, blocks_k: int, slices: int, programs: int) -> int:
-    """The power of 2 into which a reduction of blocks_k is split so that there are about so many programs."""
-    splits = 1
-    while 2 * splits * tiles <= programs and 2 * splits * slices <= blocks_k:
-        splits *= 2
-    return splits
 
 
 def _extent(t: torch.Tensor) -> int:

@@ -7,13 +7,16 @@ A program owns a box of TILE_N images x TILE_P rows x TILE_Q columns of the outp
 channels TMA loads the box of x that lies under it; what lies outside the image it fills with zeros, so padding takes
 neither masks nor addresses. For stride 2, x [N, H, W, C] is seen as [N, H/2, 2, W/2, 2*C]: a tap picks the parity. A
 filter of one tap sees only the pixels that it reads, and any number of channels: the last block ends with zeros.
+
+Where tiles are few and the reduction is long, SPLITS programs share a tile (split-K): each adds up a range of taps and
+channels, and the last one to finish adds up their parts.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,15 +27,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ....device.arithmetic import FLUSH_STEPS, add_rounded_dot, add_split_dot, round_to, round_to_tf32
 from ....device.dependent_launch import start_successor, wait_for_predecessor
 from ....device.epilogue import finish
+from ....device.split_k import leave_part, parts_of, sum_of_parts
 from ....runtime import hardware
 from ....runtime.blocks import ceil_div, power_of_2
 from ....runtime.capabilities import rounding_on_load, rounds_on_load
 from ....runtime.dependent_launch import dependent_launch
 from ....runtime.hardware import Gpu
-from ....runtime.launch_plan import launch
+from ....runtime.launch_plan import launch, launch_semaphores
 from ....runtime.memory_format import pixel_stride
+from ....runtime.semaphores import PER_STREAM
 from ..problem import Choice, Problem, Product, leaves_half_empty
-from .form import Config, Form, by_waves
+from .form import Config, Form, by_waves, splits_of
+from .pointers import one_wave
 
 SWAP_AB_TILES = [
     (64, 64, 4, 4),
@@ -66,15 +72,23 @@ On an H100, 128 images, a program a multiprocessor: bfloat16, 128 to 256 channel
 stage 9.8; strict float32, 512 channels, 145, with half as many columns and a fourth stage 102.
 """
 
+LEAST_STEPS = 16
+"""Blocks of the reduction that a part has at least where it is split by default; in tuning a quarter of that.
+
+So many take longer than to leave a part and to add all of them.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TmaConfig(Config):
     """A tile of TILE_N images x TILE_P rows x TILE_Q columns x BLOCK_N channels, reduced BLOCK_K channels at a time.
 
-    SWAP_AB: the weight is the first operand of the product and x the second.
+    SWAP_AB: the weight is the first operand of the product and x the second. SPLITS programs share a tile, any number
+    that is no larger than that of blocks.
     """
 
     form: ClassVar[str] = "tma"
+    shown: ClassVar[tuple[str, ...]] = ("TILE", "BLOCK")
 
     TILE_N: int
     TILE_P: int
@@ -84,10 +98,17 @@ class TmaConfig(Config):
     SWAP_AB: bool
     num_warps: int
     num_stages: int
+    SPLITS: int = 1
+
+    @property
+    def pixels(self) -> int:
+        """BLOCK_M of the matrix product."""
+        return self.TILE_N * self.TILE_P * self.TILE_Q
 
     @property
     def notes(self) -> list[str]:
-        return super().notes + ["operands swapped"] * self.SWAP_AB
+        splits = [f"{self.SPLITS} splits"] * (self.SPLITS > 1)
+        return super().notes + ["operands swapped"] * self.SWAP_AB + splits
 
 
 @triton.jit
@@ -108,6 +129,8 @@ def conv2d_tma_forward_kernel(
     bias_ptr,
     residual_desc,
     y_desc,
+    partial_ptr,
+    semaphores_ptr,
     N,
     P,
     Q,
@@ -139,8 +162,9 @@ def conv2d_tma_forward_kernel(
     TILE_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """One program owns TILE_N x TILE_P x TILE_Q = BLOCK_M output pixels x BLOCK_N output channels.
+    """SPLITS programs own TILE_N x TILE_P x TILE_Q = BLOCK_M output pixels x BLOCK_N output channels.
 
     SWAP_AB: acc [channels, pixels] = weight @ x.T, both in shared memory; to ROUND_X, x goes through registers and
     back. Else acc [pixels, channels] = x @ weight.T, with x in registers, where it is rounded to TF32 or,
@@ -148,6 +172,11 @@ def conv2d_tma_forward_kernel(
     the sums of FLUSH steps are added up apart, so that few float32 additions follow each other. y_desc is a pointer
     unless y is CHANNELS_LAST. weight_desc is [K, R * S * C] or, where BLOCK_K does not divide C, [R * S, K, C]: a tap's
     last block then ends with zeros in both operands, as zero times infinity is NaN.
+
+    With several SPLITS, partial [tiles, SPLITS, BLOCK_M, BLOCK_N] takes their sums, and semaphores [tiles], zero before
+    and after, count them. Ranges of the reduction differ by one step at most, and none is empty. First comes one
+    program of each tile, then the next of each: neighbours read the same range of x or of the weight, from L2, while
+    the programs of one tile have nothing in common.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
     BLOCKS_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -155,7 +184,16 @@ def conv2d_tma_forward_kernel(
     STEPS: tl.constexpr = R * S * BLOCKS_C
     BY_TAPS: tl.constexpr = len(weight_desc.block_shape) == 3
 
-    tile = tl.program_id(0)
+    if SPLITS > 1:
+        tiles = tl.num_programs(0) // SPLITS
+        tile = tl.program_id(0) % tiles
+        split = tl.program_id(0) // tiles
+        first = split * STEPS // SPLITS
+        end = (split + 1) * STEPS // SPLITS
+    else:
+        tile = tl.program_id(0)
+        first = 0
+        end = STEPS
     k = tile % BLOCKS_N * BLOCK_N
     box = tile // BLOCKS_N
     q = box % tiles_q * TILE_Q
@@ -168,7 +206,7 @@ def conv2d_tma_forward_kernel(
     else:
         acc = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
     part = acc
-    for step in range(STEPS):
+    for step in range(first, end):
         tap = step // BLOCKS_C
         c = step % BLOCKS_C * BLOCK_K
         r = tap // S * DILATION_H - PADDING_H
@@ -199,26 +237,33 @@ def conv2d_tma_forward_kernel(
 
     if SWAP_AB:
         acc = acc.T
-    offs_n = k + tl.arange(0, BLOCK_N)
-    if HAS_SCALE:
-        acc *= tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < K, other=0.0)[None, :]
-    if HAS_RESIDUAL:
-        acc += tl.reshape(residual_desc.load([n, p, q, k]), (BLOCK_M, BLOCK_N)).to(tl.float32)
-    acc = finish(acc, ACTIVATION, SLOPE, ROUND_Y)
-    if CHANNELS_LAST:
-        y = round_to(acc, y_desc.dtype)
-        y_desc.store([n, p, q, k], tl.reshape(y, (TILE_N, TILE_P, TILE_Q, BLOCK_N)))
-    else:
-        y = round_to(acc, y_desc.dtype.element_ty)
-        offs_m = tl.arange(0, BLOCK_M)
-        n += offs_m // (TILE_P * TILE_Q)
-        p += offs_m // TILE_Q % TILE_P
-        q += offs_m % TILE_Q
-        mask = ((n < N) & (p < P) & (q < Q))[:, None] & (offs_n < K)[None, :]
-        offs_pixel = n.to(tl.int64) * K * P * Q + p * Q + q
-        tl.store(y_desc + offs_pixel[:, None] + (offs_n.to(tl.int64) * P * Q)[None, :], y, mask=mask)
+    last = True
+    if SPLITS > 1:
+        parts = parts_of(partial_ptr, tile, SPLITS, BLOCK_M, BLOCK_N)
+        last = leave_part(acc, parts, split, semaphores_ptr + tile, SPLITS)
+    if last:
+        if SPLITS > 1:
+            acc = sum_of_parts(parts, semaphores_ptr + tile, SPLITS)
+        offs_n = k + tl.arange(0, BLOCK_N)
+        if HAS_SCALE:
+            acc *= tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n, mask=offs_n < K, other=0.0)[None, :]
+        if HAS_RESIDUAL:
+            acc += tl.reshape(residual_desc.load([n, p, q, k]), (BLOCK_M, BLOCK_N)).to(tl.float32)
+        acc = finish(acc, ACTIVATION, SLOPE, ROUND_Y)
+        if CHANNELS_LAST:
+            y = round_to(acc, y_desc.dtype)
+            y_desc.store([n, p, q, k], tl.reshape(y, (TILE_N, TILE_P, TILE_Q, BLOCK_N)))
+        else:
+            y = round_to(acc, y_desc.dtype.element_ty)
+            offs_m = tl.arange(0, BLOCK_M)
+            offs_image = n + offs_m // (TILE_P * TILE_Q)
+            offs_p = p + offs_m // TILE_Q % TILE_P
+            offs_q = q + offs_m % TILE_Q
+            mask = ((offs_image < N) & (offs_p < P) & (offs_q < Q))[:, None] & (offs_n < K)[None, :]
+            offs_pixel = offs_image.to(tl.int64) * K * P * Q + offs_p * Q + offs_q
+            tl.store(y_desc + offs_pixel[:, None] + (offs_n.to(tl.int64) * P * Q)[None, :], y, mask=mask)
 
 
 class TmaForm(Form):
@@ -252,7 +297,7 @@ class TmaForm(Form):
         config, C = choice.config, product.x.shape[1]
         # Blocks that end with zeros were verified with four warps.
         blocks = C % config.BLOCK_K == 0 or config.num_warps == 4
-        fits = config.SWAP_AB in orders and blocks
+        fits = config.SWAP_AB in orders and blocks and _can_split(product, config)
         return fits and (choice.copies_x or product.is_aligned)
 
     def default(self, product: Product) -> Choice | None:
@@ -267,7 +312,7 @@ class TmaForm(Form):
             return None
         rounds = product.round_x and not rounds_on_load()
         copies_x = product.reads_apart or shrinks or (rounds and product.rounds_often)
-        if not (copies_x or product.is_aligned) or _is_narrow(product):
+        if not (copies_x or product.is_aligned) or _is_narrow(product) or one_wave(product) or _pads_channels(product):
             return None
         split = product.input_precision == "tf32x3"
         swap_ab = not split and (copies_x or not rounds)
@@ -296,7 +341,8 @@ class TmaForm(Form):
                 if shared_memory(block_m, block_n, block_k, num_stages, size, split) <= gpu.shared_memory:
                     box = best_box(problem.n, *problem.output, block_m)
                     config = config_of(box, block_n, block_k, swap_ab, num_warps, num_stages)
-                    yield Choice(config, copies_x or not problem.channels_last_x)
+                    for splits in _splits_to_try(config, problem, gpu):
+                        yield Choice(replace(config, SPLITS=splits), copies_x or not problem.channels_last_x)
 
     def run(self, product: Product, config: TmaConfig) -> None:
         x, weight, y, epilogue = product.x, product.packed, product.y, product.epilogue
@@ -329,16 +375,22 @@ class TmaForm(Form):
         if epilogue.residual is not None:
             residual_desc = TensorDescriptor.from_tensor(_pixels(epilogue.residual), y_box)
         tiles_p, tiles_q = ceil_div(P, tile_p), ceil_div(Q, tile_q)
-        tiles = ceil_div(N, tile_n) * tiles_p * tiles_q * ceil_div(K, block_n)
+        tiles = tiles_of(config, N, P, Q, K)
+        partial = counts = None
+        if config.SPLITS > 1:
+            partial = x.new_empty(tiles * config.SPLITS * config.pixels * block_n, dtype=torch.float32)
+            counts = launch_semaphores(x.device, tiles)
         launch(
             conv2d_tma_forward_kernel,
-            (tiles,),
+            (tiles * config.SPLITS,),
             x_desc,
             weight_desc,
             epilogue.scale,
             epilogue.bias,
             residual_desc,
             y_desc,
+            partial,
+            counts,
             N,
             P,
             Q,
@@ -364,6 +416,36 @@ class TmaForm(Form):
 def _has_one_tap(product: Product) -> bool:
     """Whether a pixel of y sees one pixel of x."""
     return product.taps == 1 and tuple(product.padding) == (0, 0)
+
+
+def _pads_channels(product: Product) -> bool:
+    """Whether under each of several taps at least a fourth of the blocks of channels is zeros, of 16-bit numbers.
+
+    Pointers then are faster: 3x3, 96 channels of 35x35 50 us for 57, 5x5, 48 to 64 45 for 56 (64 images, H200).
+    """
+    C, size = product.x.shape[1], product.x.element_size()
+    blocks = ceil_div(C, block_k_of(C, size)) * block_k_of(C, size)
+    return size == 2 and product.taps > 1 and 4 * (blocks - C) >= blocks
+
+
+def _can_split(product: Product, config: TmaConfig) -> bool:
+    """Whether each part has a step, and there are semaphores for all tiles, and 32 bits for offsets of parts."""
+    N, K, P, Q = product.y.shape
+    steps, tiles = product.taps * ceil_div(product.x.shape[1], config.BLOCK_K), tiles_of(config, N, P, Q, K)
+    has_memory = tiles <= PER_STREAM and tiles * config.SPLITS * config.pixels * config.BLOCK_N < 2**31
+    return config.SPLITS == 1 or (config.SPLITS <= steps and has_memory)
+
+
+def _splits_to_try(config: TmaConfig, problem: Problem, gpu: Gpu) -> list[int]:
+    """Where tiles are few, what makes a program a multiprocessor or two; and none.
+
+    Of more than 64 sums a thread, two parts would not fit the registers.
+    """
+    fits = config.pixels * config.BLOCK_N <= 64 * 32 * config.num_warps
+    tiles = tiles_of(config, problem.n, *problem.output, problem.k)
+    steps, programs = problem.r * problem.s * ceil_div(problem.c, config.BLOCK_K), gpu.multiprocessors
+    tried = [splits_of(tiles, steps, LEAST_STEPS // 4, n * programs) for n in (1, 2) if fits and tiles < programs]
+    return list(dict.fromkeys([*tried, 1]))
 
 
 def _is_narrow(product: Product) -> bool:
@@ -457,7 +539,13 @@ def with_neighbours(config: TmaConfig, n: int, p: int, q: int, k: int, element_s
 
 
 def config_of(
-    box: tuple[int, int, int], block_n: int, block_k: int, swap_ab: bool, num_warps: int, num_stages: int
+    box: tuple[int, int, int],
+    block_n: int,
+    block_k: int,
+    swap_ab: bool,
+    num_warps: int,
+    num_stages: int,
+    splits: int = 1,
 ) -> TmaConfig:
     tile_n, tile_p, tile_q = box
     return TmaConfig(
@@ -469,7 +557,14 @@ def config_of(
         SWAP_AB=swap_ab,
         num_warps=num_warps,
         num_stages=num_stages,
+        SPLITS=splits,
     )
+
+
+def tiles_of(config: TmaConfig, n: int, p: int, q: int, k: int) -> int:
+    """Tiles that cover y [n, p, q, k]."""
+    boxes = ceil_div(n, config.TILE_N) * ceil_div(p, config.TILE_P) * ceil_div(q, config.TILE_Q)
+    return boxes * ceil_div(k, config.BLOCK_N)
 
 
 def shared_memory(block_m: int, block_n: int, block_k: int, num_stages: int, element_size: int, split: bool) -> int:
@@ -520,4 +615,6 @@ def default_config(
         least = gpu.multiprocessors + 1 if (block_n, num_warps, num_stages) == PAIRED else enough
         if ceil_div(n * p * q, block_m) * ceil_div(k, block_n) >= least:
             break
-    return config_of(best_box(n, p, q, block_m), block_n, block_k, swap_ab, num_warps, num_stages)
+    config = config_of(best_box(n, p, q, block_m), block_n, block_k, swap_ab, num_warps, num_stages)
+    splits = splits_of(tiles_of(config, n, p, q, k), taps * ceil_div(c, block_k), LEAST_STEPS, gpu.multiprocessors)
+    return replace(config, SPLITS=splits)

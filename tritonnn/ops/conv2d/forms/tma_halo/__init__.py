@@ -31,6 +31,7 @@ from .....runtime.memory_format import pixel_stride
 from ...pack import block_diagonal
 from ...problem import Choice, Problem, Product
 from ..form import Form
+from ..pointers import one_wave
 from .config import CANDIDATES, TmaHaloConfig, default_config, grouped_config
 from .geometry import box_rows, edge_rows
 from .kernel import conv2d_tma_halo_forward_kernel
@@ -102,6 +103,8 @@ class TmaHaloForm(Form):
         if not self.fits(product) or not (aligned or worth_a_copy) or product.has_short_taps:
             return None
         if product.groups > 1:
+            if one_wave(product):
+                return None
             wastes = depth_of_block(C // product.groups, K // product.groups, K, GROUPED_BLOCK_N, 128 // size)
             if wastes > max(GROUPED_BLOCK_N, 2 * C // product.groups):
                 return None
