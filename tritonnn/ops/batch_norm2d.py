@@ -13,7 +13,8 @@ import triton.language as tl
 from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
 from ..device.pixels import block_of_channels, block_of_pixels
-from ..runtime.blocks import ceil_div, pixel_blocks
+from ..runtime import hardware
+from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
 from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
@@ -162,7 +163,7 @@ def normalize(x, weight, bias, mean, var, eps, inverted=False, residual=None, re
     weight, bias, mean, var = _contiguous(weight, bias, mean, var)
     N, C, H, W = x.shape
     M = N * H * W
-    blocks = pixel_blocks(M, H * W, C, channels_last, x.device)
+    blocks = _blocks(x, M, channels_last)
     grid = (ceil_div(M, blocks.BLOCK_M) * ceil_div(C, blocks.BLOCK_C),)
     launch(
         batch_norm2d_normalize_kernel,
@@ -190,6 +191,23 @@ def normalize(x, weight, bias, mean, var, eps, inverted=False, residual=None, re
         **blocks._asdict(),
     )
     return y
+
+
+def _blocks(x: torch.Tensor, pixels: int, channels_last: bool) -> PixelBlocks:
+    """As for pools; of 16-bit numbers in channels_last twice as many, and of channels what leaves few lanes idle.
+
+    64 images in bfloat16 (H200), us, in brackets as for pools: 144 channels of 28x28 8.0 (17.3), 192 9.6 (17.1), 96 of
+    56x56 20 (33), 72 27 (41), 24 of 112x112 38 (43). Blocks of 16 channels, a sector of memory, take a seventh longer.
+    """
+    C, H, W = x.shape[1:]
+    blocks = pixel_blocks(pixels, H * W, C, channels_last, x.device)
+    if not channels_last or x.element_size() != 2 or C < 24 or triton.knobs.runtime.interpret:
+        return blocks
+    block_c = min((128, 64, 32, 16), key=lambda block_c: ceil_div(C, block_c) * block_c * (8 if block_c < 32 else 7))
+    elements, enough = 2048, hardware.gpu(x.device).multiprocessors
+    while elements > 256 and ceil_div(pixels * block_c, elements) * ceil_div(C, block_c) < enough:
+        elements //= 2
+    return PixelBlocks(elements // block_c, block_c)
 
 
 def _launch_inference(x, weight, bias, mean, var, eps) -> torch.Tensor:

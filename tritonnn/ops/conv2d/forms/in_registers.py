@@ -33,6 +33,7 @@ from ....runtime.memory_format import is_aligned, pixel_stride
 from ..pack import lost_in_registers
 from ..problem import Choice, Problem, Product, on_tensor_cores, shortcut_flags
 from .form import Config, Form, by_waves
+from .tma import shares_rows
 
 OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_M = 16
@@ -432,7 +433,7 @@ class InRegistersForm(Form):
         return divided and fits and config.BLOCK_K * size in (64, 128)
 
     def default(self, product: Product) -> Choice | None:
-        if product.groups > 1:
+        if product.groups > 1 or shares_rows(product):
             return None
         x, K = product.x, product.y.shape[1]
         gpu = hardware.gpu(x.device)
@@ -511,9 +512,10 @@ def default_config(
     for 5.1, 768 to 1,000 3.1 for 3.6, 2,048 to 1,000 6.0 for 6.4 (H200).
 
     A single row of tiles reads the weight once, however narrow they are, and takes the widest that fit: 4,096 to 4,096
-    features of one row 9.6 us for 11.2 by slices (H200). With the `shortcut_c` channels of a shortcut of one tap, all
-    of both products is in registers: 1,024 and 1,024 to 2,048 channels of 7x7, of which one alone fits those of four
-    warps, took 115 us there.
+    features of one row 9.6 us for 11.2 by slices (H200). So do several rows of the next width, if that makes no more
+    than one and a half programs a multiprocessor: 49 rows of 3,072 to 768 features 7.7 us for 14.6. With the
+    `shortcut_c` channels of a shortcut of one tap, all of both products is in registers: 1,024 and 1,024 to 2,048
+    channels of 7x7, of which one alone fits those of four warps, took 115 us there.
     """
     block_k, short = math.gcd(c, 128 // element_size), taps * c < 256
     most = OUTPUTS_OF_A_MULTIPROCESSOR * gpu.multiprocessors * (2 if short else 1)
@@ -527,8 +529,11 @@ def default_config(
 
     rows = ceil_div(m, BLOCK_M)
     widths = [block_n for block_n in (32, 16, 8) if n % block_n == 0]
-    busy = [block_n for block_n in widths if rows * (n // block_n) >= gpu.enough_programs] or widths[-1:]
-    for block_n in busy if rows == 1 else busy[:1]:
+    enough = 3 * gpu.multiprocessors // 4 if taps * c <= 256 else gpu.enough_programs
+    busy = [block_n for block_n in widths if rows * (n // block_n) >= enough] or widths[-1:]
+    if rows > 1:
+        busy = busy[:1] + [block_n for block_n in busy[1:2] if 2 * rows * (n // block_n) <= 3 * gpu.multiprocessors]
+    for block_n in busy:
         several = taps == 1 and element_size == 2 and rows * (n // block_n) > gpu.multiprocessors
         found = config(block_n, 4) if short or several else None
         found = found or (None if short else config(block_n, 8))

@@ -52,6 +52,7 @@ from .matmul_tiles import (
     tiles_of,
 )
 from .pointers import one_wave
+from .tma import shares_rows
 from .tma_halo.kernel import start_successor_if
 
 OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
@@ -509,9 +510,9 @@ class MatmulForm(Form):
         In strict float32 of few rows that has half as many tiles: 440 to 1,000 features, 32 tiles, 7.1 us for 10.4.
 
         And where pixels have few bytes, in and out, of which TMA brings one pixel after the other: 32 to 16 channels of
-        112x112 in bfloat16 21.6 us by pointers, here 38 (H200).
+        112x112 in bfloat16 21.6 us by pointers, here 38, 16 to 64 40 and 57 (H200).
         """
-        if not self.fits(product) or is_narrow(product) or one_wave(product):
+        if not self.fits(product) or is_narrow(product) or one_wave(product) or shares_rows(product):
             return None
         x, (N, K, P, Q) = product.x, product.y.shape
         last_x, split = pixel_stride(x) is not None, product.input_precision == "tf32x3"
@@ -597,9 +598,10 @@ class MatmulForm(Form):
 
 
 def is_narrow(product: Product) -> bool:
-    """Whether pixels of x and y have at most 64 bytes, in channels_last."""
-    both = max(product.x.shape[1], product.y.shape[1]) * product.x.element_size()
-    return both <= 64 and product.channels_last_y and pixel_stride(product.x) is not None and product.prologue is None
+    """Whether pixels of x and y have few bytes, in channels_last: both at most 64, or x 32 and y 128."""
+    x, y = (image.shape[1] * image.element_size() for image in (product.x, product.y))
+    last = product.channels_last_y and pixel_stride(product.x) is not None
+    return (max(x, y) <= 64 or (x <= 32 and y <= 128)) and last and product.prologue is None
 
 
 def is_flat(product: Product) -> bool:

@@ -5,6 +5,7 @@ from typing import ClassVar, NamedTuple
 
 from ....runtime.blocks import ceil_div, power_of_2
 from ....runtime.hardware import Gpu
+from ..problem import leaves_half_empty
 from .form import Config
 
 LEAST_CHANNELS = 16
@@ -15,7 +16,8 @@ SINGLE_PROGRAM_US = 0.7
 """What programs that have a multiprocessor to themselves wait for, once, where each has one tile at most.
 
 One image in bfloat16, 64 to 256 channels of 56x56 3.0 us with 8 slots, 2.0 in tiles of 128 x 64 with 2; 256 to 256 3.4,
-and 2.7 in the same tiles of 64 x 128 with 3 slots (H200).
+and 2.7 in the same tiles of 64 x 128 with 3 slots; 64 images, 960 to 256 of 7x7 6.2 and 5.5. Not so where half of the
+last tiles is empty: 1,280 to 192 channels of 8x8 9.1 us with 8 slots, 10.4 with 3 (H200).
 """
 BARRIERS = 1024
 """Bytes of shared memory, at most, that a program has besides its tiles."""
@@ -119,13 +121,13 @@ FROM_REGISTERS = [
 ]
 """Where x, of 16-bit numbers, is turned round or otherwise computed in registers."""
 ROUNDED = [
-    Kind(64, 128, 3, False, 4, 2, 0.625, 1.54, 0.6),
-    Kind(64, 64, 3, False, 4, 3, 0.603, 0.81, 0.55),
-    Kind(128, 128, 3, False, 8, 1, 0.495, 2.77),
-    Kind(128, 64, 3, False, 4, 2, 0.902, 0.43, 0.7),
-    Kind(128, 64, 6, False, 4, 1, 0.369, 1.23),
-    Kind(128, 32, 4, False, 4, 2, 0.452, 1.32, 0.65),
-    Kind(64, 32, 4, False, 4, 3, 0.425, 1.11, 0.45),
+    Kind(64, 128, 3, False, 4, 2, 0.625, 1.57, 0.61),
+    Kind(64, 64, 3, False, 4, 3, 0.605, 1.16, 0.58),
+    Kind(128, 128, 3, False, 8, 1, 0.588, 2.76),
+    Kind(128, 64, 3, False, 4, 2, 1.157, 0.5, 0.68),
+    Kind(128, 64, 6, False, 4, 1, 0.384, 1.36),
+    Kind(128, 32, 4, False, 4, 2, 0.462, 1.63),
+    Kind(64, 32, 4, False, 4, 3, 0.593, 0.61, 0.45),
 ]
 """Where x, in channels_last, is rounded to TF32 in registers.
 
@@ -133,13 +135,13 @@ As a model of a sweep of 29 layers of 64 images, most of which were slower than 
 choices take 3 % longer than the best, those of four kinds and an earlier model 7 %.
 """
 TURNED = [
-    Kind(64, 128, 3, False, 4, 2, 0.677, 1.67, 0.6),
-    Kind(64, 64, 3, False, 4, 3, 0.559, 2.3, 0.55),
-    Kind(128, 128, 3, False, 8, 1, 0.704, 1.44),
-    Kind(128, 64, 3, False, 4, 2, 1.164, 1.3, 0.7),
-    Kind(128, 64, 6, False, 4, 1, 0.329, 2.19),
-    Kind(128, 32, 4, False, 4, 2, 0.655, 0.88, 0.65),
-    Kind(64, 32, 4, False, 4, 3, 0.672, 1.24, 0.45),
+    Kind(64, 128, 3, False, 4, 2, 0.685, 1.8),
+    Kind(64, 64, 3, False, 4, 3, 0.641, 2.07, 0.94),
+    Kind(128, 128, 3, False, 8, 1, 0.704, 1.65),
+    Kind(128, 64, 3, False, 4, 2, 1.173, 1.19, 0.58),
+    Kind(128, 64, 6, False, 4, 1, 0.428, 1.34),
+    Kind(128, 32, 4, False, 4, 2, 0.822, 1.02, 0.54),
+    Kind(64, 32, 4, False, 4, 3, 0.654, 1.01, 0.4),
 ]
 """Where x, in NCHW, is turned round and rounded to TF32 in registers.
 
@@ -208,7 +210,8 @@ def ranked(
         rounds, last = divmod(tiles, kind.programs * gpu.multiprocessors)
         if last:
             rounds += max(ceil_div(last, gpu.multiprocessors) / kind.programs, kind.alone)
-        single = element_size == 2 and kind.programs == 1 and tiles <= gpu.multiprocessors
+        whole = kind.rest_n == 0 and not leaves_half_empty(k)
+        single = element_size == 2 and kind.programs == 1 and tiles <= gpu.multiprocessors and whole
         starts = SINGLE_PROGRAM_US if single else 0.0
         return rounds * (steps * kind.step_us * block_k * element_size / 128 + kind.tile_us) + starts
 

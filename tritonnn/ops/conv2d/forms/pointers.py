@@ -333,9 +333,9 @@ def one_wave(product: Product) -> PointersConfig | None:
 
     Then this form is faster than those that load by TMA, as its programs begin to load sooner. One image in bfloat16
     (H200): 1x1, 1,024 channels of 14x14 3.6 us for 4.4 by TMA, 512 to 256 channels of 28x28 2.6 for 3.0; 3x3 in 32
-    groups, 512 channels of 14x14 2.3 for 4.1, 1,024 of 7x7 2.6 for 4.2. Not so where much is read: 64 rows of a linear
-    layer, 4,096 to 4,096 features, 46 for 13; nor in groups of 8 channels, half of each block of which would be empty,
-    and groups of 64 fill the blocks of any form.
+    groups, 512 channels of 14x14 2.3 for 4.1, 1,024 of 7x7 2.6 for 4.2. Not so of linear layers, 49 rows of 768 to
+    3,072 features 9.3 for 4.4; nor in groups of 8 channels, half of each block of which would be empty, and groups of
+    64 fill the blocks of any form.
     """
     x, k, c = product.x, product.y.shape[1] // product.groups, product.packed.shape[3]
     gpu, tiles = hardware.gpu(x.device), []
@@ -343,7 +343,8 @@ def one_wave(product: Product) -> PointersConfig | None:
         tiles = ONE_WAVE
     elif product.groups > 1 and product.taps > 1 and 16 <= c <= 32:
         tiles = ONE_WAVE_OF_GROUPS
-    if x.element_size() != 2 or x.stride(1) != 1 or product.prologue is not None or not gpu.is_hopper:
+    image = product.y.shape[2:].numel() > 1
+    if x.element_size() != 2 or x.stride(1) != 1 or product.prologue is not None or not image or not gpu.is_hopper:
         return None
     for block_m, block_n, num_stages in tiles:
         programs = ceil_div(product.pixels, block_m) * ceil_div(k, block_n) * product.groups
@@ -399,7 +400,8 @@ def default_config(
                     block_m, block_n = 128, 64
                 elif spans and n <= 32 and programs(128, block_n) >= gpu.enough_programs:
                     block_m, num_stages = 128, 4
-            while block_m > 16 and programs(block_m, block_n) < gpu.enough_programs:
+            enough = gpu.enough_programs if block_n <= 64 else 3 * gpu.multiprocessors // 4
+            while block_m > 16 and programs(block_m, block_n) < enough:
                 block_m //= 2
         rows = block_m + block_n * (2 if input_precision == "tf32x3" else 1)
         while num_stages > 1 and num_stages * rows * block_k * element_size > gpu.shared_memory:

@@ -41,11 +41,18 @@ from ....runtime.memory_format import pixel_strides
 from ..pack import lost_in_registers
 from ..problem import Choice, Problem, Product, shortcut_flags
 from .form import Config, Form, by_waves, splits_of
+from .tma import can_share_tiles, shares_rows
 
 OUTPUTS_OF_A_MULTIPROCESSOR = 1000
 """With fewer outputs a multiprocessor than this, larger tiles would leave some multiprocessors idle."""
 MOST_TRIED_OUTPUTS = 2**19
 """Tuning tries this form for at most so many outputs."""
+MUCH_READ = 48 * 2**20
+"""Bytes that come out of L2, from which on larger tiles, which programs of the form TMA share, are faster.
+
+One image in bfloat16, 3x3, 512 channels of 14x14, 66 MB, 8.7 us for 12.3, 1,024 of 7x7, 76 MB, 9.9 for 11.6; but 512 of
+7x7, 38 MB, 9.0 for 6.6 (H200). Not so of a single row of tiles, which reads the weight once.
+"""
 READ_WHILE_WAITING = 12 * 2**20
 """Bytes that come out of L2 in the 2 us for which programs of a tile wait for each other."""
 TILES = [(16, 8), (16, 16), (16, 32), (32, 32)]
@@ -382,12 +389,17 @@ class SlicedKForm(Form):
         return all(c % choice.config.BLOCK_K == 0 for c in channels)
 
     def default(self, product: Product) -> Choice | None:
-        if product.groups > 1:
+        if product.groups > 1 or shares_rows(product):
             return None
-        x, K = product.x, product.y.shape[1]
-        gpu = hardware.gpu(x.device)
-        config = default_config(product.pixels, K, x.shape[1], product.taps, x.element_size(), gpu)
-        return None if config is None else Choice(config)
+        x, K, C, size = product.x, product.y.shape[1], product.x.shape[1], product.x.element_size()
+        gpu, strict = hardware.gpu(x.device), product.input_precision == "tf32x3"
+        config = default_config(product.pixels, K, C, product.taps, size, gpu, strict)
+        if config is None:
+            return None
+        tiles = ceil_div(product.pixels, config.BLOCK_M) * ceil_div(K, config.BLOCK_N)
+        read = tiles * (config.BLOCK_M + config.BLOCK_N) * product.taps * C * size
+        shares = read > MUCH_READ and product.pixels > config.BLOCK_M and can_share_tiles(product)
+        return None if shares else Choice(config)
 
     def candidates(self, problem: Problem, default: Choice, gpu: Gpu) -> Iterator[Choice]:
         size = problem.dtype.itemsize
@@ -461,14 +473,17 @@ class SlicedKForm(Form):
         )
 
 
-def default_config(m: int, n: int, c: int, taps: int, element_size: int, gpu: Gpu) -> SlicedKConfig | None:
+def default_config(
+    m: int, n: int, c: int, taps: int, element_size: int, gpu: Gpu, strict: bool = False
+) -> SlicedKConfig | None:
     """None where there are so many outputs that larger tiles keep the multiprocessors busy.
 
     What bounds it is how fast operands come out of L2, each as often as there are tiles beside each other: of pixels
     for the weight, of channels for x. So tiles are 32 x 32 where these are enough, if need be with two programs each:
     3x3, one image, bfloat16, 512 channels of 14x14 10.0 us for 14.2 in tiles of 16 x 32, 1,024 of 7x7 11.5 for 18.1
     (H200). A single row of tiles reads the weight once; 8 warps then ask for more of it at a time: 25,088 to 4,096
-    features of one row 59.8 us for 121.7 by 4 warps in tiles of 16 x 32.
+    features of one row 59.8 us for 121.7 by 4 warps in tiles of 16 x 32. Neither holds of strict float32, whose
+    products take longer than its loads (64 rows of 4,096 to 1,000 features 35 us for 26), nor the second one of TF32.
 
     Measured on an H200 in ResNet18 on one image (`benchmarks/results`): to wait for other programs costs 2 us, which is
     less than what it saves only where even the least tiles are few, on 512 channels. From 512 features to 10 classes
@@ -488,13 +503,14 @@ def default_config(m: int, n: int, c: int, taps: int, element_size: int, gpu: Gp
         """Bytes that come out of L2."""
         return tiles(block_m, block_n) * (block_m + block_n) * taps * c * element_size
 
+    saved = read(16, 32) - read(32, 32)
     if taps * c <= 512:  # a step or two
         block_m, block_n, slices = 16, 8 if n <= 16 and element_size == 2 else 16, 8
-    elif m <= 16 and ceil_div(n, 16) >= gpu.multiprocessors:
+    elif element_size == 2 and m <= 16 and ceil_div(n, 16) >= gpu.multiprocessors:
         block_m, block_n, slices = 16, 16, 8
-    elif m > 16 and tiles(32, 32) >= gpu.enough_programs:
+    elif not strict and m > 16 and tiles(32, 32) >= gpu.enough_programs:
         block_m, block_n = 32, 32
-    elif m > 16 and 2 * tiles(32, 32) >= gpu.enough_programs and read(16, 32) - read(32, 32) > READ_WHILE_WAITING:
+    elif not strict and m > 16 and 2 * tiles(32, 32) >= gpu.enough_programs and saved > READ_WHILE_WAITING:
         block_m, block_n, splits = 32, 32, 2
     else:
         for block_m, block_n in ((16, 32), (16, 16), (16, 8)):

@@ -65,6 +65,8 @@ MANY_IMAGES, LEAST_PIXELS = 32, 4
 """With boxes of fewer pixels of so many images each the form "pointers" is faster in TF32."""
 FEW_ROWS = 64
 """Rows of a linear layer, or pixels, of which tiles of 16 make more programs than tiles of 64."""
+LEAST_ROWS, MANY_FEATURES = 16, 4096
+"""See `shares_rows`."""
 PAIRED = 128, 4, 3
 """BLOCK_N, warps and stages with which two programs fit a multiprocessor: a single one would wait for its loads.
 
@@ -72,10 +74,11 @@ On an H100, 128 images, a program a multiprocessor: bfloat16, 128 to 256 channel
 stage 9.8; strict float32, 512 channels, 145, with half as many columns and a fourth stage 102.
 """
 
-LEAST_STEPS = 16
-"""Blocks of the reduction that a part has at least where it is split by default; in tuning a quarter of that.
+LEAST_STEPS, MOST_SPLITS = 10, 6
+"""Blocks of the reduction that a part has at least where it is split by default, and parts at most.
 
-So many take longer than to leave a part and to add all of them.
+So many blocks take longer than to leave a part; many parts are added one after the other. Tuning takes parts of a
+quarter of these blocks.
 """
 
 
@@ -421,11 +424,12 @@ def _has_one_tap(product: Product) -> bool:
 def _pads_channels(product: Product) -> bool:
     """Whether under each of several taps at least a fourth of the blocks of channels is zeros, of 16-bit numbers.
 
-    Pointers then are faster: 3x3, 96 channels of 35x35 50 us for 57, 5x5, 48 to 64 45 for 56 (64 images, H200).
+    Pointers then are faster: 3x3, 96 channels of 35x35 52 us for 61, 24 to 64 of 14x14 6.5 for 9.4, 5x5, 48 to 64 of
+    35x35 47 for 58; but not with full blocks of filters: 96 to 128 of 28x28 37 for 32 (64 images, H200).
     """
     C, size = product.x.shape[1], product.x.element_size()
     blocks = ceil_div(C, block_k_of(C, size)) * block_k_of(C, size)
-    return size == 2 and product.taps > 1 and 4 * (blocks - C) >= blocks
+    return size == 2 and product.taps > 1 and 4 * (blocks - C) >= blocks and product.y.shape[1] % 128 != 0
 
 
 def _can_split(product: Product, config: TmaConfig) -> bool:
@@ -452,10 +456,13 @@ def _is_narrow(product: Product) -> bool:
     """Whether blocks of 64 output channels would be mostly empty, and the form "pointers" loads 16 bytes at a time too.
 
     On an H100, 64 images: 48 to 48 channels of 56x56 13.4 us by pointers, 17.8 by TMA; 32 to 16 of 112x112 27 and 34;
-    144 to 32 of 28x28 5.9 and 7.1. On an H200, 3x3, 32 to 32 of 149x149, 138 and 168.
+    144 to 32 of 28x28 5.9 and 7.1. On an H200, 3x3, 32 to 32 of 149x149, 138 and 168. And where pixels of x have so few
+    bytes that TMA, which brings one after the other, takes longer than they do.
     """
     C, K, size = product.x.shape[1], product.y.shape[1], product.x.element_size()
     lines = C * size % 128 == 0
+    if C * size <= 32 and K * size <= 128 and _has_one_tap(product):
+        return True
     return not lines and (K < 64 if _has_one_tap(product) else K <= 32 and size == 2)
 
 
@@ -464,11 +471,11 @@ def _is_better_gathered(product: Product, config: TmaConfig, gpu: Gpu) -> bool:
 
     Measured on an H200, 64 images, us, in brackets by TMA; both copy x to channels_last. Short taps: see
     `Product.has_short_taps`. In TF32 and stride 1, where a box has a pixel or two of each of many images: 1x7, 128 to
-    128 channels of 17x17 36 (49); or a few, and not all blocks of 128 channels are full: 3x3, 64 to 96 of 35x35 78
-    (95), 96 to 208 of 14x14 35 (42). And where half of the last one would be empty: 1x7, 192 to 192 of 17x17 63 (90),
-    3x3, 128 to 192 of 28x28 123 (140), 80 to 192 of 73x73 596 (773). In strict float32 also where few rows have so
-    few tiles that most multiprocessors have none, and smaller ones help: 120 to 480 features 3.4 (4.7), 240 to 960 5.1
-    (6.9).
+    128 channels of 17x17 36 (49), but 32 (24) where x need not be copied; or a few, and not all blocks of 128 channels
+    are full: 3x3, 64 to 96 of 35x35 78 (95), 96 to 208 of 14x14 35 (42), but 47 (30) where x need not be copied. And
+    where half of the last one would be empty: 1x7, 192 to 192 of 17x17 63 (90), 3x3, 128 to 192 of 28x28 123 (140), 80
+    to 192 of 73x73 596 (773). In strict float32 also where few rows have so few tiles that most multiprocessors have
+    none, and smaller ones help: 120 to 480 features 3.4 (4.7), 240 to 960 5.1 (6.9).
     """
     (N, K, P, Q), precision = product.y.shape, product.input_precision
     if product.has_short_taps:
@@ -481,7 +488,8 @@ def _is_better_gathered(product: Product, config: TmaConfig, gpu: Gpu) -> bool:
     if precision != "tf32" or tuple(product.stride) != (1, 1):
         return False
     few_pixels = config.TILE_P * config.TILE_Q < LEAST_PIXELS or K % 128 != 0
-    return (config.TILE_N >= MANY_IMAGES and few_pixels) or (config.BLOCK_N == 128 and leaves_half_empty(K))
+    apart = product.x.stride(1) != 1
+    return (apart and config.TILE_N >= MANY_IMAGES and few_pixels) or (config.BLOCK_N == 128 and leaves_half_empty(K))
 
 
 def _fits_by_parity(product: Product) -> bool:
@@ -521,10 +529,11 @@ def with_neighbours(config: TmaConfig, n: int, p: int, q: int, k: int, element_s
     """With a box of 8 pixels of an image in place of one of a single pixel of each, if it wastes little.
 
     In TF32 under several taps and stride 1: 3x3, 192 to 384 channels of 7x7 26 us with boxes of 16x1x8, 46 with 64x1x1,
-    160 to 320 23 and 47, 16 to 64 of 55x55 91 and 239 (H200, 64 images). The first has 128 pixels for 64, 75 programs
+    160 to 320 23 and 47, 16 to 64 of 55x55 91 and 239 (H200, 64 images). Not where x is rounded in registers: 64 to 96
+    of 35x35 85 us for 76. The first has 128 pixels for 64, 75 programs
     for 132 multiprocessors.
     """
-    if config.TILE_P * config.TILE_Q > 1:
+    if config.TILE_P * config.TILE_Q > 1 or not config.SWAP_AB:
         return config
     pixels = config.TILE_N
     if (pixels, config.BLOCK_N) == (64, 128) and config.SWAP_AB:
@@ -613,8 +622,39 @@ def default_config(
     # The largest tiles that keep most multiprocessors busy, those of pairs all of them.
     for block_m, block_n, num_warps, num_stages in tiles:
         least = gpu.multiprocessors + 1 if (block_n, num_warps, num_stages) == PAIRED else enough
-        if ceil_div(n * p * q, block_m) * ceil_div(k, block_n) >= least:
+        config = config_of(best_box(n, p, q, block_m), block_n, block_k, swap_ab, num_warps, num_stages)
+        programs = tiles_of(config, n, p, q, k)
+        splits = default_splits(programs, taps * ceil_div(c, block_k), n * p * q, gpu)
+        if programs >= least:
+            return config
+        if half and (block_m, block_n) == (64, 128) and splits == 2 and 2 * programs >= enough:
             break
-    config = config_of(best_box(n, p, q, block_m), block_n, block_k, swap_ab, num_warps, num_stages)
-    splits = splits_of(tiles_of(config, n, p, q, k), taps * ceil_div(c, block_k), LEAST_STEPS, gpu.multiprocessors)
     return replace(config, SPLITS=splits)
+
+
+def default_splits(tiles: int, steps: int, pixels: int, gpu: Gpu) -> int:
+    """How many programs share a tile: as many as make one for each multiprocessor, or, of few pixels, one and a half.
+
+    One image in bfloat16 (H200), us, in brackets unsplit: 3x3, 512 channels of 14x14 8.7 with 4 (14.8), 1,024 of 7x7
+    9.9 with 6 (27), 256 of 28x28 7.4 with 2 (8.6), with 3 8.0; 512 of 28x28 in tiles of 64 x 128 12.8 with 2, in tiles
+    of 64 x 64, which suffice for all multiprocessors, 17.5. 64 rows of a linear layer: 4,096 to 1,000 features 6.7 with
+    6 (13.0), to 4,096 11.8 with 3, 13.0 with 2. TF32, 256 channels of 28x28 13.2 with 2 (17.7).
+    """
+    programs = gpu.multiprocessors * (3 if pixels <= FEW_ROWS else 2) // 2
+    return max(min(MOST_SPLITS, programs // tiles, steps // LEAST_STEPS), 1)
+
+
+def can_share_tiles(product: Product) -> bool:
+    """Whether this form takes a product of 16-bit numbers as it is, so that programs may share its tiles."""
+    return product.x.element_size() == 2 and product.shortcut is None and product.is_aligned and TmaForm().fits(product)
+
+
+def shares_rows(product: Product) -> bool:
+    """Whether so few rows of a linear layer with so many features are fastest where programs share tiles.
+
+    64 rows in bfloat16, 4,096 to 1,000 features 6.7 us, in registers 14.1, to 4,096 11.8, by the matrix product 14.7,
+    25,088 to 4,096 64 and 81 (H200).
+    """
+    linear = product.taps == 1 and product.y.shape[2:].numel() == 1
+    rows = LEAST_ROWS < product.pixels <= FEW_ROWS
+    return linear and rows and product.x.shape[1] >= MANY_FEATURES and can_share_tiles(product)
