@@ -83,7 +83,9 @@ def test_the_gpu_is_filled(outputs, c, window, channels_last):
     splits, unroll, block_w, block_c = avg_pool2d.large_windows(outputs, c, window, 2, channels_last, gpu)
     programs = splits * outputs * -(-c // block_c)
     assert programs >= gpu.multiprocessors / 4 or splits * block_w >= window / 4 or splits == avg_pool2d.MOST_SPLITS
-    assert block_w < 2 * window and block_c < 2 * c and block_w * block_c * 2 <= avg_pool2d.TILE_BYTES[channels_last]
+    assert (
+        block_w < 2 * window and block_c < 2 * c and block_w * block_c * 2 <= 2 * avg_pool2d.TILE_BYTES[channels_last]
+    )
 
 
 @pytest.mark.gpu

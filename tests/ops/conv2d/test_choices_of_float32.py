@@ -41,7 +41,11 @@ CHOICES = {
     ),
     "one tap, x read often, a long sum": (problem(64, 2048, 7, 1024, 1, **TF32, **NCHW), "tma 32x1x8x128x32", True),
     "one tap, x in channels_last": (problem(64, 104, 28, 208, 1, **TF32), "matmul 128x64x32", False),
-    "one tap, a long sum in NCHW": (problem(64, 528, 14, 160, 1, **TF32, **NCHW), "matmul 128x64x32", False),
+    "one tap, a long sum in NCHW": (
+        problem(64, 960, 14, 160, 1, **TF32, **NCHW),
+        "matmul 128x64x32, 4 warps, 6 slots",
+        False,
+    ),
     "64 rows": (problem(64, 25088, 1, 4096, 1, **STRICT), "matmul 64x32x32", False),
     "64 rows, few outputs": (problem(64, 440, 1, 1000, 1, **STRICT), "matmul 64x32x32", False),
     "64 rows, few tiles": (problem(64, 52, 1, 440, 1, **STRICT), "pointers 16x64x32", False),

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from helpers.compare import DEVICE, image, tf32, worst_image
-from helpers.gpus import H100
+from helpers.gpus import H100, posing
 from helpers.problems import problem, product
 from torch.nn import functional as F
 
-from tritonnn.ops.conv2d.dispatch import can_run, run
+from tritonnn.ops.conv2d.dispatch import can_run, default_choice, run
 from tritonnn.ops.conv2d.epilogue import Epilogue
 from tritonnn.ops.conv2d.forms import BY_NAME, tma
 from tritonnn.ops.conv2d.forms.tma import best_box, config_of
@@ -131,15 +131,31 @@ class TestWhatIsSplit:
         "sizes, splits",
         {
             "four programs a tile": (dict(n=1, c=512, side=14), 4),
-            "eight": (dict(n=1, c=1024, side=7), 8),
-            "more than half a wave of tiles": (dict(n=1, c=512, side=28), 1),
+            "at most six": (dict(n=1, c=1024, side=7), 6),
+            "two, of tiles of twice as many channels": (dict(n=1, c=512, side=28), 2),
             "18 steps": (dict(n=1, c=128, side=8), 1),
+            "one and a half of few rows": (dict(n=64, c=4096, side=1, taps=1), 3),
             "many images": (dict(n=128, c=512, side=14), 1),
         }.values(),
         ids=str,
     )
     def test_default(self, sizes, splits):
         assert BY_NAME["tma"].default(product(**sizes)).config.SPLITS == splits
+
+    @pytest.mark.parametrize(
+        "sizes, form",
+        {
+            "much is read": (dict(n=1, c=512, side=14), "tma"),
+            "less is read": (dict(n=1, c=512, side=7), "sliced_k"),
+            "64 rows": (dict(n=64, c=4096, side=1, taps=1), "tma"),
+            "one row": (dict(n=1, c=25088, k=4096, side=1, taps=1), "sliced_k"),
+            "few features": (dict(n=64, c=2048, k=1000, side=1, taps=1), "in_registers"),
+        }.values(),
+        ids=str,
+    )
+    def test_other_forms_leave_it_what_they_would_read_often(self, sizes, form):
+        with posing(H100):
+            assert default_choice(product(**sizes)).config.form == form
 
     def test_tuning_tries_splits_where_tiles_are_few(self):
         def tried(given):
