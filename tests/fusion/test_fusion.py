@@ -673,7 +673,7 @@ Inception = sys.modules["torchvision.models.googlenet"].Inception  # the name is
 NETWORKS = [
     pytest.param(small_resnet, 18, 4, id="resnet"),
     pytest.param(lambda: models.MobileNetV2(4, width_mult=0.1), 53, 11, id="mobilenet_v2"),
-    pytest.param(lambda: models.ShuffleNetV2([1, 1, 1], [4, 8, 16, 32, 32], 4), 21, 0, id="shufflenet"),
+    pytest.param(lambda: models.ShuffleNetV2([1, 1, 1], [4, 8, 16, 32, 32], 4), 24, 0, id="shufflenet"),
     pytest.param(lambda: models.DenseNet(4, (1, 2), 8, 2, num_classes=4), 15, 0, id="densenet"),
     pytest.param(lambda: models.vgg.make_layers([4, "M", 8, "M"], batch_norm=True), 2, 0, id="vgg"),
     pytest.param(
