@@ -61,10 +61,17 @@ def load_first_operand(ptrs, mask):
 
     Shared memory has the dimensions in the order in which a thread goes through its elements. Where lanes load along M
     that would be K, B, M: rows of M, of which the tensor cores read eight at once, would all lie in the same banks. Of
-    what is transposed after the load, the order is that of the product: K, M, B.
+    what is transposed after the load, the order is that of the product: K, M, B. On NVIDIA's GPUs: for AMD's such a
+    load does not compile.
     """
-    if LANES_ALONG_LAST:
-        mask = tl.permute(tl.broadcast_to(mask, ptrs.shape), (0, 2, 1))
-        return tl.permute(tl.load(tl.permute(ptrs, (0, 2, 1)), mask=mask, other=0.0), (0, 2, 1))
+    if INTERPRET:
+        x = tl.load(ptrs, mask=mask, other=0.0)
+    elif cuda_capability_geq(8, 0):
+        if LANES_ALONG_LAST:
+            mask = tl.permute(tl.broadcast_to(mask, ptrs.shape), (0, 2, 1))
+            x = tl.permute(tl.load(tl.permute(ptrs, (0, 2, 1)), mask=mask, other=0.0), (0, 2, 1))
+        else:
+            x = tl.load(ptrs, mask=mask, other=0.0)
     else:
-        return tl.load(ptrs, mask=mask, other=0.0)
+        x = tl.load(ptrs, mask=mask, other=0.0)
+    return x
