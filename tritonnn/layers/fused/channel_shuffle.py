@@ -23,7 +23,9 @@ class FusedChannelShuffle(TritonLayer, nn.Module):
         return f"groups={self.groups}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        reason = "recorded by a compiler or tracer" if is_recorded() else reason_to_fall_back(x)
+        if is_recorded():
+            return F.channel_shuffle(x, self.groups)
+        reason = reason_to_fall_back(x)
         if reason is None and (x.dim() != 4 or x.numel() == 0 or image_strides(x) is None):
             reason = "images of another memory format"
         if reason is None and torch.is_grad_enabled() and x.requires_grad:
