@@ -19,14 +19,12 @@ def find_channel_shuffles(traced: FunctionalGraph) -> None:
 
     Sizes must be asked of x itself, so that the images are known to be [n, c, h, w].
     """
-    for node in traced.graph.nodes:
-        found = _shuffle(node, traced)
-        if found is not None:
-            source, groups = found
-            target = unused_name(f"shuffled_{node.name}", traced.modules)
-            traced.modules[target] = FusedChannelShuffle(groups)
-            node.op, node.target, node.args, node.kwargs = "call_module", target, (source,), {}
-    for node in reversed(traced.graph.nodes):
+    shuffles = {node: found for node in traced.graph.nodes if (found := _shuffle(node, traced)) is not None}
+    for node, (source, groups) in shuffles.items():
+        target = unused_name(f"shuffled_{node.name}", traced.modules)
+        traced.modules[target] = FusedChannelShuffle(groups)
+        node.op, node.target, node.args, node.kwargs = "call_module", target, (source,), {}
+    for node in reversed(traced.graph.nodes) if shuffles else ():
         if not node.users and (node in traced.numbers or name_of(node) in (*RESHAPES, "transpose", "contiguous")):
             traced.graph.erase_node(node)
 
@@ -50,11 +48,10 @@ def _shuffle(node: fx.Node, traced: FunctionalGraph) -> tuple[fx.Node, int] | No
     nodes = [node, source, before, before.args[0]]
     if len({traced.stage[n] for n in nodes}) > 1 or any(n in traced.shared for n in nodes[1:]):
         return None
-    groups, pixels = (
-        parts[1],
-        [(parts[0], 0), (parts[3], 2), (parts[4], 3), (sizes[0], 0), (sizes[2], 2), (sizes[3], 3)],
-    )
-    if type(groups) is not int or groups < 1 or not all(_is_size(size, split, dim) for size, dim in pixels):
+    groups, asked = parts[1], ((parts, (0, 3, 4)), (sizes, (0, 2, 3)))
+    if type(groups) is not int or groups < 1:
+        return None
+    if not all(_is_size(of[place], split, dim) for of, places in asked for place, dim in zip(places, (0, 2, 3))):
         return None
     whole = sizes[1] == -1 or _is_size(sizes[1], split, 1)
     part = parts[2]
