@@ -289,7 +289,7 @@ def convolutions() -> list[Callable[[], None]]:
 
     from tritonnn.ops.conv2d.dispatch import run
     from tritonnn.ops.conv2d.forms.in_registers import InRegistersConfig
-    from tritonnn.ops.conv2d.forms.tma import config_of
+    from tritonnn.ops.conv2d.forms.tma_tiles import config_of
     from tritonnn.ops.conv2d.problem import Choice
     from tritonnn.tuning.harness import operands
 

@@ -13,8 +13,7 @@ import triton.language as tl
 from ..device.arithmetic import accumulator, index_type, round_to
 from ..device.dependent_launch import start_successor, wait_for_predecessor
 from ..device.pixels import block_of_channels, block_of_pixels
-from ..runtime import hardware
-from ..runtime.blocks import PixelBlocks, ceil_div, pixel_blocks
+from ..runtime.blocks import PixelBlocks, busy_blocks, ceil_div, pixel_blocks
 from ..runtime.dependent_launch import dependent_launch
 from ..runtime.launch_plan import launch
 from ..runtime.memory_format import empty_image, is_channels_last, pixel_strides
@@ -204,10 +203,7 @@ def _blocks(x: torch.Tensor, pixels: int, channels_last: bool) -> PixelBlocks:
     if not channels_last or x.element_size() != 2 or C < 24 or triton.knobs.runtime.interpret:
         return blocks
     block_c = min((128, 64, 32, 16), key=lambda block_c: ceil_div(C, block_c) * block_c * (8 if block_c < 32 else 7))
-    elements, enough = 2048, hardware.gpu(x.device).multiprocessors
-    while elements > 256 and ceil_div(pixels * block_c, elements) * ceil_div(C, block_c) < enough:
-        elements //= 2
-    return PixelBlocks(elements // block_c, block_c)
+    return busy_blocks(pixels, C, block_c, 2048, x.device)
 
 
 def _launch_inference(x, weight, bias, mean, var, eps) -> torch.Tensor:

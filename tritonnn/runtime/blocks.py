@@ -51,8 +51,12 @@ def pixel_blocks(
         return PixelBlocks(power_of_2(pixels, 1, INTERPRETER_TILE // block_c), block_c)
     if not channels_last and pixels_per_image >= 16:
         return PixelBlocks(power_of_2(pixels, 16, 1024), 1)
-    block_c, enough = power_of_2(channels, 1, 128), hardware.gpu(device).multiprocessors
-    elements = 1024
+    return busy_blocks(pixels, channels, power_of_2(channels, 1, 128), 1024, device)
+
+
+def busy_blocks(pixels: int, channels: int, block_c: int, elements: int, device: torch.device) -> PixelBlocks:
+    """Blocks of so many elements, or of fewer, down to 256, where that leaves multiprocessors without a program."""
+    enough = hardware.gpu(device).multiprocessors
     while elements > 256 and ceil_div(pixels * block_c, elements) * ceil_div(channels, block_c) < enough:
         elements //= 2
     return PixelBlocks(max(elements // block_c, 1), block_c)

@@ -6,7 +6,7 @@ from helpers.gpus import A100, H100, posing
 from helpers.problems import problem, product_of
 
 from tritonnn.ops.conv2d.dispatch import default_choice
-from tritonnn.ops.conv2d.forms.tma import best_box
+from tritonnn.ops.conv2d.forms.tma_tiles import best_box
 
 TF32 = dict(input_precision="tf32", round_x=True)
 NCHW = dict(channels_last_x=False, channels_last_y=False)

@@ -21,7 +21,7 @@ from tritonnn.ops.conv2d.forms import BY_NAME
 from tritonnn.ops.conv2d.forms import sliced_k as sliced_k_form
 from tritonnn.ops.conv2d.forms.depthwise import DepthwiseConfig
 from tritonnn.ops.conv2d.forms.form import Config
-from tritonnn.ops.conv2d.forms.tma import best_box, block_k_of, config_of, shared_memory
+from tritonnn.ops.conv2d.forms.tma_tiles import best_box, block_k_of, config_of, shared_memory
 from tritonnn.ops.conv2d.pack import pack_weight
 from tritonnn.ops.conv2d.problem import Choice, Problem, Product, Shortcut
 from tritonnn.tuning.harness import Harness

@@ -14,7 +14,7 @@ from tritonnn.ops.conv2d.backward.weight import run as run_gradient_of_weight
 from tritonnn.ops.conv2d.dispatch import can_run, form_of, run
 from tritonnn.ops.conv2d.epilogue import Epilogue
 from tritonnn.ops.conv2d.forms import depthwise, direct, few_channels
-from tritonnn.ops.conv2d.forms.tma import config_of
+from tritonnn.ops.conv2d.forms.tma_tiles import config_of
 from tritonnn.ops.conv2d.problem import Choice, Product
 from tritonnn.ops.excitation import _launch as excite
 from tritonnn.ops.pooled_linear import _launch as pool_and_multiply

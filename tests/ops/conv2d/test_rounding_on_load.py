@@ -9,8 +9,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonnn.ops.conv2d import dispatch, tables
 from tritonnn.ops.conv2d.forms import BY_NAME, tma, tma_halo
-from tritonnn.ops.conv2d.forms.tma import config_of
 from tritonnn.ops.conv2d.forms.tma_halo.config import tile
+from tritonnn.ops.conv2d.forms.tma_tiles import config_of
 from tritonnn.ops.conv2d.problem import Choice, Problem, Product, problem_of
 from tritonnn.ops.conv2d.tables import Entry
 from tritonnn.runtime import capabilities

@@ -17,7 +17,7 @@ import tritonnn
 from tritonnn.ops.conv2d import dispatch, op, tables
 from tritonnn.ops.conv2d.forms.few_channels import FewChannelsConfig
 from tritonnn.ops.conv2d.forms.in_registers import InRegistersConfig
-from tritonnn.ops.conv2d.forms.tma import config_of
+from tritonnn.ops.conv2d.forms.tma_tiles import config_of
 from tritonnn.ops.conv2d.problem import Choice
 from tritonnn.ops.conv2d.tables import Entry
 from tritonnn.tuning.tune import find_problems

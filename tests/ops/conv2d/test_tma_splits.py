@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tritonnn.ops.conv2d.dispatch import can_run, default_choice, run
 from tritonnn.ops.conv2d.epilogue import Epilogue
 from tritonnn.ops.conv2d.forms import BY_NAME, tma
-from tritonnn.ops.conv2d.forms.tma import best_box, config_of
+from tritonnn.ops.conv2d.forms.tma_tiles import best_box, config_of
 from tritonnn.ops.conv2d.pack import pack_weight
 from tritonnn.ops.conv2d.problem import Choice, Product
 from tritonnn.runtime.semaphores import PER_STREAM, semaphores

@@ -15,7 +15,7 @@ from ....runtime import hardware
 from ....runtime.blocks import ceil_div
 from ....runtime.launch_plan import launch
 from ....runtime.memory_format import is_aligned
-from ..forms.tma import best_box, block_k_of
+from ..forms.tma_tiles import best_box, block_k_of
 from .filters import exchanged_filters
 
 
